@@ -1,0 +1,134 @@
+"""Where a fused operation runs: four backends with the same functions, and the choice between them.
+
+Each backend is a module with `unavailable()` (why it cannot be used on this machine), `unsupported(problem)` (why it
+cannot run one operation), `conv_bn_act` and `bn_act`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..params import BatchNorm, Conv
+from . import cudnn, eager, onednn, triton
+from .select import Choice, Problem, preference, select
+
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cudnn": cudnn, "onednn": onednn, "eager": eager}
+
+__all__ = ["BACKENDS", "Choice", "Problem", "bn_act", "check_name", "clear_caches", "conv_bn_act", "relu_backward", "resolve", "select"]
+
+
+def check_name(backend: str) -> str:
+    """Return `backend`, or the value of `FUSED_RESBLOCK_BACKEND` in place of "auto".
+
+    Raises:
+        ValueError: if it is neither "auto" nor a backend.
+        RuntimeError: if the backend is not available on this machine.
+    """
+    source = "backend"
+    if backend == "auto":
+        backend = os.environ.get("FUSED_RESBLOCK_BACKEND") or "auto"
+        source = "FUSED_RESBLOCK_BACKEND"
+    if backend == "auto":
+        return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    reason = BACKENDS[backend].unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{source} must be available on this machine, got {backend!r}: {reason}")
+    return backend
+
+
+def refusal(name: str, problem: Problem) -> str | None:
+    """Why the backend cannot run the problem on this machine; None when it can."""
+    return BACKENDS[name].unavailable() or BACKENDS[name].unsupported(problem)
+
+
+@cache
+def _resolve(backend: str, problem: Problem, interpreter: str | None) -> Choice:
+    if backend == "auto":
+        return select(problem, {name: refusal(name, problem) for name, _ in preference(problem)})
+    reason = refusal(backend, problem)
+    if reason is None:
+        return Choice(backend, "forced")
+    return Choice("eager", f"{backend}: {reason}")
+
+
+def resolve(backend: str, problem: Problem) -> Choice:
+    """The backend that runs `problem`: the named one, or `select`'s choice for "auto".
+
+    A named backend that cannot run this problem (its device or dtype) gives way to `eager`; the reason says so.
+    """
+    return _resolve(backend, problem, os.environ.get("TRITON_INTERPRET"))
+
+
+def conv_problem(x: Tensor, conv: Conv) -> Problem:
+    """What `select` needs to know of a convolution."""
+    n, channels, h, w = x.shape
+    k, _, r, s = conv.weight.shape
+    p, q = conv.output_size(h, w)
+    reach = ((r - 1) * conv.dilation[0] * w + (s - 1) * conv.dilation[1] + 1) * channels
+    return Problem(x.device.type, x.dtype, "conv", channels, k, (r, s), conv.groups, n * max(h * w, p * q), reach)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: Conv,
+    *,
+    residual: Tensor | None = None,
+    residual_stride: int = 1,
+    shortcut: tuple[Tensor, Conv] | None = None,
+    relu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Run the operation of `functional.conv_bn_act` on the backend that `resolve` names, without autograd.
+
+    Every layout is accepted and made channels_last; the weight may be wider than x and is then rounded to its dtype.
+    """
+    n, _, h, w = x.shape
+    if n == 0:
+        size = (0, conv.weight.shape[0], *conv.output_size(h, w))
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if shortcut is not None:
+        shortcut = (_dense(shortcut[0]), shortcut[1])  # type: ignore[assignment]
+    run = BACKENDS[resolve(backend, conv_problem(x, conv)).backend].conv_bn_act
+    return run(
+        _dense(x), conv, residual=_dense(residual), residual_stride=residual_stride, shortcut=shortcut, relu=relu
+    )
+
+
+def bn_act(
+    x: Tensor, norm: BatchNorm | None, *, residual: Tensor | None = None, backend: str = "auto", **epilogue: Any
+) -> Tensor:
+    """Run the operation of `functional.bn_act` on the backend that `resolve` names, without autograd."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    n, channels, h, w = x.shape
+    problem = Problem(x.device.type, x.dtype, "bn_act", channels, channels, pixels=n * h * w)
+    run = BACKENDS[resolve(backend, problem).backend].bn_act
+    return run(_dense(x), norm, residual=_dense(residual), **epilogue)
+
+
+def relu_backward(dy: Tensor, y: Tensor | None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """`dz = dy * (y > 0)` (dy itself where y is None) and its sum over N, H, W in fp32 or wider."""
+    n, channels, h, w = dy.shape
+    problem = Problem(dy.device.type, dy.dtype, "bn_act", channels, channels, pixels=n * h * w)
+    if n and resolve(backend, problem).backend == "triton":
+        return triton.relu_backward(_dense(dy), _dense(y))
+    dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+    return dz, dz.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+def clear_caches() -> None:
+    """Forget every folded or repacked weight, as after an edit through `tensor.data` that PyTorch does not record."""
+    for caches in (triton._channels_last_weights, cudnn._folded, onednn._packed):
+        caches.clear()

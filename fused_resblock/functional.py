@@ -1,0 +1,228 @@
+"""The fused operations as functions: arguments are checked here, once, and described here in full."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .dispatch import autocast_dtype, forward_mode, plain
+from .params import BatchNorm, Conv, Pair, Shortcut, pair
+
+__all__ = ["BatchNorm", "Shortcut", "bn_act", "conv_bn_act"]
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: BatchNorm | None = None,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    residual_stride: int = 1,
+    shortcut: Shortcut | None = None,
+    relu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolution, inference batch norm, residual add and ReLU as one operation.
+
+    `y = act(norm(conv2d(x, weight) + bias) [+ residual[:, :, ::t, ::t] | + shortcut.norm(conv1x1(shortcut.x))])`
+
+    with t = residual_stride, norm the identity when None, act ReLU or the identity. Products are accumulated in fp32
+    (fp64 for fp64 inputs); the Triton kernel rounds once, at the store, the other backends may round the folded weight
+    as well. NaN propagates as in torch. fp32 products use TF32 where `torch.backends.cudnn.allow_tf32` is set.
+
+    Args:
+        x: `[N, C, H, W]`, floating point; any memory format, channels_last without a copy.
+        weight: `[K, C / groups, R, S]`, of x's dtype and device.
+        bias: `[K]` or None.
+        norm: mean, var, gamma and beta `[K]` each and eps; statistics take no gradient.
+        stride, padding, dilation: of both axes, or a pair (rows, columns).
+        groups: must divide C and K.
+        residual: `[N, K, H2, W2]` with `ceil(H2 / t) = P` and `ceil(W2 / t) = Q`, of x's dtype; or None.
+        residual_stride: t, the step at which the residual is read in place.
+        shortcut: a 1x1 convolution with its own norm that joins the same output, instead of a residual.
+        relu: whether act is ReLU.
+        backend: "auto", "triton", "cudnn", "onednn" or "eager"; `FUSED_RESBLOCK_BACKEND` stands in for "auto".
+
+    Returns:
+        `[N, K, P, Q]` in x's dtype, channels_last. Under autocast, x, weights and residual are taken in the autocast
+        dtype and the norm as it is. An empty batch gives an empty result.
+
+    Differentiable (twice, too) in x, weight, bias, gamma, beta, residual and the shortcut's counterparts. Forward-mode
+    derivatives are computed by torch's own operations.
+
+    Raises:
+        TypeError: if a tensor is not one, or not floating point.
+        ValueError: if shapes, dtypes or devices do not fit, or both residual and shortcut are given, or the backend's
+            name is unknown.
+        RuntimeError: if the backend is not available on this machine.
+
+    Source: batch norm at inference is an affine map per channel (Ioffe and Szegedy, arXiv:1502.03167, algorithm 2);
+    convolution as an implicit GEMM (Chetlur et al., arXiv:1410.0759).
+    """
+    backend = backends.check_name(backend)
+    conv = Conv(weight, bias, norm, pair(stride), pair(padding), pair(dilation), groups)
+    check_image(x, "x")
+    dtype = autocast_dtype(x)
+    _check_conv(x, conv, dtype is not None)
+    out = (x.shape[0], weight.shape[0], *conv.output_size(*x.shape[2:]))
+    if residual is not None:
+        if shortcut is not None:
+            raise ValueError("residual must be None when a shortcut is given, got both")
+        _check_residual(residual, x, out, residual_stride, dtype is not None)
+    if shortcut is not None:
+        _check_shortcut(shortcut, x, out, dtype is not None)
+    if dtype is not None:
+        x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+        shortcut = None if shortcut is None else shortcut._replace(x=shortcut.x.to(dtype))
+    epilogue = {"residual": residual, "residual_stride": residual_stride, "relu": relu}
+    tensors = (x, *_tensors(conv), residual, *(() if shortcut is None else (shortcut.x, *_tensors(shortcut.conv))))
+    if forward_mode(tensors):
+        return backends.eager.conv_bn_act(x, conv, shortcut=_split(shortcut), **epilogue)
+    if plain(tensors):
+        return backends.conv_bn_act(x, conv, shortcut=_split(shortcut), backend=backend, **epilogue)
+    return ops.conv_bn_act(x, conv, shortcut=shortcut, backend=backend, **epilogue)
+
+
+def bn_act(
+    x: Tensor,
+    norm: BatchNorm | None = None,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: BatchNorm | None = None,
+    residual_stride: int = 1,
+    relu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Inference batch norm, residual add and ReLU as one elementwise operation.
+
+    `y = act(norm(x) [+ residual_norm(residual[:, :, ::t, ::t])])`
+
+    with t = residual_stride, each norm the identity when None, act ReLU or the identity; fp32 arithmetic (fp64 for
+    fp64 inputs) in the Triton kernel, with one rounding at the store. NaN propagates as in torch.
+
+    Args:
+        x: `[N, C, H, W]`, floating point; any memory format, channels_last without a copy.
+        norm: mean, var, gamma and beta `[C]` each and eps; statistics take no gradient.
+        residual: `[N, C, H2, W2]` with `ceil(H2 / t) = H` and `ceil(W2 / t) = W`, of x's dtype; or None.
+        residual_norm: a norm for the residual.
+        residual_stride, relu, backend: as in `conv_bn_act`.
+
+    Returns:
+        `[N, C, H, W]` in x's dtype, channels_last. An empty batch gives an empty result.
+
+    Differentiable (twice, too) in x, gamma, beta, residual and the residual's gamma and beta.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `conv_bn_act`.
+    """
+    backend = backends.check_name(backend)
+    check_image(x, "x")
+    _check_norm(norm, x, x.shape[1], "norm")
+    if residual is not None:
+        _check_residual(residual, x, tuple(x.shape), residual_stride, autocast_dtype(x) is not None)
+        residual = residual.to(x.dtype)
+        _check_norm(residual_norm, x, x.shape[1], "residual_norm")
+    elif residual_norm is not None:
+        raise ValueError("residual_norm must be None without a residual, got a norm")
+    epilogue = {
+        "residual": residual,
+        "residual_norm": residual_norm,
+        "residual_stride": residual_stride,
+        "relu": relu,
+    }
+    tensors = (x, residual, *(() if norm is None else norm[:4]), *(() if residual_norm is None else residual_norm[:4]))
+    if forward_mode(tensors):
+        return backends.eager.bn_act(x, norm, **epilogue)  # type: ignore[arg-type]
+    run = backends.bn_act if plain(tensors) else ops.bn_act
+    return run(x, norm, backend=backend, **epilogue)  # type: ignore[arg-type]
+
+
+def _split(shortcut: Shortcut | None) -> tuple[Tensor, Conv] | None:
+    return None if shortcut is None else (shortcut.x, shortcut.conv)
+
+
+def _tensors(conv: Conv) -> tuple[Tensor | None, ...]:
+    return (conv.weight, conv.bias, *(() if conv.norm is None else conv.norm[:4]))
+
+
+def check_image(x: Tensor, name: str) -> None:
+    """Raise unless `x` is a floating-point tensor `[N, C, H, W]`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got shape {list(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def _check_like(tensor: Tensor, name: str, x: Tensor, autocast: bool) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    if tensor.dtype != x.dtype and not (autocast and tensor.dtype.is_floating_point):
+        raise ValueError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+
+
+def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str) -> None:
+    if norm is None:
+        return
+    for field, tensor in zip(BatchNorm._fields[:4], norm[:4], strict=True):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != (channels,):
+            raise ValueError(f"{name}.{field} must have shape [{channels}], got {list(tensor.shape)}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}.{field} must be floating point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}.{field} must be on x's device {x.device}, got {tensor.device}")
+    if norm.mean.requires_grad or norm.var.requires_grad:
+        raise ValueError(f"{name}.mean and {name}.var must not require a gradient, got statistics that do")
+
+
+def _check_conv(x: Tensor, conv: Conv, autocast: bool) -> None:
+    weight, bias, groups = conv.weight, conv.bias, conv.groups
+    check_image(weight, "weight")
+    _check_like(weight, "weight", x, autocast)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} output channels, got {groups}")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(f"x must have {weight.shape[1] * groups} channels, as weight has, got {x.shape[1]}")
+    for name, value, least in (("stride", conv.stride, 1), ("padding", conv.padding, 0), ("dilation", conv.dilation, 1)):
+        if min(value) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if bias is not None:
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+        _check_like(bias, "bias", x, autocast)
+    if min(conv.output_size(*x.shape[2:])) < 1:
+        raise ValueError(f"x must be no smaller than the filter once padded, got {list(x.shape)}")
+    _check_norm(conv.norm, x, weight.shape[0], "norm")
+
+
+def _check_residual(residual: Tensor, x: Tensor, out: tuple[int, ...], stride: int, autocast: bool) -> None:
+    check_image(residual, "residual")
+    _check_like(residual, "residual", x, autocast)
+    if stride < 1:
+        raise ValueError(f"residual_stride must be at least 1, got {stride}")
+    n, c, h, w = residual.shape
+    if (n, c, -(-h // stride), -(-w // stride)) != out:
+        every = "" if stride == 1 else f" at every {stride}th row and column"
+        raise ValueError(f"residual must have shape {list(out)}{every}, got {list(residual.shape)}")
+
+
+def _check_shortcut(shortcut: Shortcut, x: Tensor, out: tuple[int, ...], autocast: bool) -> None:
+    check_image(shortcut.x, "shortcut.x")
+    _check_like(shortcut.x, "shortcut.x", x, autocast)
+    if shortcut.stride < 1:
+        raise ValueError(f"shortcut.stride must be at least 1, got {shortcut.stride}")
+    _check_conv(shortcut.x, shortcut.conv, autocast)
+    if tuple(shortcut.weight.shape[2:]) != (1, 1):
+        raise ValueError(f"shortcut.weight must be a 1x1 convolution, got {list(shortcut.weight.shape)}")
+    got = (shortcut.x.shape[0], shortcut.weight.shape[0], *shortcut.conv.output_size(*shortcut.x.shape[2:]))
+    if got != out:
+        raise ValueError(f"shortcut must have the output shape {list(out)}, got {list(got)}")

@@ -1,0 +1,231 @@
+"""The fused operations as `torch.library` ops: schema, fake and gradient, so that autograd, `torch.compile` and
+`torch.export` see them. Documented in `functional`; below here tensors are plain and arguments are bundled.
+
+A norm is absent when its `mean` is None. The gradients save the inputs and the output only: see `gradients`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .gradients import branch_grads, elementwise_grads, residual_grad
+from .params import BatchNorm, Conv, Shortcut
+
+_library = torch.library.Library("fused_resblock", "DEF")
+_NORM = "Tensor? mean{i}, Tensor? var{i}, Tensor? gamma{i}, Tensor? beta{i}, float eps{i}"
+_library.define(
+    "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, " + _NORM.format(i="") + ", SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor? residual, SymInt residual_stride, "
+    "Tensor? x2, Tensor? weight2, Tensor? bias2, " + _NORM.format(i="2") + ", SymInt stride2, bool relu, "
+    "str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "bn_act(Tensor x, " + _NORM.format(i="") + ", Tensor? residual, " + _NORM.format(i="2") + ", "
+    "SymInt residual_stride, bool relu, str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "relu_backward(Tensor dy, Tensor? y, str backend) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+def _norm(mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float):
+    return None if mean is None else BatchNorm(mean, var, gamma, beta, eps)  # type: ignore[arg-type]
+
+
+def _flat(norm: BatchNorm | None) -> tuple[Any, ...]:
+    return (None, None, None, None, 0.0) if norm is None else tuple(norm)
+
+
+def _canonical(y: Tensor) -> Tensor:
+    """`y` with channels_last strides to the letter: where sizes of 1 leave a choice, backends differ."""
+    n, c, h, w = y.shape
+    return y.contiguous(memory_format=torch.channels_last).as_strided(y.shape, (h * w * c, 1, w * c, c))
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: Conv,
+    *,
+    residual: Tensor | None,
+    residual_stride: int,
+    shortcut: Shortcut | None,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    """Call the op with bundled arguments."""
+    weight, bias, norm, *geometry = conv
+    s = shortcut or Shortcut(None, None)  # type: ignore[arg-type]
+    return torch.ops.fused_resblock.conv_bn_act(
+        x,
+        weight,
+        bias,
+        *_flat(norm),
+        *geometry,
+        residual,
+        residual_stride,
+        s.x,
+        s.weight,
+        s.bias,
+        *_flat(s.norm),
+        s.stride,
+        relu,
+        backend,
+    )
+
+
+def bn_act(
+    x: Tensor,
+    norm: BatchNorm | None,
+    *,
+    residual: Tensor | None,
+    residual_norm: BatchNorm | None,
+    residual_stride: int,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    """Call the op with bundled arguments."""
+    return torch.ops.fused_resblock.bn_act(
+        x, *_flat(norm), residual, *_flat(residual_norm), residual_stride, relu, backend
+    )
+
+
+def _bundle(args: tuple[Any, ...]) -> tuple[Tensor, Conv, Tensor | None, int, Shortcut | None, bool, str]:
+    """The op's flat arguments as `(x, conv, residual, residual_stride, shortcut, relu, backend)`."""
+    x, weight, bias = args[:3]
+    stride, padding, dilation, groups = args[8:12]
+    conv = Conv(weight, bias, _norm(*args[3:8]), tuple(stride), tuple(padding), tuple(dilation), groups)
+    residual, residual_stride, x2, weight2, bias2 = args[12:17]
+    shortcut = None if x2 is None else Shortcut(x2, weight2, bias2, _norm(*args[17:22]), args[22])
+    return x, conv, residual, residual_stride, shortcut, args[23], args[24]
+
+
+@torch.library.impl(_library, "conv_bn_act", "CompositeExplicitAutograd")
+def _conv_bn_act(*args: Any) -> Tensor:
+    x, conv, residual, residual_stride, shortcut, relu, backend = _bundle(args)
+    y = backends.conv_bn_act(
+        x,
+        conv,
+        residual=residual,
+        residual_stride=residual_stride,
+        shortcut=None if shortcut is None else (shortcut.x, shortcut.conv),
+        relu=relu,
+        backend=backend,
+    )
+    return _canonical(y)
+
+
+@torch.library.register_fake("fused_resblock::conv_bn_act", lib=_library)
+def _conv_bn_act_fake(*args: Any) -> Tensor:
+    x, conv = _bundle(args)[:2]
+    size = (x.shape[0], conv.weight.shape[0], *conv.output_size(*x.shape[2:]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.impl(_library, "bn_act", "CompositeExplicitAutograd")
+def _bn_act(x: Tensor, *args: Any) -> Tensor:
+    residual, residual_stride, relu, backend = args[5], *args[11:]
+    y = backends.bn_act(
+        x,
+        _norm(*args[:5]),
+        residual=residual,
+        residual_norm=_norm(*args[6:11]),
+        residual_stride=residual_stride,
+        relu=relu,
+        backend=backend,
+    )
+    return _canonical(y.clone() if y is x else y)
+
+
+@torch.library.register_fake("fused_resblock::bn_act", lib=_library)
+def _bn_act_fake(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.impl(_library, "relu_backward", "CompositeExplicitAutograd")
+def _relu_backward(dy: Tensor, y: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    dz, total = backends.relu_backward(dy, y, backend=backend)
+    return _canonical(dz.clone() if dz is dy else dz), total
+
+
+@torch.library.register_fake("fused_resblock::relu_backward", lib=_library)
+def _relu_backward_fake(dy: Tensor, y: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dz = torch.empty_like(dy, memory_format=torch.channels_last)
+    return dz, torch.empty(dy.shape[1], dtype=wide, device=dy.device)
+
+
+def _relu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.backend = inputs[2]
+
+
+def _relu_backward_grad(ctx: Any, ddz: Tensor, dtotal: Tensor) -> tuple[Any, ...]:
+    (y,) = ctx.saved_tensors
+    grad = ddz + dtotal.to(ddz.dtype)[:, None, None]
+    return torch.ops.fused_resblock.relu_backward(grad, y, ctx.backend)[0], None, None
+
+
+torch.library.register_autograd(
+    "fused_resblock::relu_backward", _relu_backward_grad, setup_context=_relu_backward_setup, lib=_library
+)
+
+
+def _conv_bn_act_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors = [t if isinstance(t, Tensor) else None for t in inputs]
+    residual = tensors[12]
+    ctx.residual_shape = None if residual is None else residual.shape
+    tensors[12] = None  # only its shape is needed
+    ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in inputs)
+    ctx.save_for_backward(*tensors, output if inputs[23] else None)
+
+
+def _conv_bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    *tensors, y = ctx.saved_tensors
+    x, conv, _, residual_stride, shortcut, _, backend = _bundle(
+        tuple(a if t is None else t for t, a in zip(tensors, ctx.rest, strict=True))
+    )
+    need = ctx.needs_input_grad
+    dz, total = torch.ops.fused_resblock.relu_backward(dy, y, backend)
+    first = branch_grads(dz, total, x, conv, need[0], need[1] or need[5])
+    residual = None
+    if ctx.residual_shape is not None and need[12]:
+        residual = residual_grad(dz, ctx.residual_shape, residual_stride)
+    second: tuple[Any, ...] = (None,) * 8
+    if shortcut is not None:
+        second = branch_grads(dz, total, shortcut.x, shortcut.conv, need[14], need[15] or need[19])
+    return (*first, None, None, None, None, residual, None, *second, None, None, None)
+
+
+torch.library.register_autograd(
+    "fused_resblock::conv_bn_act", _conv_bn_act_grad, setup_context=_conv_bn_act_setup, lib=_library
+)
+
+
+def _bn_act_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors = [t if isinstance(t, Tensor) else None for t in inputs]
+    ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in inputs)
+    ctx.save_for_backward(*tensors, output if inputs[13] else None)
+
+
+def _bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    *tensors, y = ctx.saved_tensors
+    args = tuple(a if t is None else t for t, a in zip(tensors, ctx.rest, strict=True))
+    x, residual, stride, backend = args[0], args[6], args[12], args[14]
+    need = ctx.needs_input_grad
+    dz, total = torch.ops.fused_resblock.relu_backward(dy, y, backend)
+    first = elementwise_grads(dz, total, x, _norm(*args[1:6]), need[0], need[3])
+    second: tuple[Any, ...] = (None,) * 6
+    if residual is not None:
+        view = residual[:, :, ::stride, ::stride]
+        dr, *norm2 = elementwise_grads(dz, total, view, _norm(*args[7:12]), need[6], need[9])
+        second = (None if dr is None else residual_grad(dr, residual.shape, stride), *norm2)
+    return (*first, *second, None, None, None)
+
+
+torch.library.register_autograd("fused_resblock::bn_act", _bn_act_grad, setup_context=_bn_act_setup, lib=_library)

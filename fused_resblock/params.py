@@ -1,0 +1,69 @@
+"""The arguments of a fused convolution, bundled: what every layer below `functional` passes on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+Pair = tuple[int, int]
+
+
+class BatchNorm(NamedTuple):
+    """Inference batch norm: `weight * (x - mean) / sqrt(var + eps) + bias`, each tensor `[C]` and floating point.
+
+    `weight` (gamma) and `bias` (beta) may be None for 1 and 0. `eps` may be 0.
+    """
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, module: nn.Module) -> BatchNorm:
+        """The running statistics and affine parameters of an `nn.BatchNorm2d` or a FrozenBatchNorm2d."""
+        return cls(module.running_mean, module.running_var, module.weight, module.bias, module.eps)  # type: ignore[arg-type]
+
+
+class Conv(NamedTuple):
+    """A convolution and the norm behind it: weight `[K, C/groups, R, S]`, bias `[K]` or None, norm over K or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    norm: BatchNorm | None = None
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """Rows and columns of the output for an input of `height` x `width`."""
+        return (
+            (height + 2 * self.padding[0] - self.dilation[0] * (self.weight.shape[2] - 1) - 1) // self.stride[0] + 1,
+            (width + 2 * self.padding[1] - self.dilation[1] * (self.weight.shape[3] - 1) - 1) // self.stride[1] + 1,
+        )
+
+
+class Shortcut(NamedTuple):
+    """A downsample branch, `norm(conv1x1(x))`, to be accumulated in the same tile as the convolution it joins.
+
+    `x` is `[N, C2, H2, W2]`, `weight` `[K, C2, 1, 1]`, `bias` `[K]` or None, `stride` of both axes.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    norm: BatchNorm | None = None
+    stride: int = 1
+
+    @property
+    def conv(self) -> Conv:
+        """The branch's convolution."""
+        return Conv(self.weight, self.bias, self.norm, stride=(self.stride, self.stride))
+
+
+def pair(value: int | Pair) -> Pair:
+    """`value` for both axes, or the two values themselves."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
