@@ -1,12 +1,19 @@
-"""Whether a call needs torch's dispatcher (autograd, tracing, function transforms) or can go straight to a backend."""
+"""How a fused operation is called: straight on a backend, through torch's dispatcher, or as torch's own operations.
+
+The dispatcher costs several microseconds and is needed only for autograd, tracing and function transforms.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import backends, ops
+from .params import BatchNorm, Conv
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -37,6 +44,8 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
         return False
     if torch.jit.is_tracing():
         return False
+    if forward_ad._current_level >= 0:
+        return False
     grad = torch.is_grad_enabled()
     return all(t is None or (type(t) in _PLAIN_TYPES and not (grad and t.requires_grad)) for t in tensors)
 
@@ -47,3 +56,42 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: Conv,
+    *,
+    residual: Tensor | None = None,
+    shortcut: tuple[Tensor, Conv] | None = None,
+    backend: str = "auto",
+    **epilogue: Any,
+) -> Tensor:
+    """`functional.conv_bn_act` on arguments that are known to fit."""
+    tensors = [x, residual, *conv.tensors()]
+    if shortcut is not None:
+        tensors += [shortcut[0], *shortcut[1].tensors()]
+    if plain(tensors):
+        return backends.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
+    if forward_mode(tensors):
+        return backends.eager.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, **epilogue)
+    return ops.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
+
+
+def bn_act(
+    x: Tensor,
+    norm: BatchNorm | None,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: BatchNorm | None = None,
+    backend: str = "auto",
+    **epilogue: Any,
+) -> Tensor:
+    """`functional.bn_act` on arguments that are known to fit."""
+    tensors = [x, residual, *(norm[:4] if norm else ()), *(residual_norm[:4] if residual_norm else ())]
+    epilogue.update(residual=residual, residual_norm=residual_norm)
+    if plain(tensors):
+        return backends.bn_act(x, norm, backend=backend, **epilogue)
+    if forward_mode(tensors):
+        return backends.eager.bn_act(x, norm, **epilogue)
+    return ops.bn_act(x, norm, backend=backend, **epilogue)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, ops
-from .dispatch import autocast_dtype, forward_mode, plain
+from . import backends, dispatch
+from .dispatch import autocast_dtype
 from .params import BatchNorm, Conv, Pair, Shortcut, pair
 
 __all__ = ["BatchNorm", "Shortcut", "bn_act", "conv_bn_act"]
@@ -80,13 +80,15 @@ def conv_bn_act(
     if dtype is not None:
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
         shortcut = None if shortcut is None else shortcut._replace(x=shortcut.x.to(dtype))
-    epilogue = {"residual": residual, "residual_stride": residual_stride, "relu": relu}
-    tensors = (x, *_tensors(conv), residual, *(() if shortcut is None else (shortcut.x, *_tensors(shortcut.conv))))
-    if forward_mode(tensors):
-        return backends.eager.conv_bn_act(x, conv, shortcut=_split(shortcut), **epilogue)
-    if plain(tensors):
-        return backends.conv_bn_act(x, conv, shortcut=_split(shortcut), backend=backend, **epilogue)
-    return ops.conv_bn_act(x, conv, shortcut=shortcut, backend=backend, **epilogue)
+    return dispatch.conv_bn_act(
+        x,
+        conv,
+        residual=residual,
+        residual_stride=residual_stride,
+        shortcut=None if shortcut is None else (shortcut.x, shortcut.conv),
+        relu=relu,
+        backend=backend,
+    )
 
 
 def bn_act(
@@ -130,25 +132,15 @@ def bn_act(
         _check_norm(residual_norm, x, x.shape[1], "residual_norm")
     elif residual_norm is not None:
         raise ValueError("residual_norm must be None without a residual, got a norm")
-    epilogue = {
-        "residual": residual,
-        "residual_norm": residual_norm,
-        "residual_stride": residual_stride,
-        "relu": relu,
-    }
-    tensors = (x, residual, *(() if norm is None else norm[:4]), *(() if residual_norm is None else residual_norm[:4]))
-    if forward_mode(tensors):
-        return backends.eager.bn_act(x, norm, **epilogue)  # type: ignore[arg-type]
-    run = backends.bn_act if plain(tensors) else ops.bn_act
-    return run(x, norm, backend=backend, **epilogue)  # type: ignore[arg-type]
-
-
-def _split(shortcut: Shortcut | None) -> tuple[Tensor, Conv] | None:
-    return None if shortcut is None else (shortcut.x, shortcut.conv)
-
-
-def _tensors(conv: Conv) -> tuple[Tensor | None, ...]:
-    return (conv.weight, conv.bias, *(() if conv.norm is None else conv.norm[:4]))
+    return dispatch.bn_act(
+        x,
+        norm,
+        residual=residual,
+        residual_norm=residual_norm,
+        residual_stride=residual_stride,
+        relu=relu,
+        backend=backend,
+    )
 
 
 def check_image(x: Tensor, name: str) -> None:

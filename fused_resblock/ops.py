@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .gradients import branch_grads, elementwise_grads, residual_grad
-from .params import BatchNorm, Conv, Shortcut
+from .params import BatchNorm, Conv
 
 _library = torch.library.Library("fused_resblock", "DEF")
 _NORM = "Tensor? mean{i}, Tensor? var{i}, Tensor? gamma{i}, Tensor? beta{i}, float eps{i}"
@@ -34,6 +34,9 @@ _library.define(
 )
 
 
+_NO_CONV = Conv(None)  # type: ignore[arg-type]
+
+
 def _norm(mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float):
     return None if mean is None else BatchNorm(mean, var, gamma, beta, eps)  # type: ignore[arg-type]
 
@@ -52,15 +55,15 @@ def conv_bn_act(
     x: Tensor,
     conv: Conv,
     *,
-    residual: Tensor | None,
-    residual_stride: int,
-    shortcut: Shortcut | None,
-    relu: bool,
-    backend: str,
+    residual: Tensor | None = None,
+    residual_stride: int = 1,
+    shortcut: tuple[Tensor, Conv] | None = None,
+    relu: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """Call the op with bundled arguments."""
     weight, bias, norm, *geometry = conv
-    s = shortcut or Shortcut(None, None)  # type: ignore[arg-type]
+    x2, conv2 = shortcut or (None, _NO_CONV)
     return torch.ops.fused_resblock.conv_bn_act(
         x,
         weight,
@@ -69,11 +72,11 @@ def conv_bn_act(
         *geometry,
         residual,
         residual_stride,
-        s.x,
-        s.weight,
-        s.bias,
-        *_flat(s.norm),
-        s.stride,
+        x2,
+        conv2.weight,
+        conv2.bias,
+        *_flat(conv2.norm),
+        conv2.stride[0],
         relu,
         backend,
     )
@@ -83,11 +86,11 @@ def bn_act(
     x: Tensor,
     norm: BatchNorm | None,
     *,
-    residual: Tensor | None,
-    residual_norm: BatchNorm | None,
-    residual_stride: int,
-    relu: bool,
-    backend: str,
+    residual: Tensor | None = None,
+    residual_norm: BatchNorm | None = None,
+    residual_stride: int = 1,
+    relu: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """Call the op with bundled arguments."""
     return torch.ops.fused_resblock.bn_act(
@@ -95,13 +98,13 @@ def bn_act(
     )
 
 
-def _bundle(args: tuple[Any, ...]) -> tuple[Tensor, Conv, Tensor | None, int, Shortcut | None, bool, str]:
+def _bundle(args: tuple[Any, ...]) -> tuple[Tensor, Conv, Tensor | None, int, tuple[Tensor, Conv] | None, bool, str]:
     """The op's flat arguments as `(x, conv, residual, residual_stride, shortcut, relu, backend)`."""
     x, weight, bias = args[:3]
     stride, padding, dilation, groups = args[8:12]
     conv = Conv(weight, bias, _norm(*args[3:8]), tuple(stride), tuple(padding), tuple(dilation), groups)
     residual, residual_stride, x2, weight2, bias2 = args[12:17]
-    shortcut = None if x2 is None else Shortcut(x2, weight2, bias2, _norm(*args[17:22]), args[22])
+    shortcut = None if x2 is None else (x2, Conv(weight2, bias2, _norm(*args[17:22]), (args[22], args[22])))
     return x, conv, residual, residual_stride, shortcut, args[23], args[24]
 
 
@@ -113,7 +116,7 @@ def _conv_bn_act(*args: Any) -> Tensor:
         conv,
         residual=residual,
         residual_stride=residual_stride,
-        shortcut=None if shortcut is None else (shortcut.x, shortcut.conv),
+        shortcut=shortcut,
         relu=relu,
         backend=backend,
     )
@@ -198,7 +201,7 @@ def _conv_bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         residual = residual_grad(dz, ctx.residual_shape, residual_stride)
     second: tuple[Any, ...] = (None,) * 8
     if shortcut is not None:
-        second = branch_grads(dz, total, shortcut.x, shortcut.conv, need[14], need[15] or need[19])
+        second = branch_grads(dz, total, *shortcut, need[14], need[15] or need[19])
     return (*first, None, None, None, None, residual, None, *second, None, None, None)
 
 

@@ -38,6 +38,10 @@ class Conv(NamedTuple):
     dilation: Pair = (1, 1)
     groups: int = 1
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias and, where there is a norm, its four vectors."""
+        return (self.weight, self.bias) if self.norm is None else (self.weight, self.bias, *self.norm[:4])
+
     def output_size(self, height: int, width: int) -> Pair:
         """Rows and columns of the output for an input of `height` x `width`."""
         return (

@@ -1,0 +1,123 @@
+"""`fuse` and `unfuse`: give the residual blocks of a model their fused class, and take it away again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from . import backends
+from .modules import FusedBlock, base_class, fused_class
+from .plan import Plan, Unsupported
+from .recognize import looks_residual, recognize
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    inplace: bool = False,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Make the residual blocks of a model fast.
+
+    Each module whose `torch.fx` graph is conv-norm-ReLU steps and one residual add becomes an instance of a fused
+    subclass of its own class: the same object with the same parameters, buffers, submodules, hooks and `state_dict`.
+    Nothing is copied or folded into the parameters, so training, `load_state_dict` and `.to()` go on as before.
+
+    Args:
+        model: any module; torchvision's and timm's ResNets, or a class of your own.
+        backend: "auto", "triton", "cudnn", "onednn" or "eager", for all blocks of this call.
+        inplace: change `model` itself; otherwise a deep copy is changed and `model` stays as it is.
+        filter_fn: called with a block's name and module; False leaves the block alone.
+        strict: raise if any residual block could not be fused.
+
+    Returns:
+        The fused model. `explain` says what became of each block.
+
+    Raises:
+        TypeError: if model is not an `nn.Module`.
+        ValueError: if the backend's name is unknown; in strict mode, if a residual block was not fused.
+        RuntimeError: if the backend is not available on this machine.
+
+    On an error the model is as it was before the call.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    backends.check_name(backend)
+    found = list(blocks(model, filter_fn))  # everything that can fail comes before the first change
+    kept = [(name, outcome) for name, _, outcome in found if isinstance(outcome, str)]
+    if strict and kept:
+        reasons = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in kept)
+        raise ValueError(f"model must hold only blocks that can be fused when strict, got {reasons}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    for name, _, outcome in found:
+        block = model.get_submodule(name)
+        if isinstance(block, FusedBlock):
+            block.__dict__["_fused_backend"] = backend
+        elif isinstance(outcome, Plan):
+            block.__class__ = fused_class(type(block))
+            block.__dict__.update(_fused_plan=outcome, _fused_reason=None, _fused_backend=backend)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every fused block of `model` its own class back, in place, and return the model.
+
+    Parameters, buffers and hooks stay; blocks built as `FusedBasicBlock` and the like become the reference classes.
+
+    Raises:
+        TypeError: if model is not an `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            for attribute in ("_fused_plan", "_fused_reason", "_fused_backend"):
+                module.__dict__.pop(attribute, None)
+            module.__class__ = base_class(type(module))
+    return model
+
+
+def blocks(
+    model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None
+) -> Iterator[tuple[str, nn.Module, Plan | str]]:
+    """Every residual block of a model: its name, its module, and its plan or the reason why it has none."""
+    yield from _walk("", model, filter_fn, set())
+
+
+def _walk(
+    name: str, module: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None, seen: set[int]
+) -> Iterator[tuple[str, nn.Module, Plan | str]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    found = False
+    if not isinstance(module, FusedBlock):  # the innermost module that is a block is the block
+        for child_name, child in module.named_children():
+            for entry in _walk(f"{name}.{child_name}" if name else child_name, child, filter_fn, seen):
+                found = True
+                yield entry
+    if not found:
+        outcome = examine(module)
+        if outcome is not None:
+            if filter_fn is not None and not filter_fn(name, module):
+                outcome = "left out by filter_fn"
+            yield name, module, outcome
+
+
+def examine(module: nn.Module) -> Plan | str | None:
+    """A module's plan, the reason why a residual block has none, or None for anything but a residual block."""
+    if isinstance(module, FusedBlock):
+        return module._fused_plan or module._fused_reason or "cannot be fused"
+    if isinstance(module, _CONTAINERS) or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+        return None
+    try:
+        return recognize(module)
+    except Unsupported as error:
+        return str(error) if looks_residual(module) else None

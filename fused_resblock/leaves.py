@@ -1,0 +1,127 @@
+"""Which modules a plan may hold, and what each of them means: the one list of supported layers."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from .params import BatchNorm, Conv, Pair, pair
+from .plan import Unsupported
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether this is a FrozenBatchNorm2d as torchvision, timm and detection libraries define it: four buffers."""
+    names = {"weight", "bias", "running_mean", "running_var"}
+    return type(module).__name__ == "FrozenBatchNorm2d" and names <= module._buffers.keys()
+
+
+def _timm_norm_act(module: nn.Module) -> bool:
+    """Whether this is timm's BatchNorm2d with an activation of its own."""
+    timm = sys.modules.get("timm.layers.norm_act")
+    return timm is not None and type(module) in (timm.BatchNormAct2d, timm.FrozenBatchNormAct2d)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether tracing stops at this module although it is not one of `torch.nn`'s own."""
+    return is_frozen_norm(module) or _timm_norm_act(module) or isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+
+
+def conv_geometry(module: nn.Module) -> tuple[Pair, Pair, Pair, int]:
+    """stride, padding, dilation and groups of a supported convolution.
+
+    Raises:
+        Unsupported: for a subclass with a forward of its own, a padding mode other than zeros, uneven padding.
+    """
+    cls = type(module)
+    if not isinstance(module, nn.Conv2d) or cls.forward is not nn.Conv2d.forward:
+        raise Unsupported(f"convolution {cls.__name__} is not nn.Conv2d")
+    if cls._conv_forward is not nn.Conv2d._conv_forward:
+        raise Unsupported(f"convolution {cls.__name__} is not nn.Conv2d")
+    if module.padding_mode != "zeros":
+        raise Unsupported(f"padding mode {module.padding_mode!r}")
+    padding = module.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(t % 2 for t in total):
+            raise Unsupported("padding 'same' is uneven for an even filter")
+        padding = (total[0] // 2, total[1] // 2)
+    return pair(module.stride), pair(padding), pair(module.dilation), module.groups  # type: ignore[arg-type]
+
+
+def norm_relu(module: nn.Module) -> bool:
+    """Whether a supported norm ends in a ReLU of its own.
+
+    Raises:
+        Unsupported: if the module is no batch norm with running statistics, or its activation is not ReLU.
+    """
+    cls = type(module)
+    if is_frozen_norm(module):
+        return False
+    if _timm_norm_act(module):
+        if not isinstance(module.drop, nn.Identity):
+            raise Unsupported(f"{cls.__name__} with {type(module.drop).__name__} inside")
+        if isinstance(module.act, nn.Identity):
+            relu = False
+        elif type(module.act) is nn.ReLU:
+            relu = True
+        else:
+            raise Unsupported(f"activation {type(module.act).__name__} is not ReLU")
+    elif isinstance(module, nn.BatchNorm2d) and cls.forward is nn.BatchNorm2d.forward:
+        relu = False
+    else:
+        raise Unsupported(f"{cls.__name__} is not a convolution, ReLU, BatchNorm2d or FrozenBatchNorm2d")
+    if getattr(module, "running_mean", None) is None:
+        raise Unsupported(f"{cls.__name__} without running statistics")
+    return relu
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether the norm would use, and update, the statistics of the batch if it were called now."""
+    return module.training and isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+def check_untouched(root: nn.Module) -> None:
+    """Raise `Unsupported` if the block holds something that runs only when modules are called: hooks and the like."""
+    if "forward" in root.__dict__:
+        raise Unsupported("its forward is overridden on the instance")
+    for name, module in root.named_modules():
+        where = f"{name or 'the block'} ({type(module).__name__})"
+        if module is not root and any(hook_dicts(module)):
+            raise Unsupported(f"hooks on {where}")
+        if module is not root and "forward" in module.__dict__:
+            raise Unsupported(f"the forward of {where} is overridden on the instance")
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            raise Unsupported(f"parametrization on {where}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported(f"{where} is a ScriptModule")
+        if hasattr(module, "_fsdp_wrapped_module") or getattr(module, "_is_fsdp_managed_module", False):
+            raise Unsupported(f"{where} is sharded by FSDP")
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+                raise Unsupported(f"{key} of {where} is a {type(tensor).__name__}")
+            if hasattr(tensor, "ds_id"):
+                raise Unsupported(f"{where} is sharded by ZeRO")
+
+
+def hook_dicts(module: nn.Module) -> tuple[dict, ...]:
+    """The dictionaries that hold a module's call-time hooks; all are empty where there are none."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def bind_norm(module: nn.Module | None) -> BatchNorm | None:
+    """The tensors of a norm module as they are now."""
+    return None if module is None else BatchNorm.of(module)
+
+
+def bind_conv(module: nn.Module, norm: nn.Module | None, geometry: tuple[Pair, Pair, Pair, int]) -> Conv:
+    """The tensors of a convolution and its norm as they are now."""
+    return Conv(module.weight, module.bias, bind_norm(norm), *geometry)  # type: ignore[arg-type]

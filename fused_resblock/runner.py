@@ -1,0 +1,154 @@
+"""Running a plan on a block: the modules it names are looked up once, and each call asks whether they still hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import dispatch, leaves
+from .functional import check_image
+from .params import Conv
+from .plan import Branch, Plan, Step, Unsupported
+
+
+class _BoundBranch:
+    """The modules of a `Branch`."""
+
+    def __init__(self, block: nn.Module, branch: Branch) -> None:
+        self.source = branch.source
+        self.norm = None if branch.norm is None else block.get_submodule(branch.norm)
+        self.conv = None if branch.conv is None else block.get_submodule(branch.conv)
+        self.geometry = None if self.conv is None else leaves.conv_geometry(self.conv)
+
+    def tensors(self, x: Tensor, autocast: bool) -> Conv:
+        """The branch's convolution with its tensors as they are now.
+
+        Raises:
+            ValueError: if the weights have another device or, outside autocast, another dtype than x.
+        """
+        conv = leaves.bind_conv(self.conv, self.norm, self.geometry)  # type: ignore[arg-type]
+        if conv.weight.dtype != x.dtype and not autocast:
+            raise ValueError(f"x must have the weights' dtype {conv.weight.dtype}, got {x.dtype}")
+        if conv.weight.device != x.device:
+            raise ValueError(f"x must be on the weights' device {conv.weight.device}, got {x.device}")
+        return conv
+
+
+class _BoundStep:
+    """The modules of a `Step`."""
+
+    def __init__(self, block: nn.Module, step: Step) -> None:
+        self.main = _BoundBranch(block, step.main)
+        self.shortcut = None if step.shortcut is None else _BoundBranch(block, step.shortcut)
+        self.pool = None if step.pool is None else block.get_submodule(step.pool)
+        self.residual_norm = None if step.residual_norm is None else block.get_submodule(step.residual_norm)
+        self.residual, self.residual_stride, self.relu = step.residual, step.residual_stride, step.relu
+
+    def run(self, values: list[Tensor], backend: str, autocast: bool) -> Tensor:
+        """The step's value from the values before it."""
+        x = values[self.main.source]
+        if self.pool is not None:
+            return self.pool(x)
+        residual = None if self.residual is None else values[self.residual]
+        if self.main.conv is None:
+            return dispatch.bn_act(
+                x,
+                leaves.bind_norm(self.main.norm),
+                residual=residual,
+                residual_norm=leaves.bind_norm(self.residual_norm),
+                residual_stride=self.residual_stride,
+                relu=self.relu,
+                backend=backend,
+            )
+        shortcut = None
+        if self.shortcut is not None:
+            x2 = values[self.shortcut.source]
+            shortcut = x2, self.shortcut.tensors(x2, autocast)
+        return dispatch.conv_bn_act(
+            x,
+            self.main.tensors(x, autocast),
+            residual=residual,
+            residual_stride=self.residual_stride,
+            shortcut=shortcut,
+            relu=self.relu,
+            backend=backend,
+        )
+
+
+class Runner:
+    """A plan with its modules.
+
+    Args:
+        block: the fused block.
+        plan: what it computes.
+
+    Raises:
+        Unsupported: if nothing in the plan reads the block's input.
+    """
+
+    def __init__(self, block: nn.Module, plan: Plan) -> None:
+        self.eval_only = plan.eval_only
+        self.steps = [_BoundStep(block, step) for step in plan.steps]
+        self.norms = [block.get_submodule(path) for path in plan.norms()]
+        self.in_channels = self._in_channels()
+
+    def _in_channels(self) -> int:
+        for branch in (b for step in self.steps for b in (step.main, step.shortcut) if b is not None):
+            if branch.source == 0 and branch.conv is not None:
+                return branch.conv.in_channels  # type: ignore[return-value]
+            if branch.source == 0 and branch.norm is not None:
+                return branch.norm.running_mean.shape[0]  # type: ignore[union-attr, return-value]
+        raise Unsupported("nothing in it reads its input")
+
+    def mode_obstacle(self, training: bool) -> str | None:
+        """Why the block's mode calls for its own forward; None when the plan may run."""
+        if self.eval_only and training:
+            return "in train() it computes something else"
+        for norm in self.norms:
+            if leaves.uses_batch_statistics(norm):
+                return "batch statistics (train mode)"
+        return None
+
+    def run(self, x: Tensor, backend: str) -> Tensor:
+        """The block's output for `x`, by its plan.
+
+        Raises:
+            TypeError, ValueError: if x does not fit the block; see `functional.conv_bn_act`.
+        """
+        check_image(x, "x")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels, as the block has, got {x.shape[1]}")
+        dtype = dispatch.autocast_dtype(x)
+        values = [x if dtype is None else x.to(dtype)]
+        for step in self.steps:
+            values.append(step.run(values, backend, dtype is not None))
+        return values[-1]
+
+
+class Watch:
+    """Notices what a runner cannot see: modules replaced by hand, hooks and forwards added after fusing."""
+
+    def __init__(self, block: nn.Module) -> None:
+        inner = [m for m in block.modules() if m is not block]
+        self._children = [(m._modules, name, child) for m in block.modules() for name, child in m._modules.items()]
+        self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
+        self._attributes = [m.__dict__ for m in inner]
+
+    def same_modules(self) -> bool:
+        """Whether every module is still where it was."""
+        return all(modules.get(name) is child for modules, name, child in self._children)
+
+    def obstacle(self) -> str | None:
+        """Why inner modules must be called one by one; None when they need not."""
+        for hooks in self._hooks:
+            if hooks:
+                return "hooks on inner modules"
+        for attributes in self._attributes:
+            if "forward" in attributes or "parametrizations" in attributes.get("_modules", ()):
+                return "the forward of an inner module is overridden on the instance"
+        return "global module hooks" if nn.modules.module._has_any_global_hook() else None
+
+
+def untraceable(x: object) -> bool:
+    """Whether the block's own forward must be recorded node by node: a `torch.fx` proxy or `torch.jit.trace`."""
+    return isinstance(x, fx.Proxy) or torch.jit.is_tracing()
