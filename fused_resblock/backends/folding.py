@@ -54,12 +54,6 @@ class TensorCache:
         return len(self._entries)
 
 
-def parts_of(conv: Conv) -> Parts:
-    """Every tensor that a folded weight depends on."""
-    norm = conv.norm
-    return (conv.weight, conv.bias) if norm is None else (conv.weight, conv.bias, *norm[:4])
-
-
 def scale_shift(norm: BatchNorm, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """scale = weight / sqrt(var + eps) and shift = bias - mean * scale, each `[C]` in `dtype`."""
     scale = torch.rsqrt(norm.var.to(dtype) + norm.eps)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..params import BatchNorm, Conv
 from . import eager
 from .eager import strided
-from .folding import TensorCache, fold, parts_of
+from .folding import TensorCache, fold
 from .select import Problem
 
 _packed = TensorCache()
@@ -58,7 +58,7 @@ def conv_bn_act(
     relu: bool = True,
 ) -> Tensor:
     """See `functional.conv_bn_act`."""
-    weight, bias = _packed.get(parts_of(conv), x.dtype, lambda: _pack(x, conv))
+    weight, bias = _packed.get(conv.tensors(), x.dtype, lambda: _pack(x, conv))
     args = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
     act = "relu" if relu else "none"
     identity = None
