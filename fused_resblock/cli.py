@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line long, as are those of the commands."""
+    """A parser whose errors are one line long, as are those of the commands, and that wants options in full."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, ops
+from .backends.folding import uncached
 from .params import BatchNorm, Conv
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -50,6 +51,11 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     return all(t is None or (type(t) in _PLAIN_TYPES and not (grad and t.requires_grad)) for t in tensors)
 
 
+def _trained(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient will be taken of any of these; then folding them for later calls is wasted work."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants convolutions in on x's device, or None where autocast is off."""
     kind = x.device.type
@@ -75,6 +81,9 @@ def conv_bn_act(
         return backends.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
     if forward_mode(tensors):
         return backends.eager.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, **epilogue)
+    if not torch.compiler.is_compiling() and _trained(tensors[2:]):
+        with uncached():
+            return ops.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
     return ops.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
 
 

@@ -63,7 +63,7 @@ def _choices(backend: str) -> str:
             if grouped != choice:
                 rows.append([device, f"{name}, in groups", grouped.backend, grouped.reason])
     if "cuda" not in devices:
-        rows.append(["cuda", "any", None, "torch sees no CUDA device"])
+        rows.append(["cuda", "any", "-", "torch sees no CUDA device"])
     return format_table(["tensors", "dtype", "backend", "why"], rows)
 
 

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from .params import BatchNorm, Conv, Pair, pair
+from .params import Pair, pair
 from .plan import Unsupported
 
 
@@ -115,13 +115,3 @@ def hook_dicts(module: nn.Module) -> tuple[dict, ...]:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-
-
-def bind_norm(module: nn.Module | None) -> BatchNorm | None:
-    """The tensors of a norm module as they are now."""
-    return None if module is None else BatchNorm.of(module)
-
-
-def bind_conv(module: nn.Module, norm: nn.Module | None, geometry: tuple[Pair, Pair, Pair, int]) -> Conv:
-    """The tensors of a convolution and its norm as they are now."""
-    return Conv(module.weight, module.bias, bind_norm(norm), *geometry)  # type: ignore[arg-type]

@@ -87,6 +87,20 @@ def commit() -> str | None:
     return answer.stdout.strip() or None
 
 
+def other_busy_seconds() -> float:
+    """Processor time spent by everything but this process since the system started; 0 where it is not known.
+
+    The difference of two readings, over the time between them, is the number of cores that were busy with other work.
+    """
+    try:
+        ticks = [int(field) for field in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0
+    user, nice, system, _idle, _wait, irq, soft_irq, steal = ticks
+    own = os.times()
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
 def stamp() -> dict[str, object]:
     """Everything that a measurement must name to be repeated: hardware, threads, versions and commit."""
     return {

@@ -44,10 +44,8 @@ class Conv(NamedTuple):
 
     def output_size(self, height: int, width: int) -> Pair:
         """Rows and columns of the output for an input of `height` x `width`."""
-        return (
-            (height + 2 * self.padding[0] - self.dilation[0] * (self.weight.shape[2] - 1) - 1) // self.stride[0] + 1,
-            (width + 2 * self.padding[1] - self.dilation[1] * (self.weight.shape[3] - 1) - 1) // self.stride[1] + 1,
-        )
+        rows, columns = self.weight.shape[2:]
+        return output_size(height, width, rows, columns, self.stride, self.padding, self.dilation)
 
 
 class Shortcut(NamedTuple):
@@ -71,3 +69,13 @@ class Shortcut(NamedTuple):
 def pair(value: int | Pair) -> Pair:
     """`value` for both axes, or the two values themselves."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def output_size(
+    height: int, width: int, rows: int, columns: int, stride: Pair, padding: Pair, dilation: Pair
+) -> Pair:
+    """Rows and columns of a convolution's output for an image of height x width and a filter of rows x columns."""
+    return (
+        (height + 2 * padding[0] - dilation[0] * (rows - 1) - 1) // stride[0] + 1,
+        (width + 2 * padding[1] - dilation[1] * (columns - 1) - 1) // stride[1] + 1,
+    )

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, fx, nn
 
-from . import dispatch, leaves
+from . import backends, dispatch, leaves
 from .functional import check_image
-from .params import Conv
+from .params import BatchNorm, Conv
 from .plan import Branch, Plan, Step, Unsupported
+
+
+class _Slots:
+    """The places that hold a module's tensors, so that reading them skips `nn.Module.__getattr__` (0.4 us each)."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        places = (module.__dict__, module._parameters, module._buffers)
+        self._slots = [(next((p for p in places if name in p), places[0]), name) for name in names]
+
+    def read(self) -> list[Tensor]:
+        """The tensors as they are now."""
+        return [place[name] for place, name in self._slots]
+
+
+class _BoundNorm:
+    """A norm module and its tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._slots = _Slots(module, ("running_mean", "running_var", "weight", "bias"))
+
+    def tensors(self) -> BatchNorm:
+        """The norm's tensors as they are now."""
+        if torch.compiler.is_compiling():
+            return BatchNorm.of(self.module)
+        return BatchNorm(*self._slots.read(), self.module.eps)  # type: ignore[arg-type]
 
 
 class _BoundBranch:
@@ -16,9 +44,11 @@ class _BoundBranch:
 
     def __init__(self, block: nn.Module, branch: Branch) -> None:
         self.source = branch.source
-        self.norm = None if branch.norm is None else block.get_submodule(branch.norm)
+        self.norm = None if branch.norm is None else _BoundNorm(block.get_submodule(branch.norm))
         self.conv = None if branch.conv is None else block.get_submodule(branch.conv)
-        self.geometry = None if self.conv is None else leaves.conv_geometry(self.conv)
+        if self.conv is not None:
+            self._geometry = leaves.conv_geometry(self.conv)
+            self._slots = _Slots(self.conv, ("weight", "bias"))
 
     def tensors(self, x: Tensor, autocast: bool) -> Conv:
         """The branch's convolution with its tensors as they are now.
@@ -26,12 +56,15 @@ class _BoundBranch:
         Raises:
             ValueError: if the weights have another device or, outside autocast, another dtype than x.
         """
-        conv = leaves.bind_conv(self.conv, self.norm, self.geometry)  # type: ignore[arg-type]
-        if conv.weight.dtype != x.dtype and not autocast:
-            raise ValueError(f"x must have the weights' dtype {conv.weight.dtype}, got {x.dtype}")
-        if conv.weight.device != x.device:
-            raise ValueError(f"x must be on the weights' device {conv.weight.device}, got {x.device}")
-        return conv
+        if torch.compiler.is_compiling():
+            weight, bias = self.conv.weight, self.conv.bias  # type: ignore[union-attr]
+        else:
+            weight, bias = self._slots.read()
+        if weight.dtype != x.dtype and not autocast:
+            raise ValueError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
+        if weight.device != x.device:
+            raise ValueError(f"x must be on the weights' device {weight.device}, got {x.device}")
+        return Conv(weight, bias, None if self.norm is None else self.norm.tensors(), *self._geometry)
 
 
 class _BoundStep:
@@ -41,38 +74,28 @@ class _BoundStep:
         self.main = _BoundBranch(block, step.main)
         self.shortcut = None if step.shortcut is None else _BoundBranch(block, step.shortcut)
         self.pool = None if step.pool is None else block.get_submodule(step.pool)
-        self.residual_norm = None if step.residual_norm is None else block.get_submodule(step.residual_norm)
-        self.residual, self.residual_stride, self.relu = step.residual, step.residual_stride, step.relu
+        self.residual = step.residual
+        self.residual_norm = None if step.residual_norm is None else _BoundNorm(block.get_submodule(step.residual_norm))
+        self.epilogue = {"residual_stride": step.residual_stride, "relu": step.relu}
 
-    def run(self, values: list[Tensor], backend: str, autocast: bool) -> Tensor:
-        """The step's value from the values before it."""
+    def run(self, values: list[Tensor], calls: ModuleType, backend: str, autocast: bool) -> Tensor:
+        """The step's value from the values before it, by the operations of `calls`: `dispatch` or `backends`."""
         x = values[self.main.source]
         if self.pool is not None:
             return self.pool(x)
         residual = None if self.residual is None else values[self.residual]
         if self.main.conv is None:
-            return dispatch.bn_act(
-                x,
-                leaves.bind_norm(self.main.norm),
-                residual=residual,
-                residual_norm=leaves.bind_norm(self.residual_norm),
-                residual_stride=self.residual_stride,
-                relu=self.relu,
-                backend=backend,
+            norm = None if self.main.norm is None else self.main.norm.tensors()
+            residual_norm = None if self.residual_norm is None else self.residual_norm.tensors()
+            return calls.bn_act(
+                x, norm, residual=residual, residual_norm=residual_norm, backend=backend, **self.epilogue
             )
         shortcut = None
         if self.shortcut is not None:
             x2 = values[self.shortcut.source]
             shortcut = x2, self.shortcut.tensors(x2, autocast)
-        return dispatch.conv_bn_act(
-            x,
-            self.main.tensors(x, autocast),
-            residual=residual,
-            residual_stride=self.residual_stride,
-            shortcut=shortcut,
-            relu=self.relu,
-            backend=backend,
-        )
+        conv = self.main.tensors(x, autocast)
+        return calls.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **self.epilogue)
 
 
 class Runner:
@@ -97,7 +120,7 @@ class Runner:
             if branch.source == 0 and branch.conv is not None:
                 return branch.conv.in_channels  # type: ignore[return-value]
             if branch.source == 0 and branch.norm is not None:
-                return branch.norm.running_mean.shape[0]  # type: ignore[union-attr, return-value]
+                return branch.norm.module.running_mean.shape[0]  # type: ignore[union-attr, return-value]
         raise Unsupported("nothing in it reads its input")
 
     def mode_obstacle(self, training: bool) -> str | None:
@@ -119,9 +142,11 @@ class Runner:
         if x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, as the block has, got {x.shape[1]}")
         dtype = dispatch.autocast_dtype(x)
+        backend = backends.check_name(backend)
+        calls = backends if not torch.is_grad_enabled() and dispatch.plain((x,)) else dispatch
         values = [x if dtype is None else x.to(dtype)]
         for step in self.steps:
-            values.append(step.run(values, backend, dtype is not None))
+            values.append(step.run(values, calls, backend, dtype is not None))
         return values[-1]
 
 

@@ -7,17 +7,19 @@ cannot run one operation), `conv_bn_act` and `bn_act`.
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..params import BatchNorm, Conv
+from ..params import BatchNorm, Conv, output_size
 from . import cudnn, eager, onednn, triton
 from .select import Choice, Problem, preference, select
 
+Shape = Sequence[int]
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "cudnn": cudnn, "onednn": onednn, "eager": eager}
 
 __all__ = ["BACKENDS", "Choice", "Problem", "bn_act", "check_name", "clear_caches", "conv_bn_act", "relu_backward", "resolve", "select"]
@@ -50,30 +52,30 @@ def refusal(name: str, problem: Problem) -> str | None:
 
 
 @cache
-def _resolve(backend: str, problem: Problem, interpreter: str | None) -> Choice:
-    if backend == "auto":
-        return select(problem, {name: refusal(name, problem) for name, _ in preference(problem)})
-    reason = refusal(backend, problem)
-    if reason is None:
-        return Choice(backend, "forced")
-    return Choice("eager", f"{backend}: {reason}")
-
-
 def resolve(backend: str, problem: Problem) -> Choice:
     """The backend that runs `problem`: the named one, or `select`'s choice for "auto".
 
     A named backend that cannot run this problem (its device or dtype) gives way to `eager`; the reason says so.
     """
-    return _resolve(backend, problem, os.environ.get("TRITON_INTERPRET"))
+    if backend == "auto":
+        return select(problem, {name: refusal(name, problem) for name, _ in preference(problem)})
+    reason = refusal(backend, problem)
+    return Choice(backend, "forced") if reason is None else Choice("eager", f"{backend}: {reason}")
 
 
-def conv_problem(x: Tensor, conv: Conv) -> Problem:
-    """What `select` needs to know of a convolution."""
-    n, channels, h, w = x.shape
-    k, _, r, s = conv.weight.shape
-    p, q = conv.output_size(h, w)
-    reach = ((r - 1) * conv.dilation[0] * w + (s - 1) * conv.dilation[1] + 1) * channels
-    return Problem(x.device.type, x.dtype, "conv", channels, k, (r, s), conv.groups, n * max(h * w, p * q), reach)
+def conv_problem(device: str, dtype: torch.dtype, shape: Shape, weight_shape: Shape, *geometry: Any) -> Problem:
+    """What `select` needs to know of a convolution: of x its device, dtype and shape; of `Conv` all but the tensors."""
+    n, channels, h, w = shape
+    k, _, r, s = weight_shape
+    p, q = output_size(h, w, r, s, *geometry[:3])
+    dilation, groups = geometry[2:]
+    reach = ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * channels
+    return Problem(device, dtype, "conv", channels, k, (r, s), groups, n * max(h * w, p * q), reach)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(backend: str, *description: Any) -> str:
+    return resolve(backend, conv_problem(*description)).backend
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -100,7 +102,7 @@ def conv_bn_act(
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if shortcut is not None:
         shortcut = (_dense(shortcut[0]), shortcut[1])  # type: ignore[assignment]
-    run = BACKENDS[resolve(backend, conv_problem(x, conv)).backend].conv_bn_act
+    run = BACKENDS[_chosen(backend, x.device.type, x.dtype, x.shape, conv.weight.shape, *conv[3:])].conv_bn_act
     return run(
         _dense(x), conv, residual=_dense(residual), residual_stride=residual_stride, shortcut=shortcut, relu=relu
     )

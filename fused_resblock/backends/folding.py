@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,24 +16,59 @@ from ..params import BatchNorm, Conv
 
 Parts = tuple[Tensor | None, ...]
 
+_bypass: ContextVar[bool] = ContextVar("bypass", default=False)
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Within this context nothing is cached: for weights that are being trained, or perturbed one by one."""
+    token = _bypass.set(True)
+    try:
+        yield
+    finally:
+        _bypass.reset(token)
+
 
 def _stamp(parts: Parts) -> tuple[Any, ...]:
     """Identity, version and address of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
     return tuple(None if t is None else (id(t), t._version, t.data_ptr()) for t in parts)
 
 
+def _words(parts: Parts, per_tensor: int = 4) -> list[ctypes.c_uint64]:
+    """A few evenly spread 8-byte words of each CPU tensor's memory, to be read again while their addresses hold."""
+    words = []
+    for tensor in parts:
+        if tensor is None or tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() < 8:
+            continue
+        if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+            last = tensor.numel() * tensor.element_size() // 8 - 1
+            offsets = {8 * (last * i // (per_tensor - 1)) for i in range(per_tensor)}
+            words += [ctypes.c_uint64.from_address(tensor.data_ptr() + offset) for offset in sorted(offsets)]
+    return words
+
+
+class _Entry(NamedTuple):
+    stamp: tuple[Any, ...]
+    words: list[ctypes.c_uint64]
+    seen: list[int]
+    value: Any
+    head: weakref.ref[Tensor]
+
+
 class TensorCache:
     """Values computed from tensors, kept until one of the tensors is edited, moved, replaced or freed.
 
-    The key is the first tensor's identity; the stamp covers all of them. An edit through `tensor.data` is the one that
-    PyTorch itself does not record: call `clear` after it.
+    An edit through `tensor.data` is the one that PyTorch does not record. On the CPU sampled words are compared as
+    well, so one that changes whole tensors (a moving average, say) is seen; after others, and on a GPU, call `clear`.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[tuple[Any, ...], Any, weakref.ref[Tensor]]] = {}
+        self._entries: dict[int, _Entry] = {}
 
     def get(self, parts: Parts, dtype: torch.dtype, compute: Callable[[], Any]) -> Any:
         """The value for `parts`, whose first is not None, in `dtype`, from the cache or from `compute`."""
+        if _bypass.get():
+            return compute()
         head = parts[0]
         assert head is not None
         try:
@@ -39,11 +77,13 @@ class TensorCache:
             return compute()
         key = id(head)
         entry = self._entries.get(key)
-        if entry is not None and entry[0] == stamp and entry[2]() is head:
-            return entry[1]
+        if entry is not None and entry.stamp == stamp and [w.value for w in entry.words] == entry.seen:
+            return entry.value
         value = compute()
+        words = _words(parts)
         entries = self._entries
-        self._entries[key] = (stamp, value, weakref.ref(head, lambda _: entries.pop(key, None)))
+        ref = weakref.ref(head, lambda _: entries.pop(key, None))
+        self._entries[key] = _Entry(stamp, words, [w.value for w in words], value, ref)
         return value
 
     def clear(self) -> None:

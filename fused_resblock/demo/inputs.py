@@ -1,0 +1,140 @@
+"""What the photograph part of the demo reads: pictures and checkpoints, checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..reference import Bottleneck
+
+#: mean and standard deviation of ImageNet's red, green and blue, with which torchvision's weights were trained.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+SIZE = 224
+
+
+def load_pictures(files: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read picture files, or scikit-learn's two sample photographs when none is named.
+
+    Returns:
+        Name -> RGB `PIL.Image`.
+
+    Raises:
+        ValueError: if a file cannot be read as a picture.
+    """
+    from PIL import Image
+
+    if not files:
+        from sklearn.datasets import load_sample_image
+
+        return {name: Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")}
+    pictures = {}
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                pictures[str(file)] = picture.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"image must be a picture that Pillow reads, got {str(file)!r}: {reason}") from error
+    return pictures
+
+
+def to_batch(pictures: Sequence[Any], batch: int) -> Tensor:
+    """Scale each picture's shorter side to 256, cut out the middle 224x224, normalise, repeat up to `batch`.
+
+    Returns:
+        `[batch, 3, 224, 224]` fp32, channels_last.
+    """
+    import numpy
+
+    images = []
+    for picture in pictures:
+        scale = 256 / min(picture.size)
+        width, height = (max(SIZE, round(side * scale)) for side in picture.size)
+        left, top = (width - SIZE) // 2, (height - SIZE) // 2
+        middle = picture.resize((width, height)).crop((left, top, left + SIZE, top + SIZE))
+        pixels = torch.from_numpy(numpy.array(middle, dtype=numpy.float32) / 255)
+        images.append(((pixels - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1))
+    chosen = [images[i % len(images)] for i in range(batch)]
+    return torch.stack(chosen).contiguous(memory_format=torch.channels_last)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read a `state_dict` that `torch.save` wrote, alone or under the key "state_dict".
+
+    Raises:
+        ValueError: if the file holds anything else.
+    """
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no common base class for its errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"weights must be a file that torch.load reads, got {str(file)!r}: {reason}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"weights must be a state_dict of tensors, got {type(loaded).__name__} in {str(file)!r}")
+    return loaded
+
+
+def check_fit(state: dict[str, Tensor], name: str) -> None:
+    """Check that a checkpoint's names and shapes are those of the network; the classifier may have any width.
+
+    `num_batches_tracked`, which inference does not read, may be absent.
+
+    Raises:
+        ValueError: if a tensor is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        expected = models.build(name, num_classes=num_classes(state)).state_dict()
+    needed = {key for key in expected if not key.endswith("num_batches_tracked")}
+    missing = sorted(needed - state.keys())
+    unexpected = sorted(state.keys() - expected.keys())
+    reshaped = sorted(key for key in needed & state.keys() if state[key].shape != expected[key].shape)
+    if missing or unexpected or reshaped:
+        first = (missing + unexpected + reshaped)[0]
+        raise ValueError(
+            f"weights must fit {name}, got {len(missing)} missing, {len(unexpected)} unexpected and "
+            f"{len(reshaped)} differently shaped tensors, {first!r} among them"
+        )
+
+
+def num_classes(state: dict[str, Tensor]) -> int:
+    """The width of the classifier in a checkpoint; 1000 if it has none."""
+    weight = state.get("fc.weight")
+    return weight.shape[0] if weight is not None and weight.ndim == 2 else 1000
+
+
+def make_model(name: str, state: dict[str, Tensor] | None, x: Tensor) -> nn.Module:
+    """Build a network in eval mode: with the weights of a checkpoint that fits, or else with random ones.
+
+    The random ones come from a fixed seed and are made to behave like trained ones, which a deep random network does
+    not: its activations outgrow fp16, or rounding errors grow from block to block. So batch norms get a random gamma
+    and beta, the last gamma of each block is made small beside the skip connection, and the running statistics are
+    those that the network finds in `x`.
+    """
+    if state is not None:
+        model = models.build(name, num_classes=num_classes(state))
+        model.load_state_dict(state, strict=False)
+        return model.eval()
+    torch.manual_seed(0)
+    model = models.build(name)
+    models.randomize_norms(model)
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    last_gamma = "bn3.weight" if models.ARCHITECTURES[name][0] is Bottleneck else "bn2.weight"
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(last_gamma):
+                parameter.mul_(0.25)
+        for norm in norms:
+            norm.momentum = 1.0  # the running statistics become those of this one batch
+        model(x)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
