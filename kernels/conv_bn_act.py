@@ -172,7 +172,8 @@ def conv_bn_act(x, conv, *, residual=None, residual_stride=1, shortcut=None, rel
     groups = conv.groups
     y = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if tile is None:
-        tile = choose_tile(m, k // groups, c, r * s, x.element_size(), multiprocessors(x.device))
+        shape = m, k // groups, c, r * s, x.element_size()
+        tile = choose_tile(*shape, second=shortcut is not None, multiprocessors=multiprocessors(x.device))
     x2, conv2 = shortcut if shortcut is not None else (None, None)
     weight2, bias2, norm2 = (None, None, None) if conv2 is None else conv2[:3]
     second = residual if residual is not None else x2
