@@ -68,7 +68,12 @@ def _choices(backend: str) -> str:
 
 
 def hints() -> list[str]:
-    """Advice that depends on this machine: settings outside of this package that change the speed."""
+    """Advice that depends on this machine: settings outside of this package that change the speed.
+
+    glibc maps every allocation of more than 32 MB anew and gives it back when it is freed, so that each activation of a
+    large batch is faulted in page by page: 200,000 faults a forward of eager ResNet-50, batch 16, fp32. Without them it
+    took 476 ms instead of 701 (two cores of an AMD EPYC, AVX512), in bf16 235 instead of 299.
+    """
     advice = []
     allocator = os.environ.get("LD_PRELOAD", "")
     if (
@@ -78,7 +83,8 @@ def hints() -> list[str]:
     ):
         advice.append(
             "large batches on the CPU: glibc gives every activation of more than 32 MB back to the system and faults "
-            "it in again. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the environment keeps it"
+            "it in again. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the environment keeps the memory; eager "
+            "ResNet-50 at batch 16 became 1.3 to 1.5 times as fast by it"
         )
     return advice
 

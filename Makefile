@@ -1,0 +1,46 @@
+# Everything runs in .venv, which is made on first use and brought up to date when these files change.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+STAMP = $(VENV)/.installed
+
+.PHONY: help venv demo test lint format bench-cpu readme clean
+
+help:
+	@echo "make demo       compare eager and fused networks on sample images (ARGS='--model resnet50 --batch 8')"
+	@echo "make test       run the tests (ARGS='-k conv')"
+	@echo "make lint       ruff and mypy; make format repairs what ruff can"
+	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md"
+	@echo "make clean      remove .venv, caches and build output"
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt fused_resblock/version.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --editable '.[test,dev]' --constraint constraints.txt
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m fused_resblock demo $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-cpu: $(STAMP)
+	$(PY) -m benchmarks.bench_cpu $(ARGS)
+
+readme: $(STAMP)
+	$(PY) -m benchmarks.readme_tables $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
