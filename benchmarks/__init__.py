@@ -1,0 +1,1 @@
+"""Benchmarks of fused networks; not part of the installed package. Run from the root of a checkout."""

@@ -1,0 +1,97 @@
+"""What is measured: networks and parts of them with their inputs, and the ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fused_resblock as frb
+from fused_resblock.demo.inputs import make_model
+
+NETWORKS = ("resnet18", "resnet50")
+PARTS = ("whole", "layer1-4")
+DTYPES = ("float32", "bfloat16")
+BATCHES = (1, 16)
+SIZE = 224
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network or the body of one, in one dtype, at one batch size."""
+
+    network: str
+    part: str = "whole"
+    dtype: str = "float32"
+    batch: int = 1
+    size: int = SIZE
+
+    def __str__(self) -> str:
+        return f"{self.network} {self.part} {self.dtype} batch {self.batch}"
+
+
+@torch.no_grad()
+def prepare(case: Case) -> tuple[nn.Module, Tensor]:
+    """Build what the case names.
+
+    The weights are random but behave like trained ones, batch norms included (`demo.inputs.make_model`).
+
+    Returns:
+        The network, or `nn.Sequential(layer1, ..., layer4)` of it, in eval mode and channels_last; and its input,
+        channels_last: `[batch, 3, size, size]` from a standard normal distribution, or what the network's own stem
+        makes of that, `[batch, 64, size / 4, size / 4]`.
+    """
+    dtype = getattr(torch, case.dtype)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    model = make_model(case.network, None, images).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = images.to(dtype)
+    if case.part == "whole":
+        return model, x
+    stem = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+    body = nn.Sequential(model.layer1, model.layer2, model.layer3, model.layer4)
+    return body, stem.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def exact_output(model: nn.Module, x: Tensor) -> Tensor:
+    """What the model makes of x in float64, with the weights and the input as they were rounded to their dtype."""
+    return deepcopy(model).double()(x.double())
+
+
+def _eager(model: nn.Module, x: Tensor) -> nn.Module:
+    return model
+
+
+def _fused(model: nn.Module, x: Tensor) -> nn.Module:
+    return frb.fuse(model)
+
+
+def _compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`torch.compile` with weights frozen: batch norms folded, weights packed ahead, as far as Inductor goes on a CPU.
+
+    It is compiled here, on x, because freezing is read from the global configuration at that moment.
+    """
+    torch._dynamo.reset()  # without this, earlier cases count as recompilations of the same code
+    compiled = torch.compile(model)
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        compiled(x)
+    return compiled
+
+
+#: name -> makes the callable for a model in eval mode and its input.
+PROVIDERS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]] = {
+    "eager": _eager,
+    "fused": _fused,
+    "compile": _compiled,
+}
+
+
+def providers(model: nn.Module, x: Tensor, names: tuple[str, ...] = tuple(PROVIDERS)) -> dict[str, Callable]:
+    """The named providers for a model and its input, as `harness.compare` takes them."""
+    return {name: partial(PROVIDERS[name], model, x) for name in names}
