@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import nan_relu, scale_shift, strided_rows
-from .launch import accumulator, device_of, dot_precision, interpreted, multiprocessors
+from .launch import accumulator, device_of, dot_precision, gpu_of, interpreted
 from .tiles import Tile, choose_tile
 
 
@@ -173,7 +173,7 @@ def conv_bn_act(x, conv, *, residual=None, residual_stride=1, shortcut=None, rel
     y = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if tile is None:
         shape = m, k // groups, c, r * s, x.element_size()
-        tile = choose_tile(*shape, second=shortcut is not None, multiprocessors=multiprocessors(x.device))
+        tile = choose_tile(*shape, second=shortcut is not None, gpu=gpu_of(x.device))
     x2, conv2 = shortcut if shortcut is not None else (None, None)
     weight2, bias2, norm2 = (None, None, None) if conv2 is None else conv2[:3]
     second = residual if residual is not None else x2

@@ -9,6 +9,8 @@ import torch
 import triton.language as tl
 from triton import knobs
 
+from .tiles import Gpu
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1` before Triton was imported)."""
@@ -32,6 +34,9 @@ def device_of(x: torch.Tensor):
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the device; an H100's for the interpreter, so that it runs the same tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that a tensor's device is; an H100 where it is none, so that the interpreter runs the same tiles."""
+    if device.type != "cuda":
+        return Gpu()
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, 10 * properties.major + properties.minor)
