@@ -184,7 +184,11 @@ def _check_conv(x: Tensor, conv: Conv, autocast: bool) -> None:
         raise ValueError(f"groups must divide the {weight.shape[0]} output channels, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(f"x must have {weight.shape[1] * groups} channels, as weight has, got {x.shape[1]}")
-    for name, value, least in (("stride", conv.stride, 1), ("padding", conv.padding, 0), ("dilation", conv.dilation, 1)):
+    for name, value, least in (
+        ("stride", conv.stride, 1),
+        ("padding", conv.padding, 0),
+        ("dilation", conv.dilation, 1),
+    ):
         if min(value) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if bias is not None:

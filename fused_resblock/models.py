@@ -73,9 +73,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(self.inplanes, num_classes)
         self._reset_parameters(zero_init_residual)
 
-    def _make_layer(
-        self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False
-    ) -> nn.Sequential:
+    def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         first_dilation = self.dilation
         if dilate:
             self.dilation *= stride

@@ -15,6 +15,7 @@ from .plan import Plan, Unsupported
 from .recognize import recognize
 from .runner import Runner, Watch, untraceable
 
+
 class _State:
     """What a fused block looked up about itself; made anew when its modules change."""
 

@@ -71,9 +71,7 @@ def pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def output_size(
-    height: int, width: int, rows: int, columns: int, stride: Pair, padding: Pair, dilation: Pair
-) -> Pair:
+def output_size(height: int, width: int, rows: int, columns: int, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """Rows and columns of a convolution's output for an image of height x width and a filter of rows x columns."""
     return (
         (height + 2 * padding[0] - dilation[0] * (rows - 1) - 1) // stride[0] + 1,

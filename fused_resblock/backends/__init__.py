@@ -22,7 +22,18 @@ from .select import Choice, Problem, preference, select
 Shape = Sequence[int]
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "cudnn": cudnn, "onednn": onednn, "eager": eager}
 
-__all__ = ["BACKENDS", "Choice", "Problem", "bn_act", "check_name", "clear_caches", "conv_bn_act", "relu_backward", "resolve", "select"]
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Problem",
+    "bn_act",
+    "check_name",
+    "clear_caches",
+    "conv_bn_act",
+    "relu_backward",
+    "resolve",
+    "select",
+]
 
 
 def check_name(backend: str) -> str:

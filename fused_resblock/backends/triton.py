@@ -46,15 +46,23 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
+def _dense_norm(norm: BatchNorm | None) -> BatchNorm | None:
+    """The norm with vectors of stride 1, which they have unless they are columns of a larger table."""
+    if norm is None:
+        return None
+    vectors = (None if v is None else v.contiguous() for v in norm[:4])
+    return BatchNorm(*vectors, norm.eps)  # type: ignore[arg-type]
+
+
 def _prepare(conv: Conv, dtype: torch.dtype) -> Conv:
     """The convolution with its weight in `dtype` and channels_last, which a model in both formats already has."""
-    weight = conv.weight
-    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
-        return conv
-    copy = _channels_last_weights.get(
-        (weight,), dtype, lambda: weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-    )
-    return conv._replace(weight=copy)
+    weight, bias = conv.weight, conv.bias
+    if weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last):
+        weight = _channels_last_weights.get(
+            (weight,), dtype, lambda: conv.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+        )
+    bias = None if bias is None else bias.contiguous()
+    return conv._replace(weight=weight, bias=bias, norm=_dense_norm(conv.norm))
 
 
 def conv_bn_act(x: Tensor, conv: Conv, *, shortcut: tuple[Tensor, Conv] | None = None, **epilogue: Any) -> Tensor:
@@ -66,11 +74,11 @@ def conv_bn_act(x: Tensor, conv: Conv, *, shortcut: tuple[Tensor, Conv] | None =
     return launch(x, _prepare(conv, x.dtype), shortcut=shortcut, **epilogue)
 
 
-def bn_act(x: Tensor, norm: BatchNorm | None, **epilogue: Any) -> Tensor:
+def bn_act(x: Tensor, norm: BatchNorm | None, *, residual_norm: BatchNorm | None = None, **epilogue: Any) -> Tensor:
     """See `functional.bn_act`."""
     from ..kernels.bn_act import bn_act as launch
 
-    return launch(x, norm, **epilogue)
+    return launch(x, _dense_norm(norm), residual_norm=_dense_norm(residual_norm), **epilogue)
 
 
 def relu_backward(dy: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
