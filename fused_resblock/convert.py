@@ -62,7 +62,8 @@ def fuse(
             block.__dict__["_fused_backend"] = backend
         elif isinstance(outcome, Plan):
             block.__class__ = fused_class(type(block))
-            block.__dict__.update(_fused_plan=outcome, _fused_reason=None, _fused_backend=backend)
+            block.__dict__["_fused_backend"] = backend
+            block.adopt(outcome, None)
     return model
 
 
@@ -78,7 +79,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            for attribute in ("_fused_plan", "_fused_reason", "_fused_backend"):
+            for attribute in ("_fused_plan", "_fused_reason", "_fused_layout", "_fused_backend"):
                 module.__dict__.pop(attribute, None)
             module.__class__ = base_class(type(module))
     return model

@@ -19,20 +19,15 @@ from .params import BatchNorm, Conv
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def transformed() -> bool:
-    """Whether a function transform (`torch.func.grad`, `vmap`, `jvp`, ...) is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def composed(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether torch's own operations must be called: in a function transform or for a forward-mode derivative.
 
-
-def forward_mode(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a forward-mode derivative is being taken of any of these tensors.
-
-    `torch.library` has no forward-mode formulas and would give zeros without a word; callers take torch's own ops.
+    Ops of `torch.library` with a gradient raise under `torch.func.grad`, and have no forward-mode formulas: they would
+    give zeros without a word.
     """
     if torch.compiler.is_compiling():
         return False
-    top = torch._C._functorch.peek_interpreter_stack()
-    if top is not None and top.key() == torch._C._functorch.TransformType.Jvp:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     if forward_ad._current_level < 0:
         return False
@@ -41,11 +36,9 @@ def forward_mode(tensors: Iterable[Tensor | None]) -> bool:
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all of these are ordinary tensors in an ordinary call: no gradient wanted, nothing traced."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
-    if torch.jit.is_tracing():
-        return False
-    if forward_ad._current_level >= 0:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
     return all(t is None or (type(t) in _PLAIN_TYPES and not (grad and t.requires_grad)) for t in tensors)
@@ -79,7 +72,7 @@ def conv_bn_act(
         tensors += [shortcut[0], *shortcut[1].tensors()]
     if plain(tensors):
         return backends.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
-    if forward_mode(tensors):
+    if composed(tensors):
         return backends.eager.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, **epilogue)
     if not torch.compiler.is_compiling() and _trained(tensors[2:]):
         with uncached():
@@ -101,6 +94,6 @@ def bn_act(
     epilogue.update(residual=residual, residual_norm=residual_norm)
     if plain(tensors):
         return backends.bn_act(x, norm, backend=backend, **epilogue)
-    if forward_mode(tensors):
+    if composed(tensors):
         return backends.eager.bn_act(x, norm, **epilogue)
     return ops.bn_act(x, norm, backend=backend, **epilogue)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import reference
 from .plan import Plan, Unsupported
 from .recognize import recognize
-from .runner import Runner, Watch, untraceable
+from .runner import Runner, Watch, layout, unchanged, untraceable
 
 
 class _State:
@@ -56,6 +56,7 @@ class FusedBlock(nn.Module):
     _fused_backend: str = "auto"
     _fused_plan: Plan | None
     _fused_reason: str | None
+    _fused_layout: tuple[tuple[str, type], ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,7 +83,11 @@ class FusedBlock(nn.Module):
             reason = str(error)
         finally:
             object.__setattr__(self, "__class__", cls)
-        self.__dict__.update(_fused_plan=plan, _fused_reason=reason)
+        self.adopt(plan, reason)
+
+    def adopt(self, plan: Plan | None, reason: str | None) -> None:
+        """Take a plan, or the reason why there is none, as that of the block's present modules."""
+        self.__dict__.update(_fused_plan=plan, _fused_reason=reason, _fused_layout=layout(self))
         _states.pop(self, None)
 
     def reference_reason(self) -> str | None:
@@ -101,18 +106,23 @@ class FusedBlock(nn.Module):
         return state
 
     def forward(self, x: Tensor) -> Tensor:
+        runner = self._runner(x)
+        y = None if runner is None else runner.run(x, self._fused_backend)
+        return super().forward(x) if y is None else y
+
+    def _runner(self, x: Tensor) -> Runner | None:
+        """What runs the plan, or None where the block's own forward has to run."""
         if torch.compiler.is_compiling():
-            runner = None if self._fused_plan is None else Runner(self, self._fused_plan)
-            if runner is None or runner.mode_obstacle(self.training) is not None:
-                return super().forward(x)
-            return runner.run(x, self._fused_backend)
+            if self._fused_plan is None or not unchanged(self, self._fused_layout):
+                return None
+            runner = Runner(self, self._fused_plan)
+            return None if runner.mode_obstacle(self.training) else runner
         if untraceable(x):
-            return super().forward(x)
+            return None
         state = self._current_state()
-        runner = state.runner
-        if runner is None or runner.mode_obstacle(self.training) or state.watch.obstacle():
-            return super().forward(x)
-        return runner.run(x, self._fused_backend)
+        if state.runner is None or state.runner.mode_obstacle(self.training) or state.watch.obstacle():
+            return None
+        return state.runner
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made, *rest = super().__reduce_ex__(protocol)

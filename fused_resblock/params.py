@@ -42,6 +42,10 @@ class Conv(NamedTuple):
         """Weight, bias and, where there is a norm, its four vectors."""
         return (self.weight, self.bias) if self.norm is None else (self.weight, self.bias, *self.norm[:4])
 
+    def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Shape of the output for the input x."""
+        return (x.shape[0], self.weight.shape[0], *self.output_size(x.shape[2], x.shape[3]))
+
     def output_size(self, height: int, width: int) -> Pair:
         """Rows and columns of the output for an input of `height` x `width`."""
         rows, columns = self.weight.shape[2:]

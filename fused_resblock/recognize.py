@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,68 @@ from torch import fx, nn
 from . import leaves
 from .plan import Branch, Plan, Step, Unsupported
 
-_IN_PLACE_ADDS = {operator.iadd, "add_", "__iadd__"}
-_ADDS = {operator.add, torch.add, "add", *_IN_PLACE_ADDS}
-_IN_PLACE_RELUS = {torch.relu_, "relu_"}
-_RELUS = {torch.relu, F.relu, "relu", *_IN_PLACE_RELUS}
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
+_IN_PLACE = {operator.iadd, torch.relu_, F.relu_}
+_COPIES = {"contiguous", "clone"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # dropout: in eval mode
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; a plain proxy has no `__iadd__` and Python falls back to `x + y`."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
-    """Stops at the layers that a plan may hold."""
+    """Stops at the layers that a plan may hold, and refuses what a graph does not show: grad mode, autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = self._current_modes()
+
+    @staticmethod
+    def _current_modes() -> tuple[bool, ...]:
+        autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self._current_modes() != self._modes:
+            raise Unsupported("its forward switches the grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def _graph(block: nn.Module) -> fx.Graph:
+    """The graph of the block's forward; the block is left as it was.
+
+    Raises:
+        Unsupported: if the forward cannot be traced, or sets attributes.
+    """
+    before = [(m, dict(m.__dict__)) for m in block.modules()]
+    try:
+        return _Tracer().trace(block)
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever a forward does with a proxy
+        message = (str(error).splitlines() or [repr(error)])[0]
+        raise Unsupported(f"its forward cannot be traced: {message}") from None
+    finally:
+        changed = False
+        for module, attributes in before:
+            now = module.__dict__
+            if now.keys() != attributes.keys() or any(now[key] is not attributes[key] for key in attributes):
+                changed = True
+                now.clear()
+                now.update(attributes)
+        if changed:
+            raise Unsupported("its forward sets attributes")
 
 
 @dataclass(frozen=True)
@@ -65,6 +116,8 @@ class _Builder:
                 self.alias[node] = self._resolve(node.all_input_nodes[0])
         self.readers = Counter(self._resolve(a) for n in self.nodes if n in live for a in self._reads(n))
         self.all_readers = Counter(self._resolve(a) for n in self.nodes for a in self._reads(n))
+        if any(self._in_place(n) for n in self.nodes if n not in live):
+            raise Unsupported("an in-place operation whose result is not used")
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         if len([n for n in inputs if n in live or n.users]) != 1:
             raise Unsupported("it takes other than one input")
@@ -91,7 +144,21 @@ class _Builder:
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def _is_identity(self, node: fx.Node) -> bool:
-        return isinstance(self._module(node), _IDENTITIES) or node.target in ("contiguous", "clone")
+        return isinstance(self._module(node), _IDENTITIES) or self._called(node) in _COPIES
+
+    @staticmethod
+    def _called(node: fx.Node) -> Any:
+        """The function, or the name of the method, that a node calls; None for any other node."""
+        return node.target if node.op in ("call_function", "call_method") else None
+
+    def _in_place(self, node: fx.Node) -> bool:
+        """Whether the node changes its first input."""
+        called = self._called(node)
+        if isinstance(called, str):
+            return called.endswith("_") and not called.startswith("__")
+        if called is F.relu:
+            return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace"))
+        return called in _IN_PLACE or bool(getattr(self._module(node), "inplace", False))
 
     def _emit(self, node: fx.Node) -> int:
         """The number of the node's value, closing its step if it is still open."""
@@ -110,20 +177,23 @@ class _Builder:
 
     def _check_in_place(self, node: fx.Node) -> None:
         """An in-place operation is as good as another only on a tensor that nobody else can see."""
-        source = self._resolve(node)
+        source = self._resolve(node.all_input_nodes[0])
         if source.op == "placeholder" or isinstance(self.values[source], _View) or self.all_readers[source] > 1:
             raise Unsupported("an in-place operation on a tensor that is read elsewhere")
 
     def _lower(self, node: fx.Node) -> int | Step | _View:
         if node.op == "placeholder":
             return 0
+        if self._in_place(node):
+            self._check_in_place(node)
         if node.op == "call_module":
             return self._lower_module(node)
-        if node.target in _ADDS:
+        called = self._called(node)
+        if called in _ADDS:
             return self._lower_add(node)
-        if node.target in _RELUS:
-            return self._lower_relu(node, node.target in _IN_PLACE_RELUS or node.kwargs.get("inplace", False))
-        if node.target is operator.getitem:
+        if called in _RELUS:
+            return self._lower_relu(node)
+        if called is operator.getitem:
             return self._lower_slice(node)
         raise Unsupported(f"{_name(node)} is not a convolution, norm, ReLU or add")
 
@@ -134,7 +204,7 @@ class _Builder:
             leaves.conv_geometry(module)
             return Step(Branch(self._emit(source), path))
         if type(module) is nn.ReLU:
-            return self._lower_relu(node, module.inplace)
+            return self._lower_relu(node)
         if isinstance(module, nn.AvgPool2d):
             return Step(Branch(self._emit(source), None), pool=path)
         if isinstance(module, nn.MaxPool2d) and module.kernel_size in (1, (1, 1)) and module.padding in (0, (0, 0)):
@@ -148,10 +218,8 @@ class _Builder:
             return replace(step, main=replace(step.main, norm=path))
         return Step(Branch(self._emit(source), None, path))
 
-    def _lower_relu(self, node: fx.Node, in_place: bool) -> Step:
+    def _lower_relu(self, node: fx.Node) -> Step:
         source = self._resolve(node.all_input_nodes[0])
-        if in_place:
-            self._check_in_place(source)
         step = self._open(source)
         return replace(step, relu=True) if step is not None else Step(Branch(self._emit(source), None), relu=True)
 
@@ -179,8 +247,6 @@ class _Builder:
         terms = [self._resolve(a) for a in self._reads(node)]
         if len(terms) != 2 or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
             raise Unsupported("an add of other than two tensors")
-        if node.target in _IN_PLACE_ADDS:
-            self._check_in_place(terms[0])
         self.adds += 1
         first, second = self._order(*terms)
         step = self._open(first)
@@ -223,13 +289,7 @@ def _trace(block: nn.Module, training: bool) -> tuple[Step, ...]:
     try:
         for module in modes:
             module.training = training
-        tracer = _Tracer()
-        try:
-            graph = tracer.trace(block)
-        except Exception as error:  # whatever a forward does with a proxy
-            message = (str(error).splitlines() or [repr(error)])[0]
-            raise Unsupported(f"its forward cannot be traced: {message}") from None
-        return _Builder(block, graph).build()
+        return _Builder(block, _graph(block)).build()
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -259,7 +319,7 @@ def looks_residual(block: nn.Module) -> bool:
     if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
         return False
     try:
-        graph = _Tracer().trace(block)
-    except Exception:
+        graph = _graph(block)
+    except Unsupported:
         return sum(isinstance(m, nn.Conv2d) for m in block.children()) >= 2
-    return any(node.target in _ADDS for node in graph.nodes)
+    return any(_Builder._called(node) in _ADDS for node in graph.nodes)

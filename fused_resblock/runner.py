@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 from . import backends, dispatch, leaves
 from .functional import check_image
 from .params import BatchNorm, Conv
-from .plan import Branch, Plan, Step, Unsupported
+from .plan import Branch, Plan, Step
 
 
 class _Slots:
@@ -78,24 +79,39 @@ class _BoundStep:
         self.residual_norm = None if step.residual_norm is None else _BoundNorm(block.get_submodule(step.residual_norm))
         self.epilogue = {"residual_stride": step.residual_stride, "relu": step.relu}
 
-    def run(self, values: list[Tensor], calls: ModuleType, backend: str, autocast: bool) -> Tensor:
-        """The step's value from the values before it, by the operations of `calls`: `dispatch` or `backends`."""
+    def run(self, values: list[Tensor], calls: ModuleType, backend: str, autocast: bool) -> Tensor | None:
+        """The step's value from the values before it, by the operations of `calls`: `dispatch` or `backends`.
+
+        None if the terms of the add differ in shape: they may broadcast, which no kernel does.
+        """
         x = values[self.main.source]
         if self.pool is not None:
             return self.pool(x)
         residual = None if self.residual is None else values[self.residual]
         if self.main.conv is None:
+            if residual is not None and not self._fits(residual, x.shape):
+                return None
             norm = None if self.main.norm is None else self.main.norm.tensors()
             residual_norm = None if self.residual_norm is None else self.residual_norm.tensors()
             return calls.bn_act(
                 x, norm, residual=residual, residual_norm=residual_norm, backend=backend, **self.epilogue
             )
         shortcut = None
+        conv = self.main.tensors(x, autocast)
+        if residual is not None and not self._fits(residual, conv.output_shape(x)):
+            return None
         if self.shortcut is not None:
             x2 = values[self.shortcut.source]
             shortcut = x2, self.shortcut.tensors(x2, autocast)
-        conv = self.main.tensors(x, autocast)
+            if shortcut[1].output_shape(x2) != conv.output_shape(x):
+                return None
         return calls.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **self.epilogue)
+
+    def _fits(self, residual: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the residual, read at its stride, has this shape."""
+        n, c, h, w = residual.shape
+        stride = self.epilogue["residual_stride"]
+        return (n, c, -(-h // stride), -(-w // stride)) == tuple(shape)
 
 
 class Runner:
@@ -104,9 +120,6 @@ class Runner:
     Args:
         block: the fused block.
         plan: what it computes.
-
-    Raises:
-        Unsupported: if nothing in the plan reads the block's input.
     """
 
     def __init__(self, block: nn.Module, plan: Plan) -> None:
@@ -115,13 +128,13 @@ class Runner:
         self.norms = [block.get_submodule(path) for path in plan.norms()]
         self.in_channels = self._in_channels()
 
-    def _in_channels(self) -> int:
+    def _in_channels(self) -> int | None:
         for branch in (b for step in self.steps for b in (step.main, step.shortcut) if b is not None):
             if branch.source == 0 and branch.conv is not None:
                 return branch.conv.in_channels  # type: ignore[return-value]
             if branch.source == 0 and branch.norm is not None:
                 return branch.norm.module.running_mean.shape[0]  # type: ignore[union-attr, return-value]
-        raise Unsupported("nothing in it reads its input")
+        return None  # a pool reads the input
 
     def mode_obstacle(self, training: bool) -> str | None:
         """Why the block's mode calls for its own forward; None when the plan may run."""
@@ -132,21 +145,24 @@ class Runner:
                 return "batch statistics (train mode)"
         return None
 
-    def run(self, x: Tensor, backend: str) -> Tensor:
-        """The block's output for `x`, by its plan.
+    def run(self, x: Tensor, backend: str) -> Tensor | None:
+        """The block's output for `x`, by its plan; None if the shapes are such that only its own forward can say.
 
         Raises:
             TypeError, ValueError: if x does not fit the block; see `functional.conv_bn_act`.
         """
         check_image(x, "x")
-        if x.shape[1] != self.in_channels:
+        if self.in_channels is not None and x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, as the block has, got {x.shape[1]}")
         dtype = dispatch.autocast_dtype(x)
         backend = backends.check_name(backend)
         calls = backends if not torch.is_grad_enabled() and dispatch.plain((x,)) else dispatch
         values = [x if dtype is None else x.to(dtype)]
         for step in self.steps:
-            values.append(step.run(values, calls, backend, dtype is not None))
+            value = step.run(values, calls, backend, dtype is not None)
+            if value is None:
+                return None
+            values.append(value)
         return values[-1]
 
 
@@ -172,6 +188,25 @@ class Watch:
             if "forward" in attributes or "parametrizations" in attributes.get("_modules", ()):
                 return "the forward of an inner module is overridden on the instance"
         return "global module hooks" if nn.modules.module._has_any_global_hook() else None
+
+
+def layout(block: nn.Module) -> tuple[tuple[str, type], ...]:
+    """Path and class of every module in the block: what `unchanged` compares where identities cannot be."""
+    return tuple((name, type(module)) for name, module in block.named_modules() if name)
+
+
+def unchanged(block: nn.Module, expected: tuple[tuple[str, type], ...]) -> bool:
+    """Whether the block's modules are of the classes they were and have no hooks; `torch.compile` can trace this."""
+    modules = dict(block.named_modules())
+    if len(modules) != len(expected) + 1:
+        return False
+    for name, cls in expected:
+        if name not in modules or type(modules[name]) is not cls:
+            return False
+        for hooks in leaves.hook_dicts(modules[name]):
+            if len(hooks) > 0:
+                return False
+    return True
 
 
 def untraceable(x: object) -> bool:
