@@ -61,9 +61,10 @@ def fuse(
         if isinstance(block, FusedBlock):
             block.__dict__["_fused_backend"] = backend
         elif isinstance(outcome, Plan):
-            block.__class__ = fused_class(type(block))
+            fused = fused_class(type(block))
+            block.__class__ = fused
             block.__dict__["_fused_backend"] = backend
-            block.adopt(outcome, None)
+            fused.adopt(block, outcome, None)  # type: ignore[arg-type]
     return model
 
 
@@ -81,7 +82,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         if isinstance(module, FusedBlock):
             for attribute in ("_fused_plan", "_fused_reason", "_fused_layout", "_fused_backend"):
                 module.__dict__.pop(attribute, None)
-            module.__class__ = base_class(type(module))
+            module.__class__ = base_class(type(module))  # type: ignore[assignment]
     return model
 
 

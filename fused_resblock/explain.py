@@ -65,14 +65,14 @@ def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:
 
 def _choice(block: FusedBlock, path: str | None) -> backends.Choice:
     conv = block.get_submodule(path or "")
+    assert isinstance(conv, torch.nn.Conv2d)
     weight = conv.weight
-    assert isinstance(weight, torch.Tensor)
     problem = backends.Problem(
         weight.device.type,
         weight.dtype,
-        channels=weight.shape[1] * conv.groups,  # type: ignore[operator]
+        channels=conv.in_channels,
         out_channels=weight.shape[0],
         kernel=(weight.shape[2], weight.shape[3]),
-        groups=conv.groups,  # type: ignore[arg-type]
+        groups=conv.groups,
     )
     return backends.resolve(backends.check_name(block._fused_backend), problem)

@@ -41,7 +41,9 @@ def branch_grads(dz: Tensor, total: Tensor, x: Tensor, conv: Conv, need_x: bool,
     weight, wide = conv.weight, total.dtype
     scale = None if conv.norm is None else scale_shift(conv.norm, wide)[0]
     scaled = weight if scale is None else weight.to(wide) * scale[:, None, None, None]
-    dx = dw = dot = dbias = None
+    dx: Any = None
+    dw: Any = None
+    dot = dbias = None
     if need_x or need_w:
         dx, dw, _ = torch.ops.aten.convolution_backward(
             dz,

@@ -34,10 +34,10 @@ def conv_geometry(module: nn.Module) -> tuple[Pair, Pair, Pair, int]:
     Raises:
         Unsupported: for a subclass with a forward of its own, a padding mode other than zeros, uneven padding.
     """
+    if not isinstance(module, nn.Conv2d):
+        raise Unsupported(f"convolution {type(module).__name__} is not nn.Conv2d")
     cls = type(module)
-    if not isinstance(module, nn.Conv2d) or cls.forward is not nn.Conv2d.forward:
-        raise Unsupported(f"convolution {cls.__name__} is not nn.Conv2d")
-    if cls._conv_forward is not nn.Conv2d._conv_forward:
+    if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
         raise Unsupported(f"convolution {cls.__name__} is not nn.Conv2d")
     if module.padding_mode != "zeros":
         raise Unsupported(f"padding mode {module.padding_mode!r}")

@@ -96,9 +96,9 @@ class ResNet(nn.Module):
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, Bottleneck):
-                    nn.init.zeros_(module.bn3.weight)
+                    nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]
                 elif isinstance(module, BasicBlock):
-                    nn.init.zeros_(module.bn2.weight)
+                    nn.init.zeros_(module.bn2.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

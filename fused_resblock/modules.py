@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from functools import cache
 from typing import Any
 
 import torch
@@ -125,24 +124,25 @@ class FusedBlock(nn.Module):
         return state.runner
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made, *rest = super().__reduce_ex__(protocol)
-        if type(self) in _made_classes:  # a class made at run time has no name to be found by
-            return _rebuild, (_made_classes[type(self)],), *rest[1:]
-        return made, *rest
+        reduced: Any = super().__reduce_ex__(protocol)
+        base = base_class(type(self))
+        if _made_classes.get(base) is type(self):  # a class made at run time has no name to be found by
+            return _rebuild, (base,), *reduced[2:]
+        return reduced
 
 
-_made_classes: dict[type, type] = {}  # a class made by `fused_class` -> the class it was made of
+_made_classes: dict[type, type[FusedBlock]] = {}  # block class -> what `fused_class` made of it
 
 
-@cache
 def fused_class(base: type[nn.Module]) -> type[FusedBlock]:
     """The fused subclass of a block class: made once, and found again when a fused block is unpickled."""
     for fused in (FusedBasicBlock, FusedBottleneck, FusedResidualBlock, FusedPreActBottleneck):
         if fused.__bases__[1] is base:
             return fused
-    made = type(f"Fused{base.__name__}", (FusedBlock, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-    _made_classes[made] = base
-    return made
+    if base not in _made_classes:
+        attributes = {"__module__": base.__module__, "__doc__": base.__doc__}
+        _made_classes[base] = type(f"Fused{base.__name__}", (FusedBlock, base), attributes)
+    return _made_classes[base]
 
 
 def _rebuild(base: type[nn.Module]) -> FusedBlock:

@@ -37,8 +37,8 @@ _library.define(
 _NO_CONV = Conv(None)  # type: ignore[arg-type]
 
 
-def _norm(mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float):
-    return None if mean is None else BatchNorm(mean, var, gamma, beta, eps)  # type: ignore[arg-type]
+def _norm(mean: Tensor | None, *rest: Any) -> BatchNorm | None:
+    return None if mean is None else BatchNorm(mean, *rest)
 
 
 def _flat(norm: BatchNorm | None) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ def _flat(norm: BatchNorm | None) -> tuple[Any, ...]:
 
 def _canonical(y: Tensor) -> Tensor:
     """`y` with channels_last strides to the letter: where sizes of 1 leave a choice, backends differ."""
-    n, c, h, w = y.shape
+    _, c, h, w = y.shape
     return y.contiguous(memory_format=torch.channels_last).as_strided(y.shape, (h * w * c, 1, w * c, c))
 
 

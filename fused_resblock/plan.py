@@ -60,8 +60,9 @@ class Plan:
 
     def norms(self) -> tuple[str, ...]:
         """The paths of every norm."""
-        paths = [p for s in self.steps for p in (s.main.norm, s.residual_norm, s.shortcut and s.shortcut.norm)]
-        return tuple(p for p in paths if p is not None)
+        branches = [b for step in self.steps for b in (step.main, step.shortcut) if b is not None]
+        paths = [b.norm for b in branches] + [step.residual_norm for step in self.steps]
+        return tuple(path for path in paths if path is not None)
 
 
 class Unsupported(Exception):

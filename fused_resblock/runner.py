@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +22,7 @@ class _Slots:
         places = (module.__dict__, module._parameters, module._buffers)
         self._slots = [(next((p for p in places if name in p), places[0]), name) for name in names]
 
-    def read(self) -> list[Tensor]:
+    def read(self) -> list[Any]:
         """The tensors as they are now."""
         return [place[name] for place, name in self._slots]
 
@@ -37,7 +38,8 @@ class _BoundNorm:
         """The norm's tensors as they are now."""
         if torch.compiler.is_compiling():
             return BatchNorm.of(self.module)
-        return BatchNorm(*self._slots.read(), self.module.eps)  # type: ignore[arg-type]
+        mean, var, weight, bias = self._slots.read()
+        return BatchNorm(mean, var, weight, bias, self.module.eps)  # type: ignore[arg-type]
 
 
 class _BoundBranch:
@@ -58,7 +60,8 @@ class _BoundBranch:
             ValueError: if the weights have another device or, outside autocast, another dtype than x.
         """
         if torch.compiler.is_compiling():
-            weight, bias = self.conv.weight, self.conv.bias  # type: ignore[union-attr]
+            weight: Any = self.conv.weight  # type: ignore[union-attr]
+            bias: Any = self.conv.bias  # type: ignore[union-attr]
         else:
             weight, bias = self._slots.read()
         if weight.dtype != x.dtype and not autocast:
@@ -133,7 +136,7 @@ class Runner:
             if branch.source == 0 and branch.conv is not None:
                 return branch.conv.in_channels  # type: ignore[return-value]
             if branch.source == 0 and branch.norm is not None:
-                return branch.norm.module.running_mean.shape[0]  # type: ignore[union-attr, return-value]
+                return len(branch.norm.module.running_mean)  # type: ignore[arg-type]
         return None  # a pool reads the input
 
     def mode_obstacle(self, training: bool) -> str | None:

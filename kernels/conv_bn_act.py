@@ -119,9 +119,7 @@ def _conv_bn_act_kernel(
             w = w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    scale, shift = scale_shift(
-        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, out_channels, mask_n, EPS, ACC
-    )
+    scale, shift = scale_shift(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, out_channels, mask_n, EPS, ACC)
     z = acc * scale[None, :] + shift[None, :]
     out_mask = mask_m[:, None] & mask_n[None, :]
     if residual_ptr is not None:

@@ -26,7 +26,7 @@ def _relu_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dz = dy where not y <= 0, else 0 (a NaN in y passes dy, as in torch); partial = sum of dz over the tile's rows."""
+    """dz = 0 where y <= 0, else dy (a NaN in y passes dy, as in torch); partial = sum of dz over the tile's rows."""
     pid_m = tl.program_id(0)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -21,5 +21,6 @@ def assert_parity(
     assert torch.isfinite(exact).all(), f"{what}: the oracle itself is not finite"
     ours, theirs = (actual.double() - exact).abs(), (same_dtype.double() - exact).abs()
     low = floor * exact.abs().max()
-    for kind, a, b in (("max", ours.max(), theirs.max()), ("rms", ours.square().mean().sqrt(), theirs.square().mean().sqrt())):
+    rms_ours, rms_theirs = ours.square().mean().sqrt(), theirs.square().mean().sqrt()
+    for kind, a, b in (("max", ours.max(), theirs.max()), ("rms", rms_ours, rms_theirs)):
         assert a <= slack * b + low, f"{what}: {kind} error {a:.3e} > {slack} * torch's {b:.3e} + {low:.3e}"

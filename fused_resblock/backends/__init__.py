@@ -89,7 +89,7 @@ def _chosen(backend: str, *description: Any) -> str:
     return resolve(backend, conv_problem(*description)).backend
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: Any) -> Any:
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
@@ -112,7 +112,7 @@ def conv_bn_act(
         size = (0, conv.weight.shape[0], *conv.output_size(h, w))
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if shortcut is not None:
-        shortcut = (_dense(shortcut[0]), shortcut[1])  # type: ignore[assignment]
+        shortcut = (_dense(shortcut[0]), shortcut[1])
     run = BACKENDS[_chosen(backend, x.device.type, x.dtype, x.shape, conv.weight.shape, *conv[3:])].conv_bn_act
     return run(
         _dense(x), conv, residual=_dense(residual), residual_stride=residual_stride, shortcut=shortcut, relu=relu

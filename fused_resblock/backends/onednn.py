@@ -6,6 +6,8 @@ Per-call packing costs more than some of the convolutions themselves (a 7x7 512-
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def conv_bn_act(
     if conv.groups > 1:  # the fused sum of a grouped convolution falls back to an add that lacks bf16
         z = torch.ops.mkldnn._convolution_pointwise.default(x, *args, "none", [], "").add_(identity)
         return z.relu_() if relu else z
-    epilogue = "add", None, "relu" if relu else None, [], None
+    epilogue: tuple[Any, ...] = "add", None, "relu" if relu else None, [], None
     if shortcut is not None:  # nobody else sees the downsample branch: sum into it
         return torch.ops.mkldnn._convolution_pointwise_.binary(identity, x, *args, *epilogue)
     return torch.ops.mkldnn._convolution_pointwise.binary(x, identity, *args, *epilogue)

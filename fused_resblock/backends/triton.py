@@ -50,8 +50,13 @@ def _dense_norm(norm: BatchNorm | None) -> BatchNorm | None:
     """The norm with vectors of stride 1, which they have unless they are columns of a larger table."""
     if norm is None:
         return None
-    vectors = (None if v is None else v.contiguous() for v in norm[:4])
-    return BatchNorm(*vectors, norm.eps)  # type: ignore[arg-type]
+    return norm._replace(
+        **{
+            field: vector.contiguous()
+            for field, vector in zip(BatchNorm._fields[:4], norm[:4], strict=True)
+            if vector is not None
+        }
+    )
 
 
 def _prepare(conv: Conv, dtype: torch.dtype) -> Conv:
