@@ -50,13 +50,8 @@ def _dense_norm(norm: BatchNorm | None) -> BatchNorm | None:
     """The norm with vectors of stride 1, which they have unless they are columns of a larger table."""
     if norm is None:
         return None
-    return norm._replace(
-        **{
-            field: vector.contiguous()
-            for field, vector in zip(BatchNorm._fields[:4], norm[:4], strict=True)
-            if vector is not None
-        }
-    )
+    mean, var, weight, bias = (None if vector is None else vector.contiguous() for vector in norm[:4])
+    return BatchNorm(mean, var, weight, bias, norm.eps)  # type: ignore[arg-type]
 
 
 def _prepare(conv: Conv, dtype: torch.dtype) -> Conv:
