@@ -4,12 +4,13 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help venv demo test lint format bench-cpu readme clean
+.PHONY: help venv demo test lint format bench-cpu readme codegen roofline clean
 
 help:
 	@echo "make demo       compare eager and fused networks on sample images (ARGS='--model resnet50 --batch 8')"
 	@echo "make test       run the tests (ARGS='-k conv')"
 	@echo "make lint       ruff and mypy; make format repairs what ruff can"
+	@echo "make codegen    compile every kernel for six chips without a GPU; make roofline predicts their time"
 	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md"
 	@echo "make clean      remove .venv, caches and build output"
 
@@ -44,3 +45,9 @@ readme: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+codegen: $(STAMP)
+	$(PY) -m benchmarks.codegen $(ARGS)
+
+roofline: $(STAMP)
+	$(PY) -m benchmarks.roofline $(ARGS)

@@ -1,0 +1,181 @@
+"""What a chip's ceilings allow each block and network, and what our plan should take: `python -m benchmarks.roofline`.
+
+Three floors a block: eager (every operation reads and writes memory), per-conv (every convolution fused with what
+follows it, the best that fusion conv by conv can do), and whole (a block that reads its input and writes its output
+once). Beside them the prediction for our kernels with the tiles that the heuristic picks. Ceilings come from
+`ceilings.json` of a measured chip (`make gpu-check`), else from `NOMINAL`, which no run of this code measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost, predicted
+from fused_resblock.kernels.tiles import Gpu, Tile, choose_tile
+from fused_resblock.table import format_table
+
+from .shapes import ConvShape, basic_shapes, bottleneck_shapes
+
+RESULTS = Path(__file__).parent / "results" / "roofline.csv"
+NOMINAL = Ceilings("H100 (assumed: 3.0 TB/s, L2 5.5 TB/s, 700 TFLOP/s)", 3.0e12, 5.5e12, 700e12, 132)
+DEPTHS = {
+    "resnet18": ("basic", (2, 2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6, 3)),
+    "resnet50": ("bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("bottleneck", (3, 4, 23, 3)),
+    "resnet152": ("bottleneck", (3, 8, 36, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Seconds: of eager, of per-conv fusion, of a whole block as one kernel, and predicted for our kernels."""
+
+    eager: float
+    per_conv: float
+    whole: float
+    ours: float
+
+    def __add__(self, other: Floors) -> Floors:
+        return Floors(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def gemm_of(shape: ConvShape, batch: int) -> Gemm:
+    """The convolution as a GEMM; a strided 1x1 reads only the pixels that it keeps."""
+    m = batch * shape.out_size**2
+    pixels = m if shape.kernel == 1 else batch * shape.size**2
+    return Gemm(m, shape.out_channels, shape.channels, shape.kernel**2, pixels, shape.groups)
+
+
+def second_of(shape: ConvShape, batch: int) -> Gemm | None:
+    """The downsample branch as a GEMM, or None."""
+    m = batch * shape.out_size**2
+    return Gemm(m, shape.out_channels, shape.shortcut, 1, m) if shape.shortcut else None
+
+
+def resident_programs(tile: Tile, itemsize: int, second: bool) -> int:
+    """Programs that a Hopper multiprocessor holds, by shared memory and a register estimate of the compiled code.
+
+    Accumulators take `BLOCK_M * BLOCK_N` registers a tile (twice with a second GEMM); the code for sm_90 uses about 90
+    more a thread (`make codegen`).
+    """
+    shared = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
+    threads = 32 * tile.num_warps
+    registers = min(255, tile.block_m * tile.block_n * (2 if second else 1) // threads + 90)
+    return max(1, min((228 << 10) // (shared + 1024), 65536 // (registers * threads), 2048 // threads))
+
+
+def floors_of(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> Floors:
+    """The floors of one block, given its convolutions in order."""
+    eager = per_conv = ours = 0.0
+    first, last = shapes[0], shapes[-1]
+    flops = 0
+    for shape in shapes:
+        gemm, second = gemm_of(shape, batch), second_of(shape, batch)
+        taps = shape.kernel**2
+        tile = choose_tile(
+            gemm.m,
+            gemm.n // shape.groups,
+            gemm.k // shape.groups,
+            taps,
+            itemsize,
+            second=second is not None,
+            gpu=Gpu(chip.multiprocessors, 90),
+        )
+        fused = conv_bn_act_cost(gemm, itemsize, tile, residual=shape.residual, second=second)
+        resident = resident_programs(tile, itemsize, second is not None)
+        ours += predicted(fused, gemm.programs(tile), resident, chip)
+        flops += fused.flops
+        elements = gemm.m * gemm.n
+        plain = conv_bn_act_cost(gemm, itemsize, tile)
+        norm = elementwise_cost(elements, itemsize, 1)
+        if second is None:
+            per_conv += fused.floor(chip)
+        else:  # conv by conv, the branch is written by one kernel and read by the other as its residual
+            branch = conv_bn_act_cost(second, itemsize, tile)
+            per_conv += branch.floor(chip) + conv_bn_act_cost(gemm, itemsize, tile, residual=True).floor(chip)
+            eager += branch.floor(chip) + norm.floor(chip)
+        eager += plain.floor(chip) + norm.floor(chip) * 2  # batch norm, ReLU
+        if shape is last:
+            eager += elementwise_cost(elements, itemsize, 2).floor(chip)  # add
+    x = batch * first.channels * first.size**2 * itemsize
+    y = batch * last.out_channels * last.out_size**2 * itemsize
+    weights = sum(s.out_channels * (s.channels // s.groups * s.kernel**2 + s.shortcut) for s in shapes) * itemsize
+    return Floors(eager, per_conv, Cost(x + y + weights, 0, flops).floor(chip), ours)
+
+
+def blocks_of(kind: str) -> dict[str, list[ConvShape]]:
+    """The convolutions of each distinct block: "l1.first", "l1", "l2.first", ..."""
+    blocks: dict[str, list[ConvShape]] = {}
+    for shape in basic_shapes() if kind == "basic" else bottleneck_shapes():
+        blocks.setdefault(shape.name.split(".", 1)[1].rpartition(".")[0], []).append(shape)
+    return blocks
+
+
+def network_floors(
+    name: str, batch: int, itemsize: int, chip: Ceilings
+) -> tuple[Floors, list[tuple[str, int, Floors]]]:
+    """A network's body (its four stages): the sum, and (block, how many of it, floors of one)."""
+    kind, depths = DEPTHS[name]
+    blocks = blocks_of(kind)
+    rows, total = [], Floors(0, 0, 0, 0)
+    for stage, depth in enumerate(depths, 1):
+        first = f"l{stage}.first" in blocks
+        for block, count in ((f"l{stage}.first", int(first)), (f"l{stage}", depth - int(first))):
+            if count:
+                floors = floors_of(blocks[block], batch, itemsize, chip)
+                rows.append((block, count, floors))
+                for _ in range(count):
+                    total += floors
+    return total, rows
+
+
+def read_ceilings(path: Path | None) -> Ceilings:
+    """The ceilings in a `ceilings.json`, with `NOMINAL`'s L2 rate if it holds none; `NOMINAL` for no path.
+
+    Raises:
+        ValueError: if the file does not hold bandwidth and matrix rate.
+    """
+    if path is None:
+        return NOMINAL
+    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        measured = replace(NOMINAL, name=data["gpu"], dram=data["copy_bytes_per_s"], matrix=data["matmul_flops_per_s"])
+        return replace(measured, multiprocessors=data.get("multiprocessors", NOMINAL.multiprocessors))
+    except KeyError as error:
+        raise ValueError(f"ceilings must hold gpu, copy_bytes_per_s and matmul_flops_per_s, got no {error}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table and write the CSV."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument("--ceilings", type=Path, metavar="FILE.json", help="of a measured chip")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--itemsize", type=int, default=2, choices=(2, 4), help="bytes of an element")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.csv")
+    args = parser.parse_args(argv)
+    chip = read_ceilings(args.ceilings)
+    rows = []
+    for network in DEPTHS:
+        total, blocks = network_floors(network, args.batch, args.itemsize, chip)
+        for block, count, floors in [*blocks, ("body", 1, total)]:
+            micros = [round(1e6 * value, 1) for value in vars(floors).values()]
+            rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, "not measured"])
+    headers = ["chip", "network", "batch", "itemsize", "block", "count"]
+    headers += ["eager_us", "per_conv_us", "whole_us", "predicted_us", "measured_us"]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([headers, *rows])
+    print(chip.name)
+    print(format_table(headers[1:], [row[1:] for row in rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The compiled code of every shipped tile, without a GPU: no spill, matrix instructions, 128-bit loads, NaN kept.
+
+The interpreter and the compiler cannot both be on in one process, so the table is made by a process of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+TARGETS = {"sm_80": (80, "fp16"), "sm_90": (90, "fp16"), "sm_90 tf32": (90, "tf32"), "sm_100": (100, "fp16")}
+TARGETS |= {"sm_120": (120, "fp16")}
+
+
+def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the repository's root with Triton compiling, not interpreting."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [pytest.param(*t, id=name) for name, t in TARGETS.items()])
+def test_gates_hold_and_nothing_is_worse_than_the_kept_table(capability, dtype):
+    code = "import sys; from benchmarks.codegen import main; sys.exit(main(sys.argv[1:]))"
+    result = run(code, "--check", "--capability", str(capability), "--dtype", dtype)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "every gate holds" in result.stdout
+
+
+GATES = """
+import sys
+from benchmarks.codegen import broken_gates, jobs, worse
+job = next(j for j in jobs((90,), ("fp16",)) if j.pipelined)
+good = dict(stack=0, local=0, shared=1000, matrix=8, async_loads=4, async_128=4, max_nan=True, resident=2)
+assert broken_gates(good, job) == []
+for field, value, word in (("stack", 8, "spills"), ("local", 1, "spills"), ("shared", 1 << 20, "shared memory"),
+                           ("matrix", 0, "HGMMA"), ("async_128", 3, "128-bit"), ("async_loads", 0, "asynchronous"),
+                           ("max_nan", False, "NaN")):
+    faults = broken_gates({**good, field: value}, job)
+    assert any(word in fault for fault in faults), (field, faults)
+kept = {key: str(value) for key, value in good.items()}
+assert worse(good, kept) == []
+assert worse({**good, "resident": 1}, kept) == ["resident 1, was 2"]
+"""
+
+
+def test_each_gate_can_fail():
+    result = run(GATES)
+    assert result.returncode == 0, result.stderr
+
+
+SPILL = """
+from benchmarks.codegen import _launch_conv, broken_gates, compile_job, jobs
+from benchmarks.shapes import ConvShape
+from dataclasses import replace
+from fused_resblock.kernels.tiles import Tile
+import torch
+job = next(j for j in jobs((90,), ("fp16",)) if j.pipelined)
+shape = ConvShape("wide", 256, 256, 14, 3)
+bad = replace(job, launch=lambda: _launch_conv(shape, 128, torch.float16, Tile(128, 256, 64, 4, 3)))
+faults = broken_gates(compile_job(bad), bad)
+assert any("spills" in fault for fault in faults), faults
+"""
+
+
+def test_a_tile_that_is_too_large_is_caught():
+    result = run(SPILL)
+    assert result.returncode == 0, result.stderr
+
+
+def test_kept_table_covers_every_chip_and_kernel():
+    with (ROOT / "benchmarks" / "results" / "codegen.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["capability"] for row in rows} == {"80", "86", "89", "90", "100", "120"}
+    assert {row["dtype"] for row in rows} == {"fp16", "bf16", "tf32"}
+    assert {row["kernel"] for row in rows} == {"conv_bn_act", "bn_act", "relu_backward"}
+    assert all(row["local"] == row["stack"] == "0" for row in rows)

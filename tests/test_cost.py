@@ -1,0 +1,104 @@
+"""Bytes and operations against counts made by hand, and the prediction's limits."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.roofline import NOMINAL, blocks_of, floors_of, network_floors, read_ceilings
+from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost, predicted
+from fused_resblock.kernels.tiles import Tile
+
+TILE = Tile(128, 64, 64, 4, 3)
+CHIP = Ceilings("unit", dram=1000.0, l2=2000.0, matrix=4000.0, multiprocessors=4)
+
+
+def test_pointwise_convolution_by_hand():
+    """2 images of 8x8, 64 -> 128 channels, 2-byte elements."""
+    gemm = Gemm(m=128, n=128, k=64, taps=1, in_pixels=128)
+    cost = conv_bn_act_cost(gemm, 2, TILE)
+    assert cost.flops == 2 * 128 * 128 * 64
+    assert cost.dram == 2 * (128 * 64 + 128 * 64 + 128 * 128)  # input, filters, output
+    # two programs, one step each of a 128x64 and a 64x64 piece, and the output
+    assert cost.l2 == 2 * (2 * (128 * 64 + 64 * 64) + 128 * 128)
+
+
+def test_residual_is_read_once():
+    gemm = Gemm(m=128, n=128, k=64, taps=1, in_pixels=128)
+    extra = conv_bn_act_cost(gemm, 2, TILE, residual=True).dram - conv_bn_act_cost(gemm, 2, TILE).dram
+    assert extra == 2 * 128 * 128
+
+
+def test_three_by_three_reads_the_input_once_from_memory_and_nine_times_from_l2():
+    gemm = Gemm(m=256, n=64, k=64, taps=9, in_pixels=256)
+    cost = conv_bn_act_cost(gemm, 2, TILE)
+    assert cost.dram == 2 * (256 * 64 + 64 * 64 * 9 + 256 * 64)
+    assert cost.l2 == 2 * (2 * 9 * (128 + 64) * 64 + 256 * 64)
+    assert cost.flops == 2 * 256 * 64 * 64 * 9
+
+
+def test_groups_divide_filters_and_operations():
+    gemm = Gemm(m=64, n=128, k=128, taps=9, in_pixels=64, groups=32)
+    assert gemm.flops == 2 * 64 * 128 * 4 * 9
+    assert gemm.dram(2) == 2 * (64 * 128 + 128 * 4 * 9)
+
+
+def test_second_gemm_adds_its_input_and_filters_but_no_output():
+    main = Gemm(m=128, n=128, k=64, taps=1, in_pixels=128)
+    branch = Gemm(m=128, n=128, k=32, taps=1, in_pixels=128)
+    both = conv_bn_act_cost(main, 2, TILE, second=branch)
+    assert both.dram - conv_bn_act_cost(main, 2, TILE).dram == 2 * (128 * 32 + 128 * 32)
+
+
+def test_tile_of_128_by_64_does_43_operations_a_byte_of_l2():
+    gemm = Gemm(m=1 << 20, n=64, k=64, taps=9, in_pixels=1 << 20)
+    assert gemm.flops / gemm.l2(2, TILE) == pytest.approx(42.67, abs=0.01)
+
+
+def test_elementwise():
+    assert elementwise_cost(100, 2, reads=2) == Cost(600, 600, 0)
+
+
+def test_floor_and_bound():
+    assert Cost(1000, 100, 100).floor(CHIP) == 1.0
+    assert Cost(1000, 100, 100).bound(CHIP) == "dram"
+    assert Cost(100, 100, 8000).floor(CHIP) == 2.0
+    assert Cost(100, 9000, 8000).bound(CHIP) == "l2"
+
+
+def test_prediction_counts_the_last_wave():
+    cost = Cost(10, 10, 4000)
+    full, one_more = (predicted(cost, n, resident=1, chip=CHIP) for n in (4, 5))
+    assert full == pytest.approx(1.0)
+    assert one_more == pytest.approx(8 / 5)
+
+
+def test_prediction_of_few_programs_is_not_below_the_floor():
+    cost = Cost(4000, 10, 10)
+    assert predicted(cost, 1, resident=1, chip=CHIP) == pytest.approx(8.0)  # one multiprocessor of four
+
+
+def test_identity_bottleneck_of_layer_1_by_hand():
+    """Batch 128, fp16: 401,408 pixels; tensors of 64 channels are 51.4 MB, of 256 channels 205.5 MB."""
+    floors = floors_of(blocks_of("bottleneck")["l1"], 128, 2, NOMINAL)
+    small, large = 401408 * 64 * 2, 401408 * 256 * 2
+    assert floors.whole == pytest.approx(2 * large / 3.0e12, rel=0.01)
+    memory = (large + small) + (small + large + large)  # reduce; expand with its residual
+    conv3x3 = 2 * 401408 * 64 * 64 * 9 / 700e12  # the one that the matrix units bind
+    assert floors.per_conv == pytest.approx(memory / 3.0e12 + conv3x3, rel=0.01)
+
+
+def test_networks_are_the_sum_of_their_blocks():
+    total, rows = network_floors("resnet50", 128, 2, NOMINAL)
+    assert sum(count for _, count, _ in rows) == 16
+    assert total.whole == pytest.approx(sum(count * floors.whole for _, count, floors in rows))
+    assert total.whole < total.per_conv < total.eager
+
+
+def test_ceilings_file(tmp_path):
+    file = tmp_path / "ceilings.json"
+    file.write_text('{"gpu": "X", "copy_bytes_per_s": 2e12, "matmul_flops_per_s": 5e14, "multiprocessors": 7}')
+    chip = read_ceilings(file)
+    assert (chip.name, chip.dram, chip.matrix, chip.multiprocessors) == ("X", 2e12, 5e14, 7)
+    file.write_text('{"gpu": "X"}')
+    with pytest.raises(ValueError, match=r"^ceilings must hold gpu, copy_bytes_per_s and matmul_flops_per_s, got no "):
+        read_ceilings(file)
