@@ -1,0 +1,168 @@
+"""The command line: what the commands print, and that a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_resblock import __version__, backends, cli, doctor, machine, models
+
+
+def run(argv: list[str]) -> int:
+    """The exit code of one command, whether argparse or the command itself ended it."""
+    try:
+        return cli.main(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with files that are no picture, no checkpoint, and a checkpoint of another network."""
+    pytest.importorskip("PIL")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
+    state = models.resnet18(num_classes=4).state_dict()
+    state["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"][:1]
+    torch.save(state, tmp_path / "reshaped.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+MISTAKES = {
+    "no-command": ("", "the following arguments are required"),
+    "unknown-command": ("bake", "invalid choice: 'bake'"),
+    "unknown-option": ("demo --speed 9", "unrecognized arguments: --speed 9"),
+    "abbreviated-option": ("demo --skip-d", "unrecognized arguments: --skip-d"),
+    "batch-0": ("demo --batch 0", "batch must be at least 1, got 0"),
+    "batch-word": ("demo --batch two", "argument --batch: invalid int value: 'two'"),
+    "batch-below-images": (
+        "demo --batch 1 --image a --image b",
+        "batch must be at least the number of images, 2, got 1",
+    ),
+    "runs-0": ("demo --runs 0", "runs must be at least 1, got 0"),
+    "unknown-dtype": ("demo --dtype int8", "invalid choice: 'int8'"),
+    "unknown-model": ("demo --model resnet18,resnet9", "model must be one of resnet18, resnet34,"),
+    "no-gpu": ("demo --device cuda", "device must be available, got 'cuda': torch sees no CUDA device"),
+    "nothing-left": ("demo --skip-digits --skip-photos", "skip-digits and skip-photos must not both be given"),
+    "plot-of-nothing": ("demo --skip-photos --plot a.png", "plot must be given without skip-photos"),
+    "plot-suffix": ("demo --plot a.txt", "plot must end in one of .png, .svg, .pdf, got 'a.txt'"),
+    "plot-nowhere": ("demo --plot absent/a.png", "plot must be a file in a folder that exists, got 'absent/a.png'"),
+    "json-folder": ("demo --json .", "json must be a file in a folder that exists, got '.'"),
+    "image-absent": ("demo --image absent.jpg", "image must be a picture that Pillow reads, got 'absent.jpg'"),
+    "image-text": ("demo --image text.jpg", "image must be a picture that Pillow reads, got 'text.jpg'"),
+    "image-cut-off": ("demo --image cut.png", "image must be a picture that Pillow reads, got 'cut.png'"),
+    "weights-two-models": ("demo --weights linear.pt", "model must be a single network when weights are given"),
+    "weights-absent": ("demo --model resnet18 --weights x.pt", "weights must be a file that torch.load reads"),
+    "weights-text": ("demo --model resnet18 --weights text.pt", "weights must be a file that torch.load reads"),
+    "weights-list": ("demo --model resnet18 --weights list.pt", "weights must be a state_dict of tensors, got list"),
+    "weights-other": (
+        "demo --model resnet18 --weights linear.pt",
+        "weights must fit resnet18, got 102 missing, 2 unex",
+    ),
+    "weights-shape": ("demo --model resnet18 --weights reshaped.pt", "1 differently shaped tensors, 'layer1.0.conv1.w"),
+    "explain-model": ("explain --model vgg", "model must be one of resnet18, resnet34,"),
+    "explain-backend": ("explain --backend fast", "backend must be one of auto, triton, cudnn, onednn, eager, got 'fa"),
+    "explain-no-gpu": ("explain --device cuda", "device must be available, got 'cuda'"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_one_line(
+    line: str, message: str, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("command", ["demo", "explain"])
+def test_environment_names_an_unknown_backend(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSED_RESBLOCK_BACKEND", "fast")
+    assert run([command]) == 2
+    assert "FUSED_RESBLOCK_BACKEND must be one of" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the checks raise is the user's mistake."""
+
+    def broken() -> int:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(doctor, "run", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["doctor"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"fused_resblock {__version__}\n"
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_explain_lists_every_block(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "--model", "resnet18", "--backend", backend]) == 0
+    out = capsys.readouterr().out
+    assert all(f"layer{stage}.{block} " in out for stage in (1, 2, 3, 4) for block in (0, 1))
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSED_RESBLOCK_BACKEND", raising=False)
+    assert run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in (torch.__version__, machine.cpu_name(), "TRITON_INTERPRET", "float32", "bfloat16", *backends.BACKENDS):
+        assert word in out
+
+
+def test_doctor_obeys_and_reports_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSED_RESBLOCK_BACKEND", "eager")
+    assert run(["doctor"]) == 0
+    assert "forced" in capsys.readouterr().out
+    monkeypatch.setenv("FUSED_RESBLOCK_BACKEND", "fast")
+    assert run(["doctor"]) == 1
+    assert "PROBLEM: FUSED_RESBLOCK_BACKEND must be one of" in capsys.readouterr().out
+
+
+def test_hint_on_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    for name in (
+        "MALLOC_MMAP_MAX_",
+        "MALLOC_TRIM_THRESHOLD_",
+        "MALLOC_MMAP_THRESHOLD_",
+        "MALLOC_TOP_PAD_",
+        "LD_PRELOAD",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    assert any("MALLOC_" in hint for hint in doctor.hints())
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libjemalloc.so.2")
+    assert not doctor.hints()
+    monkeypatch.delenv("LD_PRELOAD")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert not doctor.hints()
+
+
+def test_module_entry() -> None:
+    done = subprocess.run([sys.executable, "-m", "fused_resblock", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fused_resblock {__version__}\n"), done.stderr
+
+
+def test_stamp_names_what_a_measurement_needs() -> None:
+    stamp = machine.stamp()
+    assert stamp["cpu"]
+    assert stamp["torch"] == str(torch.__version__)
+    assert stamp["threads"] == torch.get_num_threads()
+    assert {"gpu", "driver", "python", "triton", "commit", "malloc", "fused_resblock"} <= stamp.keys()
