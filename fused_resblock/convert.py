@@ -58,9 +58,11 @@ def fuse(
         model = copy.deepcopy(model)
     for name, _, outcome in found:
         block = model.get_submodule(name)
+        if not isinstance(outcome, Plan):
+            continue
         if isinstance(block, FusedBlock):
             block.__dict__["_fused_backend"] = backend
-        elif isinstance(outcome, Plan):
+        else:
             fused = fused_class(type(block))
             block.__class__ = fused
             block.__dict__["_fused_backend"] = backend
@@ -72,6 +74,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused block of `model` its own class back, in place, and return the model.
 
     Parameters, buffers and hooks stay; blocks built as `FusedBasicBlock` and the like become the reference classes.
+    A class that somebody derived from one of those has no class behind it to go back to, and stays what it is.
 
     Raises:
         TypeError: if model is not an `nn.Module`.
@@ -79,7 +82,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module, FusedBlock):
+        if isinstance(module, FusedBlock) and fused_class(base_class(type(module))) is type(module):
             for attribute in ("_fused_plan", "_fused_reason", "_fused_layout", "_fused_backend"):
                 module.__dict__.pop(attribute, None)
             module.__class__ = base_class(type(module))  # type: ignore[assignment]
@@ -120,6 +123,11 @@ def examine(module: nn.Module) -> Plan | str | None:
     if isinstance(module, _CONTAINERS) or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
         return None
     try:
-        return recognize(module)
+        plan = recognize(module)
     except Unsupported as error:
         return str(error) if looks_residual(module) else None
+    try:
+        fused_class(type(module))
+    except Exception as error:  # whatever a metaclass or __init_subclass__ may raise
+        return f"no class can be derived from {type(module).__name__}: {error}"
+    return plan

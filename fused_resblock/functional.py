@@ -162,9 +162,13 @@ def _check_like(tensor: Tensor, name: str, x: Tensor, autocast: bool) -> None:
 def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str) -> None:
     if norm is None:
         return
+    if not isinstance(norm, BatchNorm):
+        raise TypeError(f"{name} must be a BatchNorm, got {type(norm).__name__}")
     for field, tensor in zip(BatchNorm._fields[:4], norm[:4], strict=True):
-        if tensor is None:
+        if tensor is None and field in ("weight", "bias"):
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}.{field} must be a tensor, got {type(tensor).__name__}")
         if tuple(tensor.shape) != (channels,):
             raise ValueError(f"{name}.{field} must have shape [{channels}], got {list(tensor.shape)}")
         if not tensor.dtype.is_floating_point:
@@ -175,28 +179,32 @@ def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str) -> 
         raise ValueError(f"{name}.mean and {name}.var must not require a gradient, got statistics that do")
 
 
-def _check_conv(x: Tensor, conv: Conv, autocast: bool) -> None:
+def _check_conv(x: Tensor, conv: Conv, autocast: bool, owner: str = "") -> None:
+    """Check a convolution; `owner` stands before its arguments' names ("shortcut.")."""
     weight, bias, groups = conv.weight, conv.bias, conv.groups
-    check_image(weight, "weight")
-    _check_like(weight, "weight", x, autocast)
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups must divide the {weight.shape[0]} output channels, got {groups}")
+    check_image(weight, f"{owner}weight")
+    _check_like(weight, f"{owner}weight", x, autocast)
+    k = weight.shape[0]
+    if groups < 1 or k % groups:
+        raise ValueError(f"{owner}groups must divide the {k} output channels, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(f"x must have {weight.shape[1] * groups} channels, as weight has, got {x.shape[1]}")
+        raise ValueError(f"{owner}x must have {weight.shape[1] * groups} channels, as weight has, got {x.shape[1]}")
     for name, value, least in (
         ("stride", conv.stride, 1),
         ("padding", conv.padding, 0),
         ("dilation", conv.dilation, 1),
     ):
         if min(value) < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise ValueError(f"{owner}{name} must be at least {least}, got {value}")
     if bias is not None:
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-        _check_like(bias, "bias", x, autocast)
-    if min(conv.output_size(*x.shape[2:])) < 1:
-        raise ValueError(f"x must be no smaller than the filter once padded, got {list(x.shape)}")
-    _check_norm(conv.norm, x, weight.shape[0], "norm")
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"{owner}bias must be a tensor, got {type(bias).__name__}")
+        if tuple(bias.shape) != (k,):
+            raise ValueError(f"{owner}bias must have shape [{k}], got {list(bias.shape)}")
+        _check_like(bias, f"{owner}bias", x, autocast)
+    if min(conv.output_size(x.shape[2], x.shape[3])) < 1:
+        raise ValueError(f"{owner}x must be no smaller than the filter once padded, got {list(x.shape)}")
+    _check_norm(conv.norm, x, k, f"{owner}norm")
 
 
 def _check_residual(residual: Tensor, x: Tensor, out: tuple[int, ...], stride: int, autocast: bool) -> None:
@@ -211,11 +219,13 @@ def _check_residual(residual: Tensor, x: Tensor, out: tuple[int, ...], stride: i
 
 
 def _check_shortcut(shortcut: Shortcut, x: Tensor, out: tuple[int, ...], autocast: bool) -> None:
+    if not isinstance(shortcut, Shortcut):
+        raise TypeError(f"shortcut must be a Shortcut, got {type(shortcut).__name__}")
     check_image(shortcut.x, "shortcut.x")
     _check_like(shortcut.x, "shortcut.x", x, autocast)
     if shortcut.stride < 1:
         raise ValueError(f"shortcut.stride must be at least 1, got {shortcut.stride}")
-    _check_conv(shortcut.x, shortcut.conv, autocast)
+    _check_conv(shortcut.x, shortcut.conv, autocast, "shortcut.")
     if tuple(shortcut.weight.shape[2:]) != (1, 1):
         raise ValueError(f"shortcut.weight must be a 1x1 convolution, got {list(shortcut.weight.shape)}")
     got = (shortcut.x.shape[0], shortcut.weight.shape[0], *shortcut.conv.output_size(*shortcut.x.shape[2:]))

@@ -80,7 +80,9 @@ def norm_relu(module: nn.Module) -> bool:
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
-    """Whether the norm would use, and update, the statistics of the batch if it were called now."""
+    """Whether the norm would use the statistics of the batch if it were called now."""
+    if getattr(module, "running_mean", None) is None or getattr(module, "running_var", None) is None:
+        return True
     return module.training and isinstance(module, nn.modules.batchnorm._NormBase)
 
 

@@ -68,8 +68,8 @@ class FusedBlock(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if "_fused_plan" in self.__dict__ and name in self._modules:
-            self.replan()
+        if "_fused_plan" in self.__dict__ and name != "training" and not name.startswith("_fused_"):
+            self.replan()  # a module was replaced, or a flag that the forward asks
 
     def replan(self) -> None:
         """Recognise the block's own forward again, as after a module in it was replaced."""

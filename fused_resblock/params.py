@@ -42,6 +42,11 @@ class Conv(NamedTuple):
         """Weight, bias and, where there is a norm, its four vectors."""
         return (self.weight, self.bias) if self.norm is None else (self.weight, self.bias, *self.norm[:4])
 
+    @property
+    def eps(self) -> float | None:
+        """The norm's eps, or None where there is no norm."""
+        return None if self.norm is None else self.norm.eps
+
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """Shape of the output for the input x."""
         return (x.shape[0], self.weight.shape[0], *self.output_size(x.shape[2], x.shape[3]))

@@ -19,12 +19,16 @@ class _Slots:
     """The places that hold a module's tensors, so that reading them skips `nn.Module.__getattr__` (0.4 us each)."""
 
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        places = (module.__dict__, module._parameters, module._buffers)
-        self._slots = [(next((p for p in places if name in p), places[0]), name) for name in names]
+        self._places = (module.__dict__, module._parameters, module._buffers)
+        self._slots = [(next((p for p in self._places if name in p), self._places[0]), name) for name in names]
 
     def read(self) -> list[Any]:
         """The tensors as they are now."""
-        return [place[name] for place, name in self._slots]
+        return [place[name] if name in place else self._search(name) for place, name in self._slots]
+
+    def _search(self, name: str) -> Any:
+        """A tensor that is no longer where it was, as when a parameter became a buffer."""
+        return next((place[name] for place in self._places if name in place), None)
 
 
 class _BoundNorm:
@@ -54,10 +58,15 @@ class _BoundBranch:
             self._slots = _Slots(self.conv, ("weight", "bias"))
 
     def tensors(self, x: Tensor, autocast: bool) -> Conv:
-        """The branch's convolution with its tensors as they are now.
+        """The branch's convolution with its tensors as they are now; raises as `check` does."""
+        weight, bias = self.check(x, autocast)
+        return Conv(weight, bias, None if self.norm is None else self.norm.tensors(), *self._geometry)
+
+    def check(self, x: Tensor, autocast: bool) -> tuple[Any, Any]:
+        """Weight and bias as they are now.
 
         Raises:
-            ValueError: if the weights have another device or, outside autocast, another dtype than x.
+            ValueError: if the weight has another device or, outside autocast, another dtype than x.
         """
         if torch.compiler.is_compiling():
             weight: Any = self.conv.weight  # type: ignore[union-attr]
@@ -68,7 +77,7 @@ class _BoundBranch:
             raise ValueError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
         if weight.device != x.device:
             raise ValueError(f"x must be on the weights' device {weight.device}, got {x.device}")
-        return Conv(weight, bias, None if self.norm is None else self.norm.tensors(), *self._geometry)
+        return weight, bias
 
 
 class _BoundStep:
@@ -139,6 +148,13 @@ class Runner:
                 return len(branch.norm.module.running_mean)  # type: ignore[arg-type]
         return None  # a pool reads the input
 
+    def _check_like_weights(self, x: Tensor, autocast: bool) -> None:
+        """Raise before the first step, which may have no weights of its own, if x does not fit the first that has."""
+        for step in self.steps:
+            if step.main.conv is not None:
+                step.main.check(x, autocast)
+                return
+
     def mode_obstacle(self, training: bool) -> str | None:
         """Why the block's mode calls for its own forward; None when the plan may run."""
         if self.eval_only and training:
@@ -158,6 +174,7 @@ class Runner:
         if self.in_channels is not None and x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, as the block has, got {x.shape[1]}")
         dtype = dispatch.autocast_dtype(x)
+        self._check_like_weights(x, dtype is not None)
         backend = backends.check_name(backend)
         calls = backends if not torch.is_grad_enabled() and dispatch.plain((x,)) else dispatch
         values = [x if dtype is None else x.to(dtype)]
@@ -174,13 +191,27 @@ class Watch:
 
     def __init__(self, block: nn.Module) -> None:
         inner = [m for m in block.modules() if m is not block]
-        self._children = [(m._modules, name, child) for m in block.modules() for name, child in m._modules.items()]
+        self._children = [
+            (m._modules, name, child, type(child)) for m in block.modules() for name, child in m._modules.items()
+        ]
+        self._sizes = [(m._modules, len(m._modules)) for m in block.modules()]
+        self._convs = [(m, self._settings(m)) for m in inner if isinstance(m, nn.Conv2d)]
         self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
         self._attributes = [m.__dict__ for m in inner]
 
+    @staticmethod
+    def _settings(conv: nn.Conv2d) -> tuple[Any, ...]:
+        return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+
     def same_modules(self) -> bool:
-        """Whether every module is still where it was."""
-        return all(modules.get(name) is child for modules, name, child in self._children)
+        """Whether every module is still where it was, of the same class and with the same settings."""
+        for modules, name, child, cls in self._children:
+            if modules.get(name) is not child or type(child) is not cls:
+                return False
+        for modules, size in self._sizes:
+            if len(modules) != size:
+                return False
+        return all(self._settings(conv) == settings for conv, settings in self._convs)
 
     def obstacle(self) -> str | None:
         """Why inner modules must be called one by one; None when they need not."""

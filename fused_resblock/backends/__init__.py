@@ -114,9 +114,9 @@ def conv_bn_act(
     if shortcut is not None:
         shortcut = (_dense(shortcut[0]), shortcut[1])
     run = BACKENDS[_chosen(backend, x.device.type, x.dtype, x.shape, conv.weight.shape, *conv[3:])].conv_bn_act
-    return run(
-        _dense(x), conv, residual=_dense(residual), residual_stride=residual_stride, shortcut=shortcut, relu=relu
-    )
+    x, residual = _dense(x), _dense(residual)
+    y = run(x, conv, residual=residual, residual_stride=residual_stride, shortcut=shortcut, relu=relu)
+    return _dense(y)  # with one channel or one pixel, torch's own operations may pick another format
 
 
 def bn_act(
@@ -128,7 +128,7 @@ def bn_act(
     n, channels, h, w = x.shape
     problem = Problem(x.device.type, x.dtype, "bn_act", channels, channels, pixels=n * h * w)
     run = BACKENDS[resolve(backend, problem).backend].bn_act
-    return run(_dense(x), norm, residual=_dense(residual), **epilogue)
+    return _dense(run(_dense(x), norm, residual=_dense(residual), **epilogue))
 
 
 def relu_backward(dy: Tensor, y: Tensor | None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

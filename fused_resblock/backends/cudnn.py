@@ -44,7 +44,7 @@ def conv_bn_act(
     relu: bool = True,
 ) -> Tensor:
     """See `functional.conv_bn_act`."""
-    weight, bias = _folded.get(conv.tensors(), x.dtype, lambda: fold(conv, x.dtype))
+    weight, bias = _folded.get(conv.tensors(), (x.dtype, conv.eps), lambda: fold(conv, x.dtype))
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
     if shortcut is not None:
         residual, residual_stride = conv_bn_act(*shortcut, relu=False), 1

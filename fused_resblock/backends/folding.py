@@ -30,8 +30,8 @@ def uncached() -> Iterator[None]:
 
 
 def _stamp(parts: Parts) -> tuple[Any, ...]:
-    """Identity, version and address of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
-    return tuple(None if t is None else (id(t), t._version, t.data_ptr()) for t in parts)
+    """Identity, version and place of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
+    return tuple(None if t is None else (id(t), t._version, t.data_ptr(), t.stride()) for t in parts)
 
 
 def _words(parts: Parts, per_tensor: int = 4) -> list[ctypes.c_uint64]:
@@ -52,7 +52,7 @@ class _Entry(NamedTuple):
     words: list[ctypes.c_uint64]
     seen: list[int]
     value: Any
-    head: weakref.ref[Tensor]
+    storage: weakref.ref[torch.UntypedStorage]
 
 
 class TensorCache:
@@ -60,19 +60,23 @@ class TensorCache:
 
     An edit through `tensor.data` is the one that PyTorch does not record. On the CPU sampled words are compared as
     well, so one that changes whole tensors (a moving average, say) is seen; after others, and on a GPU, call `clear`.
+    An entry goes when its first tensor's storage does (a weak reference to the tensor would forbid `swap_tensors`), or
+    as the oldest of more than `LIMIT`.
     """
+
+    LIMIT = 8192
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
-    def get(self, parts: Parts, dtype: torch.dtype, compute: Callable[[], Any]) -> Any:
-        """The value for `parts`, whose first is not None, in `dtype`, from the cache or from `compute`."""
+    def get(self, parts: Parts, settings: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """The value for `parts`, whose first is not None, and for `settings`, from the cache or from `compute`."""
         if _bypass.get():
             return compute()
         head = parts[0]
         assert head is not None
         try:
-            stamp = (dtype, *_stamp(parts))
+            stamp = (settings, head.shape, *_stamp(parts))
         except RuntimeError:  # inference tensors carry no version: nothing tells when they change
             return compute()
         key = id(head)
@@ -82,8 +86,10 @@ class TensorCache:
         value = compute()
         words = _words(parts)
         entries = self._entries
-        ref = weakref.ref(head, lambda _: entries.pop(key, None))
-        self._entries[key] = _Entry(stamp, words, [w.value for w in words], value, ref)
+        storage = weakref.ref(head.untyped_storage(), lambda _: entries.pop(key, None))
+        entries[key] = _Entry(stamp, words, [w.value for w in words], value, storage)
+        if len(entries) > self.LIMIT:
+            entries.pop(next(iter(entries)))
         return value
 
     def clear(self) -> None:
@@ -113,7 +119,7 @@ def fold(conv: Conv, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(weight.dtype, torch.float32)
     channels = weight.shape[0]
     if conv.norm is None:
-        folded = weight
+        folded = weight.clone()  # an alias would keep the storage alive that the cache waits for
         bias = torch.zeros(channels, dtype=wide, device=weight.device) if conv.bias is None else conv.bias
     else:
         scale, bias = scale_shift(conv.norm, wide)

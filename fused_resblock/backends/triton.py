@@ -59,7 +59,7 @@ def _prepare(conv: Conv, dtype: torch.dtype) -> Conv:
     weight, bias = conv.weight, conv.bias
     if weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last):
         weight = _channels_last_weights.get(
-            (weight,), dtype, lambda: conv.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+            (weight,), (dtype,), lambda: conv.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
         )
     bias = None if bias is None else bias.contiguous()
     return conv._replace(weight=weight, bias=bias, norm=_dense_norm(conv.norm))
