@@ -4,14 +4,18 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help venv demo test lint format bench-cpu readme codegen roofline clean
+.PHONY: help venv demo test lint format bench-cpu readme codegen roofline mutants clean
+.PHONY: gpu gpu-check gpu-tune gpu-bench gpu-profile gpu-install
 
 help:
 	@echo "make demo       compare eager and fused networks on sample images (ARGS='--model resnet50 --batch 8')"
 	@echo "make test       run the tests (ARGS='-k conv')"
 	@echo "make lint       ruff and mypy; make format repairs what ruff can"
 	@echo "make codegen    compile every kernel for six chips without a GPU; make roofline predicts their time"
+	@echo "make mutants    put faults into copies of the library, one by one: the tests must notice each"
 	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md"
+	@echo "make gpu        check, tune, measure and profile on an NVIDIA GPU, with python3's own torch (OUT=folder)"
+	@echo "                gpu-check, gpu-tune, gpu-bench, gpu-profile are its steps; each goes on where it was stopped"
 	@echo "make clean      remove .venv, caches and build output"
 
 venv: $(STAMP)
@@ -41,6 +45,19 @@ bench-cpu: $(STAMP)
 
 readme: $(STAMP)
 	$(PY) -m benchmarks.readme_tables $(ARGS)
+
+mutants: $(STAMP)
+	$(PY) tests/mutants.py $(ARGS)
+
+# On a GPU: no virtual environment, no network. Where the checkout cannot be installed it is run as it lies.
+gpu: gpu-install
+	$(PYTHON) -m benchmarks.gpu all $(ARGS)
+
+gpu-check gpu-tune gpu-bench gpu-profile: gpu-install
+	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(ARGS)
+
+gpu-install:
+	-$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -94,7 +94,7 @@ class FusedBlock(nn.Module):
         state = self._current_state()
         if state.runner is None:
             return state.reason
-        return state.runner.mode_obstacle(self.training) or state.watch.obstacle()
+        return state.runner.mode_obstacle() or state.watch.obstacle()
 
     def _current_state(self) -> _State:
         state = _states.get(self)
@@ -115,11 +115,11 @@ class FusedBlock(nn.Module):
             if self._fused_plan is None or not unchanged(self, self._fused_layout):
                 return None
             runner = Runner(self, self._fused_plan)
-            return None if runner.mode_obstacle(self.training) else runner
+            return None if runner.mode_obstacle() else runner
         if untraceable(x):
             return None
         state = self._current_state()
-        if state.runner is None or state.runner.mode_obstacle(self.training) or state.watch.obstacle():
+        if state.runner is None or state.runner.mode_obstacle() or state.watch.obstacle():
             return None
         return state.runner
 

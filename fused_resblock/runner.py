@@ -135,7 +135,8 @@ class Runner:
     """
 
     def __init__(self, block: nn.Module, plan: Plan) -> None:
-        self.eval_only = plan.eval_only
+        # dropout may be switched on alone, so every module's mode counts where one of them matters
+        self.eval_only = list(block.modules()) if plan.eval_only else []
         self.steps = [_BoundStep(block, step) for step in plan.steps]
         self.norms = [block.get_submodule(path) for path in plan.norms()]
         self.in_channels = self._in_channels()
@@ -155,9 +156,9 @@ class Runner:
                 step.main.check(x, autocast)
                 return
 
-    def mode_obstacle(self, training: bool) -> str | None:
+    def mode_obstacle(self) -> str | None:
         """Why the block's mode calls for its own forward; None when the plan may run."""
-        if self.eval_only and training:
+        if any(module.training for module in self.eval_only):
             return "in train() it computes something else"
         for norm in self.norms:
             if leaves.uses_batch_statistics(norm):

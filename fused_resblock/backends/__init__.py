@@ -79,9 +79,12 @@ def conv_problem(device: str, dtype: torch.dtype, shape: Shape, weight_shape: Sh
     n, channels, h, w = shape
     k, _, r, s = weight_shape
     p, q = output_size(h, w, r, s, *geometry[:3])
-    dilation, groups = geometry[2:]
+    padding, dilation, groups = geometry[1:]
+    overpadded = max(dilation) > 1 and any(
+        pad > step * (taps - 1) for pad, step, taps in zip(padding, dilation, (r, s), strict=True)
+    )
     reach = ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * channels
-    return Problem(device, dtype, "conv", channels, k, (r, s), groups, n * max(h * w, p * q), reach)
+    return Problem(device, dtype, "conv", channels, k, (r, s), groups, n * max(h * w, p * q), reach, overpadded)
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ class Problem:
     """What `select` looks at: the device type, the dtype and the shape of one fused operation.
 
     `pixels` counts the larger of input and output pixels N*H*W; `tap_reach` is the distance in elements between the
-    first and the last tap of the filter.
+    first and the last tap of the filter. `overpadded` says that a dilated filter can lie in the padding altogether.
     """
 
     device: str
@@ -24,6 +24,7 @@ class Problem:
     groups: int = 1
     pixels: int = 1
     tap_reach: int = 0
+    overpadded: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""Whole networks and blocks of ResNet-50 in fp16: every provider checked, then timed in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fused_resblock.models import ARCHITECTURES
+
+from ..harness import Outcome, compare
+from .context import Context
+from .device import Broken, first_line, is_broken, is_out_of_memory
+from .networks import Case, exact_output, prepare, providers
+from .records import Records
+
+KEY = ("network", "part", "batch", "group", "provider")
+COLUMNS = ("status", "median_ms", "p20_ms", "p80_ms", "rounds", "speedup_vs_eager", "images_per_s")
+COLUMNS += ("max_error", "error_bound", "extra_mib", "note")
+BATCHES = (128, 1, 32, 256)
+#: seconds that a group takes to make its providers, below which it is not begun
+SECONDS = {"main": 20, "compile": 90, "max-autotune": 240}
+
+
+def records(context: Context) -> Records:
+    """The times."""
+    return context.records("bench.csv", KEY, COLUMNS)
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """What is measured, what matters most first."""
+    if quick:
+        yield Case("resnet18", 2, size=64)
+        yield Case("resnet18", 2, "layer2.0", size=64)
+        return
+    for batch in BATCHES[:2]:
+        for network in ("resnet50", "resnet18"):
+            yield Case(network, batch)
+    yield from (Case("resnet50", batch, group="compile") for batch in BATCHES[:2])
+    for layer in (1, 2, 3, 4):
+        yield from (Case("resnet50", 128, f"layer{layer}.{block}") for block in (0, 1))
+    for batch in BATCHES[2:]:
+        yield from (Case(network, batch) for network in ("resnet50", "resnet18"))
+    yield from (Case("resnet18", batch, group="compile") for batch in BATCHES[:2])
+    others = [name for name in ARCHITECTURES if name not in ("resnet18", "resnet50")]
+    yield from (Case(network, batch) for batch in BATCHES for network in others)
+    yield from (Case(network, 128, group="max-autotune") for network in ("resnet50", "resnet18"))
+
+
+def smaller(case: Case) -> Case | None:
+    """The same at half the batch; None at one image."""
+    return None if case.batch == 1 else Case(case.network, case.batch // 2, case.part, case.group, case.size)
+
+
+def _record(case: Case, outcomes: list[Outcome], extra: dict[str, int | None], table: Records) -> None:
+    medians = {o.provider: o.spread.median_ms for o in outcomes if o.spread is not None}
+    for outcome in outcomes:
+        own, eager, used = medians.get(outcome.provider), medians.get("eager"), extra.get(outcome.provider)
+        table.add(
+            network=case.network,
+            part=case.part,
+            batch=case.batch,
+            group=case.group,
+            provider=outcome.provider,
+            status="failed" if outcome.spread is None else "ok",
+            **({} if outcome.spread is None else vars(outcome.spread)),
+            speedup_vs_eager=eager / own if eager and own else None,
+            images_per_s=case.batch / own * 1e3 if own else None,
+            max_error=outcome.max_error,
+            error_bound=outcome.error_bound,
+            extra_mib=None if used is None else used / 2**20,
+            note=outcome.failure,
+        )
+
+
+def measure(context: Context, case: Case, table: Records) -> None:
+    """Check and time the providers of one case, and record them.
+
+    Raises:
+        RuntimeError: if memory runs out.
+    """
+    device = context.device
+    dtype = torch.float16 if device.torch_name == "cuda" else torch.float32
+    model, x = prepare(case, device.torch_name, dtype)
+    made = providers(case, model, x, device)
+    exact = exact_output(model, x)
+    device.free()
+    outcomes = compare(made, x, exact, rounds=context.rounds(20 if case.batch >= 128 else 50), clock=device.clock)
+    for outcome in outcomes:
+        if outcome.failure is not None and is_broken(RuntimeError(outcome.failure)):
+            raise Broken(outcome.failure)
+    _record(case, outcomes, {name: m.extra_bytes for name, m in made.items()}, table)
+    told = ", ".join(f"{o.provider} {o.spread.median_ms:.3f}" for o in outcomes if o.spread is not None)
+    context.log(f"bench: {case}: {told} ms")
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            context.log(f"bench: {case}: {outcome.provider} has no time: {outcome.failure}")
+
+
+def _refuse(case: Case, table: Records, status: str, note: str) -> None:
+    for name in ("all", "eager"):  # "all" ends the case, "eager" shows that it was tried
+        table.add(
+            network=case.network,
+            part=case.part,
+            batch=case.batch,
+            group=case.group,
+            provider=name,
+            status=status,
+            note=note,
+        )
+
+
+def run(context: Context) -> int:
+    """Measure what is not yet measured; 1 if a provider gave a wrong result."""
+    table = records(context)
+    torch.backends.cudnn.benchmark = True
+    todo = list(cases(context.quick))
+    left = 0
+    for case in todo:  # grows by smaller batches
+        label = case.network, case.part, case.batch, case.group
+        if table.done(*label, "all"):
+            continue
+        if not context.deadline.allows(0 if context.quick else SECONDS[case.group]):
+            left += 1
+            continue
+        table.add(**dict(zip(KEY, (*label, "all"), strict=True)), status="error", note="begun")
+        try:
+            measure(context, case, table)
+            table.add(**dict(zip(KEY, (*label, "all"), strict=True)), status="measured")
+        except RuntimeError as error:
+            if is_broken(error):
+                _refuse(case, table, "crash", first_line(error))
+                raise Broken(f"{case}: {first_line(error)}") from error
+            out = is_out_of_memory(error)
+            _refuse(case, table, "oom" if out else "failed", first_line(error))
+            context.log(f"bench: {case}: {'out of memory' if out else first_line(error)}")
+            half = smaller(case) if out else None
+            if half is not None and half not in todo:
+                todo.append(half)
+        except Broken as error:
+            _refuse(case, table, "crash", str(error))
+            raise
+        context.device.free()
+    if left:
+        context.log(f"bench: {left} cases left")
+    wrong = [row for row in table.rows() if "exceeds" in row["note"] or "changes its input" in row["note"]]
+    return int(bool(wrong))

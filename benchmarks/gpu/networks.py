@@ -1,0 +1,151 @@
+"""Networks and blocks of them, and the ways to run one: eager, folded, cuDNN's fused chain, this library, compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import fused_resblock as frb
+from fused_resblock.demo.inputs import make_model
+
+from .device import Device
+
+Call = Callable[[Tensor], Tensor]
+#: images with which the running statistics of a random network are found, and a float64 oracle's at a time
+CALIBRATION, CHUNK = 8, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, or a block of one such as `layer1.0`, at one batch size, and the providers that take turns on it."""
+
+    network: str
+    batch: int
+    part: str = "whole"
+    group: str = "main"
+    size: int = 224
+
+    def __str__(self) -> str:
+        return f"{self.network} {self.part} batch {self.batch} {self.group}"
+
+
+@torch.no_grad()
+def prepare(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """The model in eval mode and its input, both channels_last, in `dtype` and on the device.
+
+    A block's input is what the network itself hands it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    model = make_model(case.network, None, images[:CALIBRATION].repeat(-(-2 // case.batch), 1, 1, 1))
+    model = model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = images.to(device, dtype)
+    if case.part == "whole":
+        return model, x
+    block, seen = model.get_submodule(case.part), []
+    hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    model(x)
+    hook.remove()
+    return block, seen[0].contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def exact_output(model: nn.Module, x: Tensor) -> Tensor:
+    """The output in float64 from the rounded weights and input, a few images at a time."""
+    wide = deepcopy(model).double()
+    return torch.cat([wide(part.double()) for part in x.split(CHUNK)])
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy with every batch norm folded into the convolution in front of it, by torch's own function."""
+    folded = deepcopy(model)
+    for module in list(folded.modules()):
+        children = dict(module.named_children())
+        for name, child in children.items():
+            if isinstance(module, nn.Sequential):
+                other = str(int(name) + 1) if name.isdigit() else ""
+            else:
+                other = name.replace("conv", "bn")
+            norm = children.get(other)
+            if isinstance(child, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(child, norm))
+                setattr(module, other, nn.Identity())
+    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _compiled(model: nn.Module, x: Tensor, mode: str | None) -> Call:
+    """`torch.compile`, by default or with max-autotune (without its own graphs) and frozen weights."""
+    torch._dynamo.reset()
+    if mode is None:
+        compiled = torch.compile(model)
+        compiled(x)
+        return compiled
+    compiled = torch.compile(model, mode=mode)
+    with torch._inductor.config.patch(freezing=True):
+        compiled(x)
+    return compiled
+
+
+def _fused(model: nn.Module, x: Tensor, backend: str) -> Call:
+    return frb.fuse(model, backend=backend)
+
+
+#: group -> provider -> makes the callable for a model in eval mode and its input
+GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
+    "main": {
+        "eager": lambda model, x: model,
+        "folded": lambda model, x: fold(model),
+        "cudnn": partial(_fused, backend="cudnn"),
+        "fused": partial(_fused, backend="auto"),
+        "triton": partial(_fused, backend="triton"),
+    },
+    "compile": {
+        "eager": lambda model, x: model,
+        "fused": partial(_fused, backend="auto"),
+        "compile": partial(_compiled, mode=None),
+    },
+    "max-autotune": {
+        "eager": lambda model, x: model,
+        "fused": partial(_fused, backend="auto"),
+        "max-autotune": partial(_compiled, mode="max-autotune-no-cudagraphs"),
+    },
+}
+
+
+class Made:
+    """Makes a provider's callable, as it is or as a CUDA graph, and notes the memory that its first call takes."""
+
+    def __init__(self, make: Callable[[], Call], x: Tensor, device: Device, graph: bool) -> None:
+        self._make, self._x, self._device, self._graph = make, x, device, graph
+        self.extra_bytes: int | None = None
+
+    def __call__(self) -> Call:
+        before, _ = self._device.memory()
+        call = self._make()
+        call(self._x)  # folds weights, chooses algorithms
+        result: Call = call
+        if self._graph:
+            replay = self._device.capture(lambda: call(self._x))
+            result = lambda _: replay()  # noqa: E731
+        else:
+            self._device.memory()
+            call(self._x)
+        self._device.synchronize()
+        self.extra_bytes = self._device.memory()[1] - before
+        return result
+
+
+def providers(case: Case, model: nn.Module, x: Tensor, device: Device) -> dict[str, Made]:
+    """The group's providers, each in eager mode (`fused`) and as a CUDA graph (`fused+graph`)."""
+    made = {}
+    for name, make in GROUPS[case.group].items():
+        for graph in (False, True):
+            made[name + "+graph" * graph] = Made(partial(make, model, x), x, device, graph)
+    return made

@@ -1,0 +1,127 @@
+"""One fused convolution with its tensors: the way the kernels, cuDNN and the oracle are all called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_resblock.backends import eager
+from fused_resblock.params import BatchNorm, Conv
+
+from ..shapes import ConvShape
+
+#: name -> dtype and whether TF32 is allowed
+DTYPES = {
+    "fp16": (torch.float16, True),
+    "bf16": (torch.bfloat16, True),
+    "tf32": (torch.float32, True),
+    "ieee": (torch.float32, False),
+}
+
+
+@contextmanager
+def precision(name: str) -> Iterator[torch.dtype]:
+    """The dtype that a name stands for, with TF32 allowed or not as it says."""
+    dtype, allowed = DTYPES[name]
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield dtype
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """NaN in everything that `torch.empty` makes, so that a pixel which nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The arguments of a fused convolution."""
+
+    x: Tensor
+    conv: Conv
+    residual: Tensor | None = None
+    shortcut: tuple[Tensor, Conv] | None = None
+
+    def to(self, dtype: torch.dtype) -> Operation:
+        """The same values in another dtype."""
+
+        def norm(n: BatchNorm | None) -> BatchNorm | None:
+            return None if n is None else BatchNorm(*(v if v is None else v.to(dtype) for v in n[:4]), n.eps)
+
+        def conv(c: Conv) -> Conv:
+            return c._replace(weight=c.weight.to(dtype), norm=norm(c.norm))
+
+        residual = None if self.residual is None else self.residual.to(dtype)
+        shortcut = None if self.shortcut is None else (self.shortcut[0].to(dtype), conv(self.shortcut[1]))
+        return Operation(self.x.to(dtype), conv(self.conv), residual, shortcut)
+
+    def run(self, function: Callable[..., Tensor], **options: object) -> Tensor:
+        """Call one of the library's `conv_bn_act` on these arguments."""
+        return function(self.x, self.conv, residual=self.residual, shortcut=self.shortcut, **options)
+
+    def plain(self) -> Tensor:
+        """What torch makes of it, in the tensors' own dtype."""
+        return self.run(eager.conv_bn_act)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is read."""
+        second = () if self.shortcut is None else (self.shortcut[0], *self.shortcut[1].tensors())
+        return [t for t in (self.x, *self.conv.tensors(), self.residual, *second) if t is not None]
+
+    def bytes(self) -> int:
+        """Every tensor read once and the output written once, as far as strides let pixels be skipped or not."""
+        out = self.conv.output_shape(self.x)
+        return sum(t.nbytes for t in self.tensors()) + self.x.element_size() * out[0] * out[1] * out[2] * out[3]
+
+    def flops(self) -> int:
+        """Multiplications and additions of the convolutions."""
+        n, k, p, q = self.conv.output_shape(self.x)
+        depth = self.conv.weight[0].numel() + (0 if self.shortcut is None else self.shortcut[1].weight[0].numel())
+        return 2 * n * p * q * k * depth
+
+
+def build(shape: ConvShape, batch: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operation:
+    """The operation of a row of the shape table; on the device "meta" without values.
+
+    Inputs are standard normal, weights as large as keeps the output so, norms like trained ones; all in `dtype`, as in
+    a network after `.to(dtype)`.
+    """
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        t = torch.randn(size, generator=generator, device=device).mul_(scale).to(dtype)
+        return t.to(memory_format=torch.channels_last) if len(size) == 4 else t
+
+    def vector(channels: int, low: float, high: float) -> Tensor:
+        return torch.rand(channels, generator=generator, device=device).mul_(high - low).add_(low).to(dtype)
+
+    def norm(c: int) -> BatchNorm:
+        return BatchNorm(vector(c, -0.5, 0.5), vector(c, 0.5, 1.5), vector(c, 0.5, 1.5), vector(c, -0.5, 0.5))
+
+    def weight(k: int, c: int, size: int) -> Tensor:
+        return normal(k, c, size, size, scale=(c * size * size) ** -0.5)
+
+    k, pad, out = shape.out_channels, shape.kernel // 2, shape.out_size
+    x = normal(batch, shape.channels, shape.size, shape.size)
+    filters = weight(k, shape.channels // shape.groups, shape.kernel)
+    conv = Conv(filters, None, norm(k), (shape.stride,) * 2, (pad, pad), (1, 1), shape.groups)
+    if shape.residual:
+        return Operation(x, conv, residual=normal(batch, k, out, out))
+    if shape.shortcut:
+        step = shape.shortcut_stride
+        x2 = normal(batch, shape.shortcut, out * step, out * step)
+        return Operation(x, conv, shortcut=(x2, Conv(weight(k, shape.shortcut, 1), None, norm(k), (step, step))))
+    return Operation(x, conv)

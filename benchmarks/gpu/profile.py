@@ -1,0 +1,87 @@
+"""Profiler counters of the main kernels, from Nsight Compute."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import sys
+
+from .context import Context
+from .launch_each import names
+from .records import Records
+from .verify import command_output
+
+KEY = ("launch",)
+#: column -> ncu's name
+METRICS = {
+    "duration_ns": "gpu__time_duration.sum",
+    "dram_read_bytes": "dram__bytes_read.sum",
+    "dram_write_bytes": "dram__bytes_write.sum",
+    "l2_bytes": "lts__t_bytes.sum",
+    "registers": "launch__registers_per_thread",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "tensor_percent": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+}
+COLUMNS = ("status", "kernel", *METRICS, "note")
+KERNELS = "regex:_(conv_bn_act|bn_act|relu_backward)_kernel"
+
+
+def records(context: Context) -> Records:
+    """The counters."""
+    return context.records("profile.csv", KEY, COLUMNS)
+
+
+def command(tool: str) -> list[str]:
+    """How ncu is called: own clocks, base units, our kernels alone."""
+    profiler = [tool, "--csv", "--clock-control", "none", "--print-units", "base", "--kernel-name", KERNELS]
+    return [*profiler, "--metrics", ",".join(METRICS.values()), sys.executable, "-m", "benchmarks.gpu.launch_each"]
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    """The launches in ncu's CSV, in order: kernel and metrics by our names; values that are no numbers are left out."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), None)
+    if start is None:
+        return []
+    found: dict[int, dict[str, str]] = {}
+    ours = {name: column for column, name in METRICS.items()}
+    for row in csv.DictReader(io.StringIO("\n".join(line for line in lines[start:] if line.startswith('"')))):
+        launch = found.setdefault(int(row["ID"]), {"kernel": row["Kernel Name"]})
+        column, value = ours.get(row["Metric Name"]), row["Metric Value"].replace(",", "")
+        try:
+            float(value)
+        except ValueError:
+            continue
+        if column is not None:
+            launch[column] = value
+    return [found[number] for number in sorted(found)]
+
+
+def record(launches: list[dict[str, str]], table: Records) -> None:
+    """Add the counters under the launches' names."""
+    for name, launch in zip(names(), launches, strict=False):
+        table.add(launch=name, status="ok", **launch)
+
+
+def run(context: Context) -> int:
+    """Profile unless it has been done; says so where ncu is missing or may not read counters."""
+    table = records(context)
+    if all(table.done(name) for name in names()):
+        context.log("profile: already measured")
+        return 0
+    tool = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
+    if tool is None:
+        context.log("profile: ncu is not installed; no counters are read")
+        return 0
+    status, said = command_output(command(tool), context.deadline.left())
+    launches = parse(said)
+    record(launches, table)
+    errors = [line for line in said.splitlines() if line.startswith("==ERROR==")]
+    if len(launches) != len(names()):
+        context.keep(f"--- ncu\n{said[-20000:]}")
+        why = errors[0] if errors else "it ran out of time" if status is None else f"exit status {status}"
+        context.log(f"profile: {len(launches)} of {len(names())} launches, {why}")
+        return 0 if any("ERR_NVGPUCTRPERM" in line for line in errors) else 1
+    context.log(f"profile: {len(launches)} launches")
+    return 0

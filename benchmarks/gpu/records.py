@@ -1,0 +1,117 @@
+"""Results on disk: rows appended as they are measured, so that a run that is killed loses at most one row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: what a row must share with this run to count as measured already
+MARKS = ("gpu", "torch", "triton", "commit")
+#: a case that ended so is tried again by the next run
+UNFINISHED = ("error", "timeout")
+
+Row = dict[str, str]
+
+
+def cell(value: object) -> str:
+    """A value as it stands in a file: a float with six significant digits, None as nothing."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())[:300]
+
+
+def mend(path: Path) -> None:
+    """Cut off what follows the last newline: the row that a killed run was writing."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+
+
+class Records:
+    """One CSV file: the rows of this GPU, these versions and this commit, by key; others are kept and not read.
+
+    Args:
+        path: is made on the first row. A half-written last row is dropped; a file with other columns is renamed to
+            `<name>.old`.
+        key: columns that name a case.
+        columns: the others; MARKS are added.
+        marks: the values of MARKS.
+    """
+
+    def __init__(self, path: Path, key: Sequence[str], columns: Sequence[str], marks: Mapping[str, object]) -> None:
+        self.path, self.key = path, tuple(key)
+        self.columns = (*key, *columns, *MARKS)
+        self.marks = {name: cell(marks.get(name)) for name in MARKS}
+        self._rows: dict[tuple[str, ...], Row] = {}
+        if path.is_file():
+            self._load()
+
+    def _load(self) -> None:
+        mend(self.path)
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        reader = csv.DictReader(io.StringIO(text))
+        if tuple(reader.fieldnames or ()) != self.columns:
+            if text.strip():
+                self.path.replace(self.path.with_name(self.path.name + ".old"))
+            else:
+                self.path.unlink()
+            return
+        for row in reader:
+            whole = None not in row and None not in row.values()
+            if whole and all(row[name] == value for name, value in self.marks.items()):
+                self._rows[tuple(row[name] for name in self.key)] = row
+
+    def done(self, *key: object) -> bool:
+        """Whether the case has been finished."""
+        row = self._rows.get(tuple(map(cell, key)))
+        return row is not None and row.get("status") not in UNFINISHED
+
+    def add(self, **values: object) -> None:
+        """Append one row and see it to the disk."""
+        unknown = set(values) - set(self.columns)
+        assert not unknown, f"no columns {unknown} in {self.path.name}"
+        row = {name: cell(values.get(name)) for name in self.columns} | self.marks
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.is_file()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self._rows[tuple(row[name] for name in self.key)] = row
+
+    def rows(self, **wanted: object) -> list[Row]:
+        """The rows of this GPU, these versions and this commit, the last of each key, that have these values."""
+        want = {name: cell(value) for name, value in wanted.items()}
+        return [row for row in self._rows.values() if all(row[name] == value for name, value in want.items())]
+
+    def count(self, column: str, rows: Iterable[Row] | None = None) -> dict[str, int]:
+        """How often each value of a column occurs."""
+        counts: dict[str, int] = {}
+        for row in self._rows.values() if rows is None else rows:
+            counts[row[column]] = counts.get(row[column], 0) + 1
+        return counts
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none or it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step: a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,289 @@
+"""Residual blocks that no plan describes, and some that only look like one. All take 8 channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import Base, conv
+
+
+class ForgetsItsSkip(Base):
+    """The well-known bug: `out` is overwritten and the identity is never used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = torch.relu(self.bn1(self.conv1(x)))
+        out + identity
+        return torch.relu(self.bn2(self.conv2(out)))
+
+
+class AddsTwice(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)) + x)) + x)
+
+
+class ReturnsTuple(Base):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.bn1(self.conv1(x)) + x
+        return torch.relu(out), out
+
+
+class ReturnsDict(Base):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.bn1(self.conv1(x)) + x}
+
+
+class SqueezeExcite(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out * self.gate(out) + x)
+
+
+class ScaledResidual(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * self.conv2(torch.relu(self.conv1(x)))
+
+
+class AlphaAdd(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.bn1(self.conv1(x)), x, alpha=2)
+
+
+class Subtracts(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) - x
+
+
+class LayerScale(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((8, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(torch.relu(self.conv1(x))) * self.gamma + x
+
+
+class Concatenates(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.bn1(self.conv1(x)) + x, x], 1)
+
+
+class InPlaceOnSharedTensor(Base):
+    """The in-place ReLU changes `first`, which the add reads afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(self.relu(first))) + first
+
+
+class InPlaceOnInput(InPlaceOnSharedTensor):
+    """A pre-activation block whose ReLU changes the identity, and the caller's tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.bn2(self.conv1(self.relu(x)))) + x
+
+
+class PositionalInPlaceOnInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.bn2(self.conv1(F.relu(x, True)))) + x
+
+
+class PositionalInPlaceOnSharedTensor(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(F.relu(first, True))) + first
+
+
+class InPlaceAddOnInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        x += out
+        return torch.relu(x)
+
+
+class InPlaceThroughAlias(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.bn1(self.conv1(x))
+        alias = self.nothing(first)
+        return self.bn2(self.conv2(torch.relu_(first))) + alias
+
+
+class DropsResultOfInPlaceRelu(InPlaceOnSharedTensor):
+    """Calls the in-place ReLU for its effect and returns the tensor that it changed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x
+        self.relu(out)
+        return out
+
+
+class DropsResultOfInPlaceAdd(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x)) + x
+        out.add_(x)
+        return torch.relu(out)
+
+
+class DropsResultOnInput(InPlaceOnSharedTensor):
+    def forward(self, x: Tensor) -> Tensor:
+        self.relu(x)
+        return self.bn1(self.conv1(x)) + x
+
+
+class ModuleNamedClone(nn.Module):
+    """A convolution that bears the name of a tensor method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clone, self.contiguous, self.add = conv(8, 8), nn.BatchNorm2d(8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(torch.relu(self.contiguous(self.clone(x)))) + x
+
+
+class InputNamedClone(Base):
+    def forward(self, clone: Tensor) -> Tensor:
+        return self.bn1(self.conv1(clone)) + clone
+
+
+class NoGradShortcut(Base):
+    """No gradient flows through the identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            identity = self.bn2(self.conv2(x))
+        return torch.relu(self.bn1(self.conv1(x)) + identity)
+
+
+class AutocastInside(Base):
+    """Part of it is to run in fp32 whatever the caller's autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        with torch.autocast("cpu", enabled=False):
+            return self.bn2(self.conv2(out.float())) + x
+
+
+class DetachedIdentity(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn1(self.conv1(x)) + x.detach())
+
+
+class KeepsItsFeatures(Base):
+    """Leaves its activations on itself, as visualisation tools do."""
+
+    features: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(self.features)) + x)
+
+
+class CountsItsCalls(Base):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.relu(self.bn1(self.conv1(x)) + x)
+
+
+class BranchOnValue(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        return out + x if out.sum() > 0 else out - x
+
+
+class BranchOnShape(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        return out + x if x.shape[-1] > 100 else torch.relu(out + x)
+
+
+class OffsetSlice(Base):
+    """The identity that a convolution without padding leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.bn1(self.conv1(x))) + x[:, :, 1:-1, 1:-1]
+
+
+class StridedOffsetSlice(OffsetSlice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x)) + x[:, :, 1:-1:2, 1:-1:2]
+
+
+class UnevenSlice(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, (2, 1), padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x)) + x[:, :, ::2]
+
+
+class SliceOfSlice(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, 4, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x)) + x[:, :, ::2, ::2][:, :, ::2, ::2]
+
+
+class Broadcasts(nn.Module):
+    """The identity is one pixel, spread over the image by the add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.pool = conv(8, 8), conv(8, 8, 1), nn.AvgPool2d((7, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + self.down(self.pool(x)))
+
+
+class BroadcastsPool(Broadcasts):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.down(self.conv(x)) + self.pool(x))
+
+
+class BroadcastsTheConvolution(Broadcasts):
+    """The convolution's result is one pixel, spread over the identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.down(self.pool(self.conv(x))) + x)
+
+
+class BroadcastsOneChannel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one = conv(8, 8), conv(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + self.one(x))
+
+
+ALL = {
+    cls.__name__: cls
+    for cls in list(globals().values())
+    if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == __name__
+}

@@ -1,0 +1,173 @@
+"""Addresses beyond 2**31 elements: the last program of a launch on tensors that are too large to exist here.
+
+The kernels run in Triton's interpreter with two changes: every program is the last one, and loads and stores note
+their addresses instead of touching memory. A tensor is one number seen as gigabytes, in the middle of reserved address
+space of its own; an offset that was multiplied in 32 bits points outside of it.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import FP16
+from torch import Tensor
+
+from fused_resblock.params import BatchNorm, Conv
+
+pytest.importorskip("triton")
+from triton.runtime import interpreter
+
+from fused_resblock.kernels.bn_act import bn_act
+from fused_resblock.kernels.conv_bn_act import conv_bn_act
+from fused_resblock.kernels.launch import interpreted
+from fused_resblock.kernels.relu_backward import relu_backward
+from fused_resblock.kernels.tiles import Tile
+
+pytestmark = [
+    pytest.mark.skipif(not interpreted(), reason="reads addresses out of Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+
+SPACE = 2**37  # bytes of address space a tensor; the tensor begins in the middle
+RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+TILE = Tile(64, 16, 2048, num_warps=4, num_stages=1)
+MANY, WIDE = (1057, 993), 2049  # rows and columns, channels: 2**31 elements are passed in the last of them
+
+
+class Huge:
+    """Makes tensors that hold one number, and keeps the offsets at which each was read or written."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.seen: dict[str, list[int]] = {}
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype = FP16) -> Tensor:
+        space = mmap.mmap(-1, SPACE, flags=RESERVED)
+        number = torch.frombuffer(space, dtype=dtype, count=1, offset=SPACE // 2)
+        self.tensors[name] = number.expand(*shape)
+        self.seen[name] = []
+        return self.tensors[name]
+
+    def note(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        """Book one load or store to the tensor in whose space it lies, if any."""
+        addresses = np.broadcast_to(addresses, mask.shape)[mask].astype(np.int64)
+        for name, tensor in self.tensors.items():
+            offsets = addresses - tensor.data_ptr()
+            if len(offsets) and np.abs(offsets).max() < SPACE // 2:
+                self.seen[name] += [int(offsets.min()), int(offsets.max())]
+
+    def check(self, *large: str) -> None:
+        """Every access lay inside of its tensor, and in the large ones it came to the last element."""
+        for name, offsets in self.seen.items():
+            count, item = self.tensors[name].numel(), self.tensors[name].element_size()
+            assert offsets, f"{name} was not accessed, or far outside"
+            assert min(offsets) >= 0, f"{name}: an address before its beginning"
+            assert max(offsets) < count * item, f"{name}: an address behind its end"
+            if name in large:
+                assert count > 2**31
+                assert max(offsets) == (count - 1) * item, f"{name}: its last element is not reached"
+
+
+@pytest.fixture
+def huge(monkeypatch):
+    """The maker of tensors, with the interpreter changed as the module says and results made by it, too."""
+    huge, last = Huge(), [0, 0, 0]
+    run, handle, number = interpreter.GridExecutor.__call__, interpreter.TensorHandle, interpreter._get_np_dtype
+
+    def run_last(self: Any, *args: Any, **kwargs: Any) -> None:
+        last[: len(self.grid)] = [size - 1 for size in self.grid]
+        self.grid = (1,)
+        run(self, *args, **kwargs)
+
+    def load(self: Any, ptrs: Any, mask: Any, *_: Any) -> Any:
+        huge.note(ptrs.data, mask.data)
+        kind = ptrs.get_element_ty()
+        return handle(np.zeros(ptrs.data.shape, number(kind)), kind)
+
+    def store(self: Any, ptrs: Any, value: Any, mask: Any, *_: Any) -> None:
+        huge.note(ptrs.data, mask.data)
+
+    def program_id(self: Any, axis: int) -> Any:
+        return handle(np.array([last[axis]], np.int32), interpreter.tl.int32)
+
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last)
+    monkeypatch.setattr(builder, "create_masked_load", load)
+    monkeypatch.setattr(builder, "create_masked_store", store)
+    monkeypatch.setattr(builder, "create_get_program_id", program_id)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, **_: huge(f"out{len(shape)}", *shape, dtype=dtype))
+    monkeypatch.setattr(torch, "empty_like", lambda like, **_: huge("out4", *like.shape, dtype=like.dtype))
+    return huge
+
+
+def norm(channels: int) -> BatchNorm:
+    return BatchNorm(*(torch.zeros(1).expand(channels) for _ in range(4)))
+
+
+def test_pointwise_input_and_output(huge):
+    conv = Conv(huge("weight", WIDE, WIDE, 1, 1), None, norm(WIDE))
+    conv_bn_act(huge("x", 1, WIDE, *MANY), conv, tile=TILE)
+    huge.check("x", "out4")
+
+
+def test_strided_pointwise_input(huge):
+    conv_bn_act(huge("x", 3, WIDE, *MANY), Conv(huge("weight", 8, WIDE, 1, 1), stride=(2, 2)), tile=TILE)
+    huge.check("x")
+
+
+def test_input_of_a_3x3(huge):
+    conv = Conv(huge("weight", 8, WIDE, 3, 3), padding=(1, 1))
+    conv_bn_act(huge("x", 3, WIDE, *MANY), conv, tile=TILE)
+    huge.check("x")
+
+
+def test_grouped_input_and_output(huge):
+    conv = Conv(huge("weight", 2 * WIDE, WIDE, 3, 3), padding=(1, 1), groups=2)
+    conv_bn_act(huge("x", 1, 2 * WIDE, *MANY), conv, tile=TILE)
+    huge.check("x", "out4")
+
+
+def test_weight(huge):
+    conv_bn_act(huge("x", 1, 65537, 3, 3), Conv(huge("weight", 32769, 65537, 1, 1)), tile=TILE)
+    huge.check("weight")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_residual(stride, huge):
+    h, w = ((size - 1) // stride + 1 for size in MANY)
+    residual = huge("residual", 3, WIDE, *MANY)
+    conv = Conv(huge("weight", WIDE, 8, 1, 1))
+    conv_bn_act(huge("x", 3, 8, h, w), conv, residual=residual, residual_stride=stride, tile=TILE)
+    huge.check("residual")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_input_of_the_second_convolution(stride, huge):
+    h, w = ((size - 1) // stride + 1 for size in MANY)
+    second = Conv(huge("weight2", 8, WIDE, 1, 1), None, norm(8), (stride, stride))
+    shortcut = huge("x2", 3, WIDE, *MANY), second
+    conv_bn_act(huge("x", 3, 8, h, w), Conv(huge("weight", 8, 8, 1, 1)), shortcut=shortcut, tile=TILE)
+    huge.check("x2")
+
+
+def test_weight_of_the_second_convolution(huge):
+    shortcut = huge("x2", 1, 65537, 3, 3), Conv(huge("weight2", 32769, 65537, 1, 1))
+    conv_bn_act(huge("x", 1, 8, 3, 3), Conv(huge("weight", 32769, 8, 1, 1)), shortcut=shortcut, tile=TILE)
+    huge.check("weight2")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bn_act(stride, huge):
+    h, w = ((size - 1) // stride + 1 for size in MANY)
+    residual = huge("residual", 5, WIDE, *MANY)
+    bn_act(huge("x", 5, WIDE, h, w), norm(WIDE), residual=residual, residual_stride=stride)
+    huge.check("x", "residual", "out4")
+
+
+def test_relu_backward(huge):
+    relu_backward(huge("dy", 1, WIDE, *MANY), huge("y", 1, WIDE, *MANY))
+    huge.check("dy", "y", "out4")

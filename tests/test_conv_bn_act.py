@@ -1,0 +1,309 @@
+"""`conv_bn_act` on every backend against torch: shapes, options, dtypes, layouts, NaN, repeatability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    BACKENDS,
+    BF16,
+    DEVICE,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    ConvCase,
+    cast,
+    conv_bn_act_reference,
+    floor,
+    require,
+    slack_of,
+)
+from parity import assert_parity
+
+from fused_resblock.functional import BatchNorm, conv_bn_act
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+
+GEOMETRIES = [
+    pytest.param(ConvCase(kernel=(1, 1), padding=0), id="1x1"),
+    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=2), id="1x1 stride 2"),
+    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=2, size=(8, 6)), id="1x1 stride 2 even size"),
+    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=3), id="1x1 stride 3"),
+    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=(2, 1)), id="1x1 stride 2x1"),
+    pytest.param(ConvCase(kernel=(1, 1), padding=1), id="1x1 padding 1"),
+    pytest.param(ConvCase(kernel=(1, 1), padding=(1, 0), stride=2), id="1x1 padding 1x0 stride 2"),
+    pytest.param(ConvCase(), id="3x3"),
+    pytest.param(ConvCase(padding=0), id="3x3 padding 0"),
+    pytest.param(ConvCase(padding=3), id="3x3 padding beyond the filter"),
+    pytest.param(ConvCase(stride=2), id="3x3 stride 2"),
+    pytest.param(ConvCase(stride=2, size=(8, 6)), id="3x3 stride 2 even size"),
+    pytest.param(ConvCase(stride=(1, 3), padding=(2, 1)), id="3x3 stride 1x3 padding 2x1"),
+    pytest.param(ConvCase(stride=4), id="3x3 stride beyond the filter"),
+    pytest.param(ConvCase(dilation=2, padding=2), id="3x3 dilation 2"),
+    pytest.param(ConvCase(dilation=(3, 1), padding=(3, 1), stride=2), id="3x3 dilation 3x1 stride 2"),
+    pytest.param(ConvCase(dilation=4, padding=4, size=(3, 3)), id="3x3 dilation beyond the image"),
+    pytest.param(
+        ConvCase(kernel=(7, 7), stride=2, padding=3, channels=3, size=(11, 9)), id="7x7 stride 2 of 3 channels"
+    ),
+    pytest.param(ConvCase(kernel=(1, 3), padding=(0, 1)), id="1x3"),
+    pytest.param(ConvCase(kernel=(3, 1), padding=(1, 0)), id="3x1"),
+    pytest.param(ConvCase(kernel=(2, 2), padding=0, stride=2), id="2x2 stride 2"),
+    pytest.param(ConvCase(kernel=(5, 2), padding=(2, 1), dilation=(1, 2)), id="5x2 dilation 1x2"),
+    pytest.param(ConvCase(kernel=(7, 5), padding=0), id="filter as large as the image"),
+    pytest.param(ConvCase(groups=2), id="2 groups"),
+    pytest.param(ConvCase(groups=4, stride=2, bias=True, residual=1), id="4 groups stride 2 residual"),
+    pytest.param(ConvCase(channels=6, out_channels=6, groups=6), id="depthwise"),
+    pytest.param(ConvCase(channels=6, out_channels=12, groups=6, kernel=(1, 1), padding=0), id="1x1 depthwise times 2"),
+    pytest.param(ConvCase(groups=4, dilation=2, padding=2, residual=2), id="4 groups dilation 2 strided residual"),
+    pytest.param(ConvCase(size=(1, 1)), id="3x3 of a 1x1 image"),
+    pytest.param(ConvCase(size=(1, 1), batch=1, kernel=(1, 1), padding=0), id="1x1 of one pixel"),
+    pytest.param(ConvCase(size=(1, 1), batch=1, channels=1, out_channels=1), id="3x3 of one number"),
+    pytest.param(ConvCase(size=(1, 9)), id="one row"),
+    pytest.param(ConvCase(size=(9, 1), stride=2), id="one column stride 2"),
+    pytest.param(ConvCase(batch=1), id="batch 1"),
+    pytest.param(ConvCase(batch=5, size=(3, 3)), id="batch 5"),
+    pytest.param(ConvCase(channels=1), id="1 input channel"),
+    pytest.param(ConvCase(out_channels=1), id="1 output channel"),
+    pytest.param(ConvCase(channels=67, out_channels=33, kernel=(1, 1), padding=0), id="67 to 33 channels 1x1"),
+    pytest.param(ConvCase(channels=37, out_channels=70, size=(4, 3)), id="37 to 70 channels 3x3"),
+    pytest.param(
+        ConvCase(channels=130, out_channels=140, kernel=(1, 1), padding=0, size=(3, 3)), id="channels over a tile"
+    ),
+    pytest.param(ConvCase(batch=1, channels=4, size=(19, 17)), id="pixels over a tile"),
+]
+
+EPILOGUES = [
+    pytest.param(ConvCase(norm=None, relu=False), id="conv"),
+    pytest.param(ConvCase(norm=None), id="conv relu"),
+    pytest.param(ConvCase(norm=None, relu=False, bias=True), id="conv bias"),
+    pytest.param(ConvCase(relu=False), id="norm"),
+    pytest.param(ConvCase(bias=True), id="bias norm relu"),
+    pytest.param(ConvCase(norm="plain"), id="norm without gamma and beta"),
+    pytest.param(ConvCase(norm="gamma"), id="norm without beta"),
+    pytest.param(ConvCase(norm="beta", bias=True), id="bias norm without gamma"),
+    pytest.param(ConvCase(norm="eps0", bias=True), id="eps 0"),
+    pytest.param(ConvCase(norm="wide eps"), id="eps 0.1"),
+    pytest.param(ConvCase(residual=1), id="residual"),
+    pytest.param(ConvCase(residual=1, relu=False), id="residual no relu"),
+    pytest.param(ConvCase(residual=1, norm=None, bias=True), id="bias residual no norm"),
+    pytest.param(ConvCase(residual=2), id="residual stride 2 even size"),
+    pytest.param(ConvCase(residual=2, slack=1), id="residual stride 2 odd size"),
+    pytest.param(ConvCase(residual=3, slack=2, relu=False), id="residual stride 3 no relu"),
+    pytest.param(
+        ConvCase(residual=2, stride=2, slack=1, kernel=(1, 1), padding=0), id="1x1 stride 2 residual stride 2"
+    ),
+    pytest.param(ConvCase(shortcut=1), id="shortcut"),
+    pytest.param(ConvCase(shortcut=1, relu=False), id="shortcut no relu"),
+    pytest.param(ConvCase(shortcut=2), id="shortcut stride 2 even size"),
+    pytest.param(ConvCase(shortcut=2, slack=1), id="shortcut stride 2 odd size"),
+    pytest.param(ConvCase(shortcut=2, stride=2, bias=True), id="shortcut bias stride 2"),
+    pytest.param(ConvCase(shortcut=1, norm=None, bias=True), id="shortcut bias no norm"),
+    pytest.param(ConvCase(shortcut=1, norm="eps0", kernel=(1, 1), padding=0), id="1x1 shortcut eps 0"),
+    pytest.param(ConvCase(shortcut=2, groups=4, slack=1), id="shortcut of grouped"),
+]
+
+
+def check(args: dict, backend: str) -> torch.Tensor:
+    """Parity of one call; returns its result."""
+    actual = conv_bn_act(**args, backend=backend)
+    exact = conv_bn_act_reference(**cast(args, FP64))
+    assert_parity(
+        actual,
+        conv_bn_act_reference(**args),
+        exact,
+        what="y",
+        floor=floor(actual.dtype),
+        slack=slack_of(backend, actual.dtype),
+    )
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert not actual.requires_grad
+    return actual
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_geometry(case, backend):
+    require(backend)
+    check(case.build(FP32), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", EPILOGUES)
+def test_epilogue(case, backend):
+    require(backend)
+    check(case.build(FP32), backend)
+
+
+@pytest.mark.parametrize(
+    "norm_dtype", [pytest.param(None, id="fp32 norm"), pytest.param("same", id="norm of x's dtype")]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(ConvCase(kernel=(1, 1), padding=0, channels=40), id="1x1"),
+        pytest.param(ConvCase(stride=2, bias=True, residual=2, slack=1), id="3x3 stride 2 residual"),
+        pytest.param(ConvCase(groups=2, residual=1), id="grouped residual"),
+        pytest.param(ConvCase(shortcut=2), id="shortcut"),
+        pytest.param(ConvCase(norm=None, relu=False), id="conv"),
+    ],
+)
+def test_dtype(case, backend, dtype, norm_dtype):
+    require(backend, dtype)
+    check(case.build(dtype, dtype if norm_dtype else None), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(ConvCase(batch=0), FP32, id="3x3"),
+        pytest.param(ConvCase(batch=0, stride=2, shortcut=2), BF16, id="shortcut bf16"),
+        pytest.param(ConvCase(batch=0, residual=2, groups=2), FP32, id="residual"),
+    ],
+)
+def test_empty_batch(case, dtype, backend):
+    args = case.build(dtype)
+    y = conv_bn_act(**args, backend=backend)
+    assert y.shape == conv_bn_act_reference(**args).shape
+    assert y.dtype == dtype
+
+
+LAYOUTS = {
+    "NCHW": lambda t: t.contiguous(),
+    "channel slice": lambda t: torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]],
+    "NCHW channel slice": lambda t: torch.cat([t, t], 1).contiguous()[:, t.shape[1] :],
+    "batch slice": lambda t: torch.cat([t, t])[t.shape[0] :],
+    "spatial slice": lambda t: torch.nn.functional.pad(t, (1, 2, 3, 4), value=1e4)[:, :, 3:-4, 1:-2],
+    "every second": lambda t: t.repeat_interleave(2, 0).repeat_interleave(2, 3)[::2, :, :, ::2],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "odd offset": lambda t: torch.cat([t.new_full((1,), 1e4), t.contiguous().flatten()])[1:].view(t.shape),
+    "flipped": lambda t: t.flip(3).flip(3),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [pytest.param(f, id=name) for name, f in LAYOUTS.items()])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(ConvCase(residual=2, slack=1), id="residual"),
+        pytest.param(ConvCase(shortcut=2, stride=2), id="shortcut"),
+        pytest.param(ConvCase(kernel=(1, 1), padding=0, channels=1, residual=1, out_channels=1), id="1 channel"),
+    ],
+)
+def test_layouts_of_images_and_weights(case, layout, backend):
+    require(backend)
+    args = case.build(FP32)
+    laid_out = dict(args, x=layout(args["x"]), weight=layout(args["weight"]))
+    if case.residual:
+        laid_out["residual"] = layout(args["residual"])
+    if case.shortcut:
+        second = args["shortcut"]
+        laid_out["shortcut"] = second._replace(x=layout(second.x), weight=layout(second.weight))
+    before = cast(laid_out, FP64)
+    y = check(laid_out, backend)
+    assert torch.equal(y, conv_bn_act(**args, backend=backend)), "the layout changed the result"
+    after = cast(laid_out, FP64)
+    assert torch.equal(before["x"], after["x"]), "x was written to"
+    assert case.residual is None or torch.equal(before["residual"], after["residual"]), "the residual was written to"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_that_are_columns_of_a_table(backend):
+    require(backend)
+    args = ConvCase(bias=True, shortcut=1).build(FP32)
+
+    def column(t: torch.Tensor) -> torch.Tensor:
+        return torch.stack([t, t + 100, t - 100], 1)[:, 0]
+
+    def columns(norm: BatchNorm) -> BatchNorm:
+        return BatchNorm(*map(column, norm[:4]), norm.eps)
+
+    second = args["shortcut"]
+    tables = dict(args, bias=column(args["bias"]), norm=columns(args["norm"]))
+    tables["shortcut"] = second._replace(bias=column(second.bias), norm=columns(second.norm))
+    check(tables, backend)
+
+
+FOLDING = ("onednn", "cudnn")  # they multiply gamma / sqrt(var + eps) into the weight
+SPECIALS = [
+    pytest.param(float("nan"), id="nan"),
+    pytest.param(float("inf"), id="inf"),
+    pytest.param(-float("inf"), id="-inf"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", SPECIALS)
+@pytest.mark.parametrize("place", ["x", "weight", "residual", "mean", "beta", "gamma", "shortcut"])
+@pytest.mark.parametrize("relu", [pytest.param(True, id="relu"), pytest.param(False, id="no relu")])
+def test_nan_and_inf_spread_as_in_torch(place, value, relu, backend):
+    require(backend)
+    joined = {"shortcut": 1} if place == "shortcut" else {"residual": 1}
+    args = ConvCase(kernel=(1, 1), padding=0, relu=relu, **joined).build(FP32)
+    norm = args["norm"]
+    vectors = {"mean": norm.mean, "beta": norm.bias, "gamma": norm.weight}
+    if place in vectors:
+        vectors[place][3] = value
+    else:
+        tensor = args["shortcut"].x if place == "shortcut" else args[place]
+        tensor[1, 2, 0, 0] = value
+    actual, expected = conv_bn_act(**args, backend=backend), conv_bn_act_reference(**args)
+    assert not torch.isfinite(conv_bn_act_reference(**{**args, "relu": False})).all(), "the case is void"
+    if backend in FOLDING and place == "gamma" and value == value:
+        actual[:, 3] = expected[:, 3]  # an infinite folded weight: terms may cancel to NaN
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_x_reaches_its_neighbours_only(backend):
+    require(backend)
+    args = ConvCase(residual=1).build(FP32)
+    args["x"][1, 2, 3, 3] = float("nan")
+    y = conv_bn_act(**args, backend=backend)
+    hit = torch.zeros(2, 12, 7, 5, dtype=torch.bool, device=DEVICE)
+    hit[1, :, 2:5, 2:5] = True
+    assert torch.equal(y.isnan(), hit)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [pytest.param(FP16, id="float16"), pytest.param(BF16, id="bfloat16")])
+def test_overflow_gives_inf_as_in_torch(dtype, backend):
+    require(backend, dtype)
+    args = ConvCase(kernel=(1, 1), padding=0, norm=None).build(dtype)
+    args["x"][:] = torch.finfo(dtype).max
+    args["weight"][:] = 2
+    assert conv_bn_act(**args, backend=backend).isposinf().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_variance_and_zero_eps_give_what_torch_gives(backend):
+    require(backend)
+    args = ConvCase(norm="eps0").build(FP32)
+    args["norm"].var[2] = 0
+    args["norm"].var[5] = 1e-30
+    actual, expected = conv_bn_act(**args, backend=backend), conv_bn_act_reference(**args)
+    if backend in FOLDING:
+        actual[:, 2] = expected[:, 2]  # an infinite folded weight: terms may cancel to NaN
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_bit_for_bit(dtype, backend):
+    require(backend, dtype)
+    args = ConvCase(stride=2, channels=40, residual=2, bias=True).build(dtype)
+    assert torch.equal(conv_bn_act(**args, backend=backend), conv_bn_act(**args, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_mean_keeps_its_digits(backend):
+    """A norm whose mean dwarfs its deviation: scale and shift of low precision would lose the signal."""
+    require(backend, BF16)
+    args = ConvCase(kernel=(1, 1), padding=0, relu=False).build(BF16)
+    norm = args["norm"]
+    args["norm"] = norm._replace(mean=norm.mean + 3, var=norm.var / 10)
+    check(args, backend)

@@ -1,0 +1,111 @@
+"""`explain`: the data and the table, for the model as it is now."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from odd_blocks import SqueezeExcite
+from torch import nn
+
+import fused_resblock as frb
+from fused_resblock.reference import BasicBlock, Bottleneck, PreActBottleneck
+
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="names what a machine without a GPU uses")
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """Two blocks that fuse and one that does not, in eval mode."""
+    return nn.Sequential(BasicBlock(8, 8), SqueezeExcite(), Bottleneck(8, 2, groups=2)).eval()
+
+
+def test_is_a_list_of_named_tuples(model):
+    reports = frb.explain(frb.fuse(model))
+    assert isinstance(reports, frb.Explanation)
+    assert len(reports) == 3
+    name, cls, fused, backend, reason = reports[0]
+    assert (name, cls, fused) == ("0", "FusedBasicBlock", True)
+    assert backend in ("onednn", "triton", "cudnn")
+    assert reason
+    assert isinstance(reports[1], frb.BlockReport)
+    assert [r.fused for r in reports] == [True, False, True]
+    assert reports[1].backend == "eager"
+    assert dict(reports[1]._asdict())["name"] == "1"
+
+
+def test_table_has_a_line_for_every_block(model):
+    lines = str(frb.explain(frb.fuse(model))).splitlines()
+    assert lines[0].split() == ["name", "class", "state", "backend", "reason"]
+    table = [line.split() for line in lines[:-1] if line.split()[0] in "012"]
+    assert [(line[0], line[1], line[2]) for line in table] == [
+        ("0", "FusedBasicBlock", "fused"),
+        ("1", "SqueezeExcite", "kept"),
+        ("2", "FusedBottleneck", "fused"),
+    ]
+    assert lines[-1] == "2 of 3 fused"
+
+
+def test_model_that_was_not_fused_yet(model):
+    reports = frb.explain(model)
+    assert [r.reason for r in reports if r.name != "1"] == ["not fused yet: call fuse"] * 2
+    assert not any(r.fused for r in reports)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param(lambda b: b.train(), "batch statistics", id="train mode"),
+        pytest.param(lambda b: b.bn1.train(), "batch statistics", id="one norm in train mode"),
+        pytest.param(lambda b: b.conv1.register_forward_hook(print), "hooks", id="hook"),
+        pytest.param(lambda b: setattr(b, "relu", nn.SiLU()), "SiLU", id="module replaced"),
+        pytest.param(lambda b: b.double(), "float64", id="float64"),
+        pytest.param(lambda b: nn.utils.parametrizations.weight_norm(b.conv1), "", id="parametrization"),
+    ],
+)
+@CPU_ONLY
+def test_changes_behind_fuse_are_seen(change, reason):
+    fused = frb.fuse(BasicBlock(8, 8).eval())
+    change(fused)
+    (report,) = frb.explain(fused)
+    assert not report.fused
+    assert report.backend == "eager"
+    assert reason in report.reason
+
+
+def test_train_mode_of_a_frozen_model_is_fused():
+    fused = frb.fuse(BasicBlock(8, 8)).train()
+    for norm in (fused.bn1, fused.bn2):
+        norm.eval()
+    assert frb.explain(fused)[0].fused
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("backend", ["auto", "onednn", "triton", "eager"])
+def test_backend_of_a_fused_block(backend):
+    (report,) = frb.explain(frb.fuse(PreActBottleneck(8, 8, 4).eval(), backend=backend))
+    assert report.backend == {"auto": "onednn"}.get(backend, backend)
+    assert report.fused == (backend != "eager")
+
+
+def test_explaining_changes_nothing(model):
+    model.train()
+    before = [(m.training, dict(vars(m))) for m in model.modules()]
+    frb.explain(model)
+    frb.explain(frb.fuse(model))
+    assert [(m.training, dict(vars(m))) for m in model.modules()] == before
+
+
+def test_meta_model():
+    with torch.device("meta"):
+        fused = frb.fuse(BasicBlock(8, 8).eval())
+    (report,) = frb.explain(fused)
+    assert report.backend == "eager"
+    assert fused(torch.empty(2, 8, 5, 5, device="meta")).shape == (2, 8, 5, 5)
+
+
+def test_every_block_of_the_zoo_has_a_line():
+    model = nn.ModuleDict({name: cls() for name, cls in zoo.ALL.items()}).eval()
+    reports = frb.explain(frb.fuse(model))
+    assert [r.name for r in reports] == list(zoo.ALL)
+    assert all(r.fused for r in reports)
