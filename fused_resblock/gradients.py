@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.folding import scale_shift
-from .params import BatchNorm, Conv
+from .params import BatchNorm, Conv, Pair
 
 
 def norm_grads(dot: Tensor | None, total: Tensor, norm: BatchNorm | None, bias: Tensor | None) -> tuple[Any, ...]:
@@ -31,6 +31,22 @@ def norm_grads(dot: Tensor | None, total: Tensor, norm: BatchNorm | None, bias: 
     return None, None, dgamma, None if norm.bias is None else total.to(norm.bias.dtype), None
 
 
+def _conv_grads(dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, need_x: bool, need_w: bool) -> tuple[Any, Any]:
+    """Gradients of x and weight of the plain convolution.
+
+    A strided 1x1 reads every `stride`-th pixel: its gradients are those of a 1x1 with stride 1 on these pixels. oneDNN
+    3.12 writes past its buffer in the weight gradient of the strided form with 8 channels.
+    """
+    if weight.shape[2:] == (1, 1) and conv.padding == (0, 0) and max(conv.stride) > 1:
+        rows, columns = conv.stride
+        dx, dw = _conv_grads(dz, x[:, :, ::rows, ::columns], weight, conv._replace(stride=(1, 1)), need_x, need_w)
+        return (residual_grad(dx, x.shape, conv.stride) if need_x else None), dw
+    x = x.contiguous(memory_format=torch.channels_last)
+    geometry = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+    dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, (need_x, need_w, False))
+    return dx, dw
+
+
 def branch_grads(dz: Tensor, total: Tensor, x: Tensor, conv: Conv, need_x: bool, need_w: bool) -> tuple[Any, ...]:
     """Gradients of x, weight, bias and the norm's five arguments for `norm(conv(x))`.
 
@@ -45,19 +61,7 @@ def branch_grads(dz: Tensor, total: Tensor, x: Tensor, conv: Conv, need_x: bool,
     dw: Any = None
     dot = dbias = None
     if need_x or need_w:
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            dz,
-            x,
-            scaled.to(x.dtype),
-            None,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            False,
-            (0, 0),
-            conv.groups,
-            (need_x, need_w, False),
-        )
+        dx, dw = _conv_grads(dz, x, scaled.to(x.dtype), conv, need_x, need_w)
     if need_w:
         dw = dw.to(wide)
         dot = (weight.to(wide) * dw).sum((1, 2, 3))
@@ -79,10 +83,10 @@ def elementwise_grads(
     return dx, *norm_grads(dot, total, norm, None)
 
 
-def residual_grad(dz: Tensor, shape: torch.Size, stride: int) -> Tensor:
+def residual_grad(dz: Tensor, shape: torch.Size, stride: Pair) -> Tensor:
     """dz at every `stride`-th row and column of `shape`, 0 elsewhere."""
-    if stride == 1:
+    if stride == (1, 1):
         return dz
     grad = torch.zeros(shape, dtype=dz.dtype, device=dz.device).contiguous(memory_format=torch.channels_last)
-    grad[:, :, ::stride, ::stride] = dz
+    grad[:, :, :: stride[0], :: stride[1]] = dz
     return grad

@@ -198,7 +198,7 @@ def _conv_bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     first = branch_grads(dz, total, x, conv, need[0], need[1] or need[5])
     residual = None
     if ctx.residual_shape is not None and need[12]:
-        residual = residual_grad(dz, ctx.residual_shape, residual_stride)
+        residual = residual_grad(dz, ctx.residual_shape, (residual_stride, residual_stride))
     second: tuple[Any, ...] = (None,) * 8
     if shortcut is not None:
         second = branch_grads(dz, total, *shortcut, need[14], need[15] or need[19])
@@ -227,7 +227,7 @@ def _bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if residual is not None:
         view = residual[:, :, ::stride, ::stride]
         dr, *norm2 = elementwise_grads(dz, total, view, _norm(*args[7:12]), need[6], need[9])
-        second = (None if dr is None else residual_grad(dr, residual.shape, stride), *norm2)
+        second = (None if dr is None else residual_grad(dr, residual.shape, (stride, stride)), *norm2)
     return (*first, *second, None, None, None)
 
 

@@ -105,7 +105,7 @@ class PositionalInPlaceOnSharedTensor(Base):
 
 class InPlaceAddOnInput(Base):
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
+        out = self.bn1(self.conv1(x.clone()))
         x += out
         return torch.relu(x)
 
@@ -198,6 +198,31 @@ class CountsItsCalls(Base):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return torch.relu(self.bn1(self.conv1(x)) + x)
+
+
+class CountsInBuffer(Base):
+    """Counts in a tensor, in place: no attribute is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.relu(self.bn1(self.conv1(x)) + x)
+
+
+class CollectsItsFeatures(Base):
+    """Appends its activations to a list: no attribute is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)) + x)
+        self.features.append(out)
+        return out
 
 
 class BranchOnValue(Base):

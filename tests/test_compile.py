@@ -16,10 +16,10 @@ from fused_resblock.functional import conv_bn_act
 from fused_resblock.reference import BasicBlock, Bottleneck, PreActBottleneck, ResidualBlock
 
 BLOCKS = [
-    pytest.param(lambda: BasicBlock(8, 8), id="BasicBlock"),
-    pytest.param(lambda: Bottleneck(8, 2), id="Bottleneck"),
-    pytest.param(lambda: ResidualBlock(8, 12, 2), id="ResidualBlock"),
-    pytest.param(lambda: PreActBottleneck(8, 12, 4, 2), id="PreActBottleneck"),
+    pytest.param(lambda: BasicBlock(16, 16), id="BasicBlock"),
+    pytest.param(lambda: Bottleneck(16, 4), id="Bottleneck"),
+    pytest.param(lambda: ResidualBlock(16, 12, 2), id="ResidualBlock"),
+    pytest.param(lambda: PreActBottleneck(16, 12, 4, 2), id="PreActBottleneck"),
 ]
 
 
@@ -54,7 +54,7 @@ def test_function_forward_and_backward(joined, dynamic):
 def test_block_forward_and_backward(make):
     reference, fused = both(make)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    x = image(2, 8, 5, 6).cpu()
+    x = image(2, 16, 5, 6).cpu()
     upstream = torch.randn(reference(x).shape)
     for block in (reference, compiled):
         block(x.requires_grad_()).backward(upstream)
@@ -75,32 +75,32 @@ def test_graph_holds_the_fused_operations(make):
         return graph
 
     with torch.no_grad():
-        torch.compile(fused, backend=spy, fullgraph=True)(image(2, 8, 5, 6).cpu())
+        torch.compile(fused, backend=spy, fullgraph=True)(image(2, 16, 5, 6).cpu())
     assert targets
     assert all("fused_resblock" in target for target in targets), targets
 
 
 def test_inductor():
-    reference, fused = both(lambda: Bottleneck(8, 2))
-    x = image(2, 8, 5, 6).cpu()
+    reference, fused = both(lambda: Bottleneck(16, 4))
+    x = image(2, 16, 5, 6).cpu()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(fused, fullgraph=True)(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
 def test_training_mode_updates_statistics():
-    reference, fused = both(lambda: BasicBlock(8, 8))
+    reference, fused = both(lambda: BasicBlock(16, 16))
     reference.train(), fused.train()
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    x = image(4, 8, 5, 6).cpu()
+    x = image(4, 16, 5, 6).cpu()
     torch.testing.assert_close(compiled(x), reference(x))
     for (name, ours), theirs in zip(fused.named_buffers(), reference.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_mode_switch_after_compilation():
-    reference, fused = both(lambda: BasicBlock(8, 8))
+    reference, fused = both(lambda: BasicBlock(16, 16))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    x = image(4, 8, 5, 6).cpu()
+    x = image(4, 16, 5, 6).cpu()
     with torch.no_grad():
         for training in (False, True, False):
             reference.train(training), fused.train(training)
@@ -108,8 +108,8 @@ def test_mode_switch_after_compilation():
 
 
 def test_autocast():
-    reference, fused = both(lambda: Bottleneck(8, 2))
-    x = image(2, 8, 5, 6).cpu().to(BF16)
+    reference, fused = both(lambda: Bottleneck(16, 4))
+    x = image(2, 16, 5, 6).cpu().to(BF16)
     with torch.no_grad(), torch.autocast("cpu", BF16):
         y = torch.compile(fused, backend="aot_eager", fullgraph=True)(x)
         expected = reference(x)
@@ -119,27 +119,27 @@ def test_autocast():
 
 def test_hook_on_an_inner_module_fires():
     """Registered after fusing, before compiling: it must keep its effect."""
-    reference, fused = both(lambda: Bottleneck(8, 2))
+    reference, fused = both(lambda: Bottleneck(16, 4))
     for block in (reference, fused):
         block.bn1.register_forward_hook(lambda module, args, y: y * 3)
-    x = image(2, 8, 5, 6).cpu()
+    x = image(2, 16, 5, 6).cpu()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(fused, backend="aot_eager")(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
 def test_module_replaced_deep_inside():
-    reference, fused = both(lambda: ResidualBlock(8, 12, 2))
+    reference, fused = both(lambda: ResidualBlock(16, 12, 2))
     for block in (reference, fused):
         block.block[2] = nn.SiLU()
-    x = image(2, 8, 5, 6).cpu()
+    x = image(2, 16, 5, 6).cpu()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(fused, backend="aot_eager")(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_changed_after_compilation():
-    reference, fused = both(lambda: Bottleneck(8, 2))
+    reference, fused = both(lambda: Bottleneck(16, 4))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    x = image(2, 8, 5, 6).cpu()
+    x = image(2, 16, 5, 6).cpu()
     with torch.no_grad():
         compiled(x)
         for block in (reference, fused):

@@ -23,7 +23,7 @@ class Silu(zoo.Base):
 
 def model() -> nn.Module:
     """A model in eval mode whose five blocks are one of each kind."""
-    parts = [nn.Conv2d(3, 8, 3), BasicBlock(8, 8), Bottleneck(8, 2), Silu(), zoo.NoNorm(), ResidualBlock(8, 4, 2)]
+    parts = [nn.Conv2d(3, 8, 3), BasicBlock(8, 8), Bottleneck(8, 2), Silu(), zoo.NoNorm(), ResidualBlock(8, 4)]
     names = ["stem", "basic", "bottleneck", "silu", "own", "last"]
     made = nn.Sequential()
     for name, part in zip(names, parts, strict=True):

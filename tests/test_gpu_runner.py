@@ -596,7 +596,9 @@ def test_the_kernels_are_found_without_an_installed_package(tmp_path):
     (tmp_path / "benchmarks" / "gpu" / "bootstrap.py").write_text(source)
     code = "import benchmarks.gpu.bootstrap, fused_resblock.kernels as k; print(k.found)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert done.stdout == "True\n", done.stderr
 
 

@@ -180,8 +180,8 @@ def test_change(change, backend):
         pytest.param(lambda b: b.skip.insert(1, nn.Tanh()), id="inserted"),
         pytest.param(lambda b: b.block.add_module("2", nn.Sigmoid()), id="add_module"),
         pytest.param(lambda b: b.block[1].register_forward_hook(lambda m, a, y: -y), id="hook"),
-        pytest.param(lambda b: setattr(b, "skip", nn.Conv2d(8, 12, 1, 2)), id="branch replaced"),
-        pytest.param(lambda b: b._modules.update(skip=nn.Conv2d(8, 12, 1, 2)), id="replaced behind the scenes"),
+        pytest.param(lambda b: setattr(b, "skip", nn.Conv2d(16, 12, 1, 2)), id="branch replaced"),
+        pytest.param(lambda b: b._modules.update(skip=nn.Conv2d(16, 12, 1, 2)), id="replaced behind the scenes"),
         pytest.param(lambda b: setattr(b.block, "__class__", Backwards), id="class of the Sequential"),
         pytest.param(
             lambda b: (vars(b.block[0]).update(stride=(1, 1)), vars(b.skip[0]).update(stride=(1, 1))), id="strides"
@@ -189,7 +189,7 @@ def test_change(change, backend):
     ],
 )
 def test_change_deep_inside(change):
-    check(lambda: ResidualBlock(8, 12, 2), change, "auto", torch.randn(2, 8, 5, 5))
+    check(lambda: ResidualBlock(16, 12, 2), change, "auto", torch.randn(2, 16, 5, 5))
 
 
 class Backwards(nn.Sequential):

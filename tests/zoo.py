@@ -145,14 +145,14 @@ class ConvNormRelu(nn.Sequential):
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.ModuleList([ConvNormRelu(8, 4), ConvNormRelu(4, 8, stride=2)])
-        self.shortcut = ConvNormRelu(8, 8, kernel=1, stride=2)
+        self.body = nn.ModuleList([ConvNormRelu(8, 4), ConvNormRelu(4, 8, kernel=2, stride=2)])
+        self.shortcut = ConvNormRelu(8, 8, kernel=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         out = x
         for module in self.body:
             out = module(out)
-        return out + self.shortcut(x)
+        return out + self.shortcut(x)  # kernel 2: see test_blocks of strided 1x1
 
 
 class NamedNorms(Base):
