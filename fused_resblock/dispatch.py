@@ -50,7 +50,7 @@ def _trained(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants convolutions in on x's device; None where it is off, and for fp64, which it skips."""
+    """The dtype autocast wants convolutions in on x's device; None where it is off, and for fp64, which it skips."""
     kind = x.device.type
     if x.dtype != torch.float64 and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
