@@ -1,0 +1,69 @@
+"""The `torch.fx` graph of a block's forward, or the reason why a graph would not tell all that the forward does."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import leaves
+from .plan import Unsupported
+
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; a plain proxy has no `__iadd__` and Python falls back to `x + y`."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    """Stops at the layers that a plan may hold, and refuses what a graph does not show: grad mode, autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = self._current_modes()
+
+    @staticmethod
+    def _current_modes() -> tuple[bool, ...]:
+        autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self._current_modes() != self._modes:
+            raise Unsupported("its forward switches the grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def graph_of(block: nn.Module) -> fx.Graph:
+    """The graph of the block's forward; the block is left as it was.
+
+    Raises:
+        Unsupported: if the forward cannot be traced, or sets attributes.
+    """
+    before = [(m, dict(m.__dict__)) for m in block.modules()]
+    try:
+        return _Tracer().trace(block)
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever a forward does with a proxy
+        message = (str(error).splitlines() or [repr(error)])[0]
+        raise Unsupported(f"its forward cannot be traced: {message}") from None
+    finally:
+        changed = False
+        for module, attributes in before:
+            now = module.__dict__
+            if now.keys() != attributes.keys() or any(now[key] is not attributes[key] for key in attributes):
+                changed = True
+                now.clear()
+                now.update(attributes)
+        if changed:
+            raise Unsupported("its forward sets attributes")
