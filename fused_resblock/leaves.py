@@ -12,9 +12,9 @@ from .plan import Unsupported
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether this is a FrozenBatchNorm2d as torchvision, timm and detection libraries define it: four buffers."""
-    names = {"weight", "bias", "running_mean", "running_var"}
-    return type(module).__name__ == "FrozenBatchNorm2d" and names <= module._buffers.keys()
+    """Whether this is torchvision's FrozenBatchNorm2d; others of that name may compute something else."""
+    torchvision = sys.modules.get("torchvision.ops.misc")
+    return torchvision is not None and type(module) is torchvision.FrozenBatchNorm2d
 
 
 def _timm_norm_act(module: nn.Module) -> bool:

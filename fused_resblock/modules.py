@@ -104,10 +104,12 @@ class FusedBlock(nn.Module):
             state = _states[self] = _State(self)
         return state
 
-    def forward(self, x: Tensor) -> Tensor:
-        runner = self._runner(x)
-        y = None if runner is None else runner.run(x, self._fused_backend)
-        return super().forward(x) if y is None else y
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs:  # further arguments, or names that only its own forward knows
+            return super().forward(*args, **kwargs)
+        runner = self._runner(args[0])
+        y = None if runner is None else runner.run(args[0], self._fused_backend)
+        return super().forward(*args) if y is None else y
 
     def _runner(self, x: Tensor) -> Runner | None:
         """What runs the plan, or None where the block's own forward has to run."""

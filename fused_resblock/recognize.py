@@ -65,6 +65,8 @@ class _Builder:
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         if len([n for n in inputs if n in live or n.users]) != 1:
             raise Unsupported("it takes other than one input")
+        if inputs[0] not in live:
+            raise Unsupported("its input is not its first argument")
         for node in self.nodes:
             if node in live and node is not output and node not in self.alias:
                 self.values[node] = self._lower(node)

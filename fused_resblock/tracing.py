@@ -43,13 +43,43 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+class _Snapshot:
+    """Attributes, the contents of lists and dictionaries among them, and buffers of a block, to be put back."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._attributes = [(m.__dict__, dict(m.__dict__)) for m in block.modules()]
+        values = [value for _, attributes in self._attributes for value in attributes.values()]
+        self._lists = [(value, list(value)) for value in values if isinstance(value, list)]
+        self._dicts = [(value, dict(value)) for value in values if isinstance(value, dict)]
+        self._buffers = [(b, b._version, b.detach().clone()) for b in block.buffers() if not b.is_inference()]
+
+    def restore(self) -> bool:
+        """Put everything back; True if anything had changed."""
+        changed = False
+        for now, before in (*self._attributes, *self._dicts):
+            if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
+                changed = True
+                now.clear()
+                now.update(before)
+        for items, kept in self._lists:
+            if len(items) != len(kept) or any(a is not b for a, b in zip(items, kept, strict=True)):
+                changed = True
+                items[:] = kept
+        for buffer, version, kept_buffer in self._buffers:
+            if buffer._version != version:
+                changed = True
+                with torch.no_grad():
+                    buffer.copy_(kept_buffer)
+        return changed
+
+
 def graph_of(block: nn.Module) -> fx.Graph:
     """The graph of the block's forward; the block is left as it was.
 
     Raises:
-        Unsupported: if the forward cannot be traced, or sets attributes.
+        Unsupported: if the forward cannot be traced, or leaves something behind on the block.
     """
-    before = [(m, dict(m.__dict__)) for m in block.modules()]
+    before = _Snapshot(block)
     try:
         return _Tracer().trace(block)
     except Unsupported:
@@ -58,12 +88,5 @@ def graph_of(block: nn.Module) -> fx.Graph:
         message = (str(error).splitlines() or [repr(error)])[0]
         raise Unsupported(f"its forward cannot be traced: {message}") from None
     finally:
-        changed = False
-        for module, attributes in before:
-            now = module.__dict__
-            if now.keys() != attributes.keys() or any(now[key] is not attributes[key] for key in attributes):
-                changed = True
-                now.clear()
-                now.update(attributes)
-        if changed:
-            raise Unsupported("its forward sets attributes")
+        if before.restore():
+            raise Unsupported("its forward changes the block's own attributes or buffers")

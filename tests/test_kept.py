@@ -36,6 +36,18 @@ class OwnNorm(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
+class ScaledWeight(nn.Conv2d):
+    """Equalised learning rate: the weight that a caller reads is not the parameter."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self._parameters["weight"] * 3
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.register_parameter("weight", value)
+
+
 class MereSubclass(nn.Conv2d):
     """Computes what its base does."""
 
@@ -175,6 +187,16 @@ def test_subclass_without_a_forward_of_its_own_is_fused():
     block = Bottleneck(8, 2).eval()
     block.conv2 = MereSubclass(2, 2, 3, padding=1)
     assert frb.explain(frb.fuse(block, strict=True))[0].fused
+
+
+def test_weight_that_is_a_property():
+    block = randomize_norms(Bottleneck(8, 2)).eval()
+    scaled = ScaledWeight.__new__(ScaledWeight)
+    vars(scaled).update(vars(block.conv2))
+    block.conv2 = scaled
+    x = torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(frb.fuse(block)(x), block(x), rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_that_do_not_run_in_forward_do_not_matter():

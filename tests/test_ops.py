@@ -219,3 +219,24 @@ def test_subclass_of_tensor(backend):
     expected = conv_bn_act(**args, backend=backend)
     y = conv_bn_act(**dict(args, x=args["x"].as_subclass(Photo)), backend=backend)
     assert torch.equal(y.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", ["conv_bn_act", "bn_act"])
+def test_result_may_be_changed_in_place(function, backend):
+    """Where a gradient is wanted, too: the result is a tensor of its own, not a view."""
+    require(backend)
+    grads = []
+    for ours in (True, False):
+        torch.manual_seed(2)
+        args = ConvCase(relu=False).build(FP32)
+        x = args["x"].requires_grad_()
+        if function == "conv_bn_act":
+            y = conv_bn_act(**args, backend=backend) if ours else conv_bn_act_reference(**args)
+        else:
+            norm = make_norm(8)
+            y = bn_act(x, norm, relu=False, backend=backend) if ours else bn_act_reference(x, norm, relu=False)
+        y.mul_(2).relu_()
+        y.sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)

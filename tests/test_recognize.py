@@ -6,6 +6,7 @@ import copy
 import re
 from typing import Any
 
+import effects
 import odd_blocks
 import pytest
 import torch
@@ -16,7 +17,7 @@ import fused_resblock as frb
 from fused_resblock.models import randomize_norms
 
 RECOGNISED = [pytest.param(cls, id=name) for name, cls in zoo.ALL.items()]
-ODD = [pytest.param(cls, id=name) for name, cls in odd_blocks.ALL.items()]
+ODD = [pytest.param(cls, id=name) for name, cls in (odd_blocks.ALL | effects.ALL).items()]
 CPU_BACKENDS = [pytest.param(name, id=name) for name in ("auto", "triton", "eager")]
 
 
@@ -73,8 +74,7 @@ def test_same_results_and_effects(cls, mode):
         if mode == "frozen":
             for norm in module.modules():
                 norm.train(norm.training and not isinstance(norm, nn.BatchNorm2d))
-    differentiable = cls is not odd_blocks.InPlaceAddOnInput  # its convolution saved the input that it then changes
-    assert_same(block, fused, torch.randn(2, 8, 7, 6), grad=differentiable)
+    assert_same(block, fused, torch.randn(2, 8, 7, 6), grad=True)
 
 
 @pytest.mark.parametrize("cls", RECOGNISED + ODD)
@@ -94,10 +94,10 @@ def test_same_on_every_backend(cls, backend):
         pytest.param(odd_blocks.SqueezeExcite, "AdaptiveAvgPool2d|mul|Sigmoid", id="SE"),
         pytest.param(odd_blocks.ScaledResidual, "mul", id="scaled"),
         pytest.param(odd_blocks.AlphaAdd, "add", id="alpha"),
-        pytest.param(odd_blocks.InPlaceOnSharedTensor, "in-place", id="in-place on a shared tensor"),
-        pytest.param(odd_blocks.InPlaceOnInput, "in-place", id="in-place on the input"),
-        pytest.param(odd_blocks.PositionalInPlaceOnInput, "in-place", id="positional in-place"),
-        pytest.param(odd_blocks.InPlaceThroughAlias, "in-place", id="in-place through an alias"),
+        pytest.param(effects.InPlaceOnSharedTensor, "in-place", id="in-place on a shared tensor"),
+        pytest.param(effects.InPlaceOnInput, "in-place", id="in-place on the input"),
+        pytest.param(effects.PositionalInPlaceOnInput, "in-place", id="positional in-place"),
+        pytest.param(effects.InPlaceThroughAlias, "in-place", id="in-place through an alias"),
         pytest.param(odd_blocks.BranchOnValue, "traced", id="control flow"),
         pytest.param(odd_blocks.OffsetSlice, "slice", id="offset slice"),
     ],

@@ -236,6 +236,18 @@ class WithDropout(Base):
         return self.conv2(self.dropout(self.bn2(torch.relu(self.conv1(self.bn1(x)))))) + x
 
 
+class SlicedMiddle(nn.Module):
+    """The strided view is one of a value in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = conv(8, 8), nn.BatchNorm2d(8), conv(8, 8, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.relu(self.bn(self.conv1(x)))
+        return self.conv2(first) + first[:, :, ::2, ::2]
+
+
 class Identities(Base):
     def __init__(self) -> None:
         super().__init__()

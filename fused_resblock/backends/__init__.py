@@ -128,6 +128,8 @@ def bn_act(
     """Run the operation of `functional.bn_act` on the backend that `resolve` names, without autograd."""
     if x.shape[0] == 0:
         return torch.empty_like(x, memory_format=torch.channels_last)
+    if norm is None and residual is None and not epilogue["relu"]:
+        return x.clone(memory_format=torch.channels_last)  # the result is never x itself
     n, channels, h, w = x.shape
     problem = Problem(x.device.type, x.dtype, "bn_act", channels, channels, pixels=n * h * w)
     run = BACKENDS[resolve(backend, problem).backend].bn_act

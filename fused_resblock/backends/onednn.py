@@ -62,7 +62,7 @@ def conv_bn_act(
     relu: bool = True,
 ) -> Tensor:
     """See `functional.conv_bn_act`."""
-    weight, bias = _packed.get(conv.tensors(), (x.dtype, conv.eps), lambda: _pack(x, conv))
+    weight, bias = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:]), lambda: _pack(x, conv))
     args = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
     act = "relu" if relu else "none"
     identity = None
