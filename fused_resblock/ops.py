@@ -48,7 +48,10 @@ def _flat(norm: BatchNorm | None) -> tuple[Any, ...]:
 def _canonical(y: Tensor) -> Tensor:
     """`y` with channels_last strides to the letter: where sizes of 1 leave a choice, backends differ."""
     _, c, h, w = y.shape
-    return y.contiguous(memory_format=torch.channels_last).as_strided(y.shape, (h * w * c, 1, w * c, c))
+    if y.stride() == (h * w * c, 1, w * c, c):
+        return y
+    # a copy, not a view: autograd would forbid to change it in place
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last).copy_(y)
 
 
 def conv_bn_act(
