@@ -96,11 +96,11 @@ def check_untouched(root: nn.Module) -> None:
             raise Unsupported(f"hooks on {where}")
         if module is not root and "forward" in module.__dict__:
             raise Unsupported(f"the forward of {where} is overridden on the instance")
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            raise Unsupported(f"parametrization on {where}")
         for attribute in ("weight", "bias", "running_mean", "running_var"):
             if hasattr(type(module), attribute):
                 raise Unsupported(f"{attribute} of {where} is computed by its class")
-        if torch.nn.utils.parametrize.is_parametrized(module):
-            raise Unsupported(f"parametrization on {where}")
         if isinstance(module, torch.jit.ScriptModule):
             raise Unsupported(f"{where} is a ScriptModule")
         if hasattr(module, "_fsdp_wrapped_module") or getattr(module, "_is_fsdp_managed_module", False):
