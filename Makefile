@@ -28,8 +28,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt fused_resblock/version.py
 demo: $(STAMP)
 	$(PY) -m fused_resblock demo $(ARGS)
 
+# one process a core, and one thread each: most tests are far too small for more
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -34,7 +34,7 @@ setup(
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system=="Linux"'],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest", "pytest-benchmark", "hypothesis", "torchvision", "timm"],
+        "test": [*DEMO, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "torchvision", "timm"],
         "dev": ["ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["fused-resblock = fused_resblock.cli:main"]},

@@ -23,8 +23,9 @@ from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.conv_bn_act import conv_bn_act
 from fused_resblock.kernels.relu_backward import relu_backward
 from fused_resblock.kernels.tiles import Gpu, Tile, choose_tile
-from fused_resblock.params import BatchNorm, Conv
+from fused_resblock.params import BatchNorm
 
+from .gpu.operations import build
 from .offline import CHIPS, Chip, compiling_for, inspect
 from .shapes import ConvShape, all_shapes
 
@@ -58,20 +59,12 @@ def _norm(channels: int) -> BatchNorm:
 
 
 def _launch_conv(shape: ConvShape, batch: int, dtype: torch.dtype, tile: Tile) -> Any:
-    k, pad = shape.out_channels, shape.kernel // 2
-    x = _meta(batch, shape.channels, shape.size, shape.size, dtype=dtype)
-    weight = _meta(k, shape.channels // shape.groups, shape.kernel, shape.kernel, dtype=dtype)
-    stride = (shape.stride, shape.stride)
-    conv = Conv(weight, None, _norm(k), stride, (pad, pad), (1, 1), shape.groups)
-    residual = shortcut = None
-    if shape.residual:
-        residual = _meta(batch, k, shape.out_size, shape.out_size, dtype=dtype)
-    if shape.shortcut:
-        step = shape.shortcut_stride
-        x2 = _meta(batch, shape.shortcut, shape.out_size * step, shape.out_size * step, dtype=dtype)
-        second = Conv(_meta(k, shape.shortcut, 1, 1, dtype=dtype), None, _norm(k), (step, step))
-        shortcut = x2, second
-    return conv_bn_act(x, conv, residual=residual, shortcut=shortcut, tile=tile)
+    operation = build(shape, batch, dtype, "meta")
+    conv, epilogue = operation.conv, operation.epilogue
+    conv = conv._replace(norm=_norm(shape.out_channels))  # norms in fp32, as in a model under autocast
+    if epilogue.shortcut is not None:
+        epilogue = epilogue._replace(shortcut=epilogue.shortcut._replace(norm=_norm(shape.out_channels)))
+    return conv_bn_act(operation.x, conv, operation.other, epilogue, tile=tile)
 
 
 def _conv_jobs(chip: Chip, name: str) -> Iterator[Job]:
@@ -105,7 +98,7 @@ def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tup
             x = _meta(32, 64, 56, 56, dtype=DTYPES[name])
 
             def elementwise(x: torch.Tensor = x) -> Any:
-                return bn_act(x, _norm(64), residual=x)
+                return bn_act(x, _norm(64), x)
 
             def backward(x: torch.Tensor = x) -> Any:
                 return relu_backward(x, x)

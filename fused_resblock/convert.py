@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from . import backends
-from .modules import FusedBlock, base_class, fused_class
+from .modules import FusedBlock
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
+from .stage import FusedStage, is_stage
+from .stem import find_stems, fuse_stem, unfuse_stem
+from .swap import swapped_class, undo
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -22,6 +25,8 @@ def fuse(
     inplace: bool = False,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     strict: bool = False,
+    stages: bool = True,
+    stems: bool = True,
 ) -> nn.Module:
     """Make the residual blocks of a model fast.
 
@@ -35,6 +40,8 @@ def fuse(
         inplace: change `model` itself; otherwise a deep copy is changed and `model` stays as it is.
         filter_fn: called with a block's name and module; False leaves the block alone.
         strict: raise if any residual block could not be fused.
+        stages: also run the blocks of an `nn.Sequential` (`layer1` and so on) as one chain; see `FusedStage`.
+        stems: also run a convolution, its norm, its ReLU and a max-pool that stand outside of blocks as one operation.
 
     Returns:
         The fused model. `explain` says what became of each block.
@@ -54,19 +61,26 @@ def fuse(
     if strict and kept:
         reasons = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in kept)
         raise ValueError(f"model must hold only blocks that can be fused when strict, got {reasons}")
+    found_stems = find_stems(model, {module for _, module, _ in found}) if stems else []
     if not inplace:
         model = copy.deepcopy(model)
+    for network_name, stem in found_stems:
+        network = model.get_submodule(network_name)
+        conv_name = f"{network_name}.{stem[0]}".lstrip(".")
+        if filter_fn is None or filter_fn(conv_name, network.get_submodule(stem[0])):
+            fuse_stem(network, stem, backend)
     for name, _, outcome in found:
         block = model.get_submodule(name)
         if not isinstance(outcome, Plan):
             continue
-        if isinstance(block, FusedBlock):
-            block.__dict__["_fused_backend"] = backend
-        else:
-            fused = fused_class(type(block))
-            block.__class__ = fused
-            block.__dict__["_fused_backend"] = backend
-            fused.adopt(block, outcome, None)  # type: ignore[arg-type]
+        if not isinstance(block, FusedBlock):
+            block.__class__ = swapped_class(FusedBlock, type(block))
+            block.adopt(outcome, None)  # type: ignore[operator]
+        block.use_backend(backend)  # type: ignore[operator]
+    if stages:
+        for module in model.modules():
+            if is_stage(module) and not isinstance(module, FusedStage):
+                module.__class__ = swapped_class(FusedStage, type(module))
     return model
 
 
@@ -82,10 +96,11 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module, FusedBlock) and fused_class(base_class(type(module))) is type(module):
+        undo(FusedStage, module)
+        unfuse_stem(module)
+        if undo(FusedBlock, module):
             for attribute in ("_fused_plan", "_fused_reason", "_fused_layout", "_fused_backend"):
                 module.__dict__.pop(attribute, None)
-            module.__class__ = base_class(type(module))  # type: ignore[assignment]
     return model
 
 
@@ -127,7 +142,7 @@ def examine(module: nn.Module) -> Plan | str | None:
     except Unsupported as error:
         return str(error) if looks_residual(module) else None
     try:
-        fused_class(type(module))
+        swapped_class(FusedBlock, type(module))
     except Exception as error:  # whatever a metaclass or __init_subclass__ may raise
         return f"no class can be derived from {type(module).__name__}: {error}"
     return plan

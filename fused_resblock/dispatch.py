@@ -6,7 +6,6 @@ The dispatcher costs several microseconds and is needed only for autograd, traci
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import backends, ops
 from .backends.folding import uncached
-from .params import BatchNorm, Conv
+from .params import BatchNorm, Conv, Epilogue
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -57,43 +56,27 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def conv_bn_act(
-    x: Tensor,
-    conv: Conv,
-    *,
-    residual: Tensor | None = None,
-    shortcut: tuple[Tensor, Conv] | None = None,
-    backend: str = "auto",
-    **epilogue: Any,
-) -> Tensor:
+def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto") -> Tensor:
     """`functional.conv_bn_act` on arguments that are known to fit."""
-    tensors = [x, residual, *conv.tensors()]
-    if shortcut is not None:
-        tensors += [shortcut[0], *shortcut[1].tensors()]
+    parameters = (*conv.tensors(), *epilogue.tensors())
+    tensors = (x, other, *parameters)
     if plain(tensors):
-        return backends.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
+        return backends.conv_bn_act(x, conv, other, epilogue, backend=backend)
     if composed(tensors):
-        return backends.eager.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, **epilogue)
-    if not torch.compiler.is_compiling() and _trained(tensors[2:]):
+        return backends.eager.conv_bn_act(x, conv, other, epilogue)
+    if not torch.compiler.is_compiling() and _trained(parameters):
         with uncached():
-            return ops.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
-    return ops.conv_bn_act(x, conv, residual=residual, shortcut=shortcut, backend=backend, **epilogue)
+            return ops.conv_bn_act(x, conv, other, epilogue, backend=backend)
+    return ops.conv_bn_act(x, conv, other, epilogue, backend=backend)
 
 
 def bn_act(
-    x: Tensor,
-    norm: BatchNorm | None,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: BatchNorm | None = None,
-    backend: str = "auto",
-    **epilogue: Any,
+    x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto"
 ) -> Tensor:
     """`functional.bn_act` on arguments that are known to fit."""
-    tensors = [x, residual, *(norm[:4] if norm else ()), *(residual_norm[:4] if residual_norm else ())]
-    epilogue.update(residual=residual, residual_norm=residual_norm)
+    tensors = (x, other, *(norm[:4] if norm else ()), *epilogue.tensors())
     if plain(tensors):
-        return backends.bn_act(x, norm, backend=backend, **epilogue)
+        return backends.bn_act(x, norm, other, epilogue, backend=backend)
     if composed(tensors):
-        return backends.eager.bn_act(x, norm, **epilogue)
-    return ops.bn_act(x, norm, backend=backend, **epilogue)
+        return backends.eager.bn_act(x, norm, other, epilogue)
+    return ops.bn_act(x, norm, other, epilogue, backend=backend)

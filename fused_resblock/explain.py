@@ -1,7 +1,8 @@
-"""`explain`: what became of each residual block of a model, as data and as a table."""
+"""`explain`: what became of each residual block of a model, and of what lies around the blocks, as data and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,11 @@ from . import backends
 from .convert import blocks
 from .modules import FusedBlock
 from .plan import Plan
+from .stage import FusedStage
+from .stage import obstacle as stage_obstacle
+from .stem import FusedNetwork
+from .stem import obstacle as stem_obstacle
+from .swap import own_class
 from .table import format_table
 
 
@@ -24,10 +30,30 @@ class BlockReport(NamedTuple):
     reason: str
 
 
+class PartReport(NamedTuple):
+    """A stem, or a stage whose blocks run as one chain: its name, its modules, whether it runs as one now, and why."""
+
+    name: str
+    modules: str
+    fused: bool
+    reason: str
+
+
 class Explanation(list[BlockReport]):
-    """The reports of a model's residual blocks, in order; printed as a table."""
+    """The reports of a model's residual blocks, in order, and those of its `parts`; printed as tables."""
+
+    def __init__(self, reports: Iterable[BlockReport], parts: Iterable[PartReport] = ()) -> None:
+        super().__init__(reports)
+        self.parts = list(parts)
 
     def __str__(self) -> str:
+        text = self._blocks()
+        if self.parts:
+            rows = [(p.name or "(model)", p.modules, "fused" if p.fused else "apart", p.reason) for p in self.parts]
+            text += f"\n\n{format_table(('part', 'modules', 'state', 'reason'), rows)}"
+        return text
+
+    def _blocks(self) -> str:
         if not self:
             return "no residual blocks found"
         rows = [(r.name or "(model)", r.cls, "fused" if r.fused else "kept", r.backend, r.reason) for r in self]
@@ -45,7 +71,21 @@ def explain(model: nn.Module) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return Explanation(_report(name, module, outcome) for name, module, outcome in blocks(model))
+    reports = (_report(name, module, outcome) for name, module, outcome in blocks(model))
+    return Explanation(reports, _parts(model))
+
+
+def _parts(model: nn.Module) -> Iterator[PartReport]:
+    for name, module in model.named_modules():
+        if isinstance(module, FusedNetwork):
+            for stem in module._fused_stems:
+                reason = stem_obstacle(module, stem)
+                kinds = " + ".join(own_class(module.get_submodule(path)).__name__ for path in stem)
+                path = f"{name}.{stem[0]}".lstrip(".")
+                yield PartReport(path, kinds, reason is None, reason or "one operation")
+        elif isinstance(module, FusedStage):
+            reason = stage_obstacle(module)  # type: ignore[arg-type]
+            yield PartReport(name, f"{len(module)} blocks", reason is None, reason or "one chain")  # type: ignore[arg-type]
 
 
 def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:

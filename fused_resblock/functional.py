@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import backends, dispatch
 from .dispatch import autocast_dtype
-from .params import BatchNorm, Conv, Pair, Shortcut, pair
+from .params import BatchNorm, Conv, Epilogue, Pair, Shortcut, pair
 
 __all__ = ["BatchNorm", "Shortcut", "bn_act", "conv_bn_act"]
 
@@ -77,18 +77,11 @@ def conv_bn_act(
         _check_residual(residual, x, out, residual_stride, dtype is not None)
     if shortcut is not None:
         _check_shortcut(shortcut, x, out, dtype is not None)
+    other = residual if shortcut is None else shortcut.x
     if dtype is not None:
-        x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
-        shortcut = None if shortcut is None else shortcut._replace(x=shortcut.x.to(dtype))
-    return dispatch.conv_bn_act(
-        x,
-        conv,
-        residual=residual,
-        residual_stride=residual_stride,
-        shortcut=None if shortcut is None else (shortcut.x, shortcut.conv),
-        relu=relu,
-        backend=backend,
-    )
+        x, other = x.to(dtype), None if other is None else other.to(dtype)
+    epilogue = Epilogue(residual_stride, None, None if shortcut is None else shortcut.conv, relu)
+    return dispatch.conv_bn_act(x, conv, other, epilogue, backend=backend)
 
 
 def bn_act(
@@ -132,15 +125,8 @@ def bn_act(
         _check_norm(residual_norm, x, x.shape[1], "residual_norm")
     elif residual_norm is not None:
         raise ValueError("residual_norm must be None without a residual, got a norm")
-    return dispatch.bn_act(
-        x,
-        norm,
-        residual=residual,
-        residual_norm=residual_norm,
-        residual_stride=residual_stride,
-        relu=relu,
-        backend=backend,
-    )
+    epilogue = Epilogue(residual_stride, residual_norm, None, relu)
+    return dispatch.bn_act(x, norm, residual, epilogue, backend=backend)
 
 
 def check_image(x: Tensor, name: str) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 
 from .params import Pair, pair
 from .plan import Unsupported
+from .swap import own_class
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
     """Whether this is torchvision's FrozenBatchNorm2d; others of that name may compute something else."""
     torchvision = sys.modules.get("torchvision.ops.misc")
-    return torchvision is not None and type(module) is torchvision.FrozenBatchNorm2d
+    return torchvision is not None and own_class(module) is torchvision.FrozenBatchNorm2d
 
 
 def _timm_norm_act(module: nn.Module) -> bool:
     """Whether this is timm's BatchNorm2d with an activation of its own."""
     timm = sys.modules.get("timm.layers.norm_act")
-    return timm is not None and type(module) in (timm.BatchNormAct2d, timm.FrozenBatchNormAct2d)
+    return timm is not None and own_class(module) in (timm.BatchNormAct2d, timm.FrozenBatchNormAct2d)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -36,7 +38,7 @@ def conv_geometry(module: nn.Module) -> tuple[Pair, Pair, Pair, int]:
     """
     if not isinstance(module, nn.Conv2d):
         raise Unsupported(f"convolution {type(module).__name__} is not nn.Conv2d")
-    cls = type(module)
+    cls: Any = own_class(module)
     if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
         raise Unsupported(f"convolution {cls.__name__} is not nn.Conv2d")
     if module.padding_mode != "zeros":
@@ -58,7 +60,7 @@ def norm_relu(module: nn.Module) -> bool:
     Raises:
         Unsupported: if the module is no batch norm with running statistics, or its activation is not ReLU.
     """
-    cls = type(module)
+    cls = own_class(module)
     if is_frozen_norm(module):
         return False
     if _timm_norm_act(module):

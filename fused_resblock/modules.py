@@ -7,12 +7,15 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 from .plan import Plan, Unsupported
+from .program import Programs
 from .recognize import recognize
-from .runner import Runner, Watch, layout, unchanged, untraceable
+from .runner import Runner
+from .swap import Swapped, base_class, register
+from .watch import Watch, layout, unchanged, untraceable
 
 
 class _State:
@@ -21,6 +24,7 @@ class _State:
     def __init__(self, block: FusedBlock) -> None:
         self.watch = Watch(block)
         self.runner: Runner | None = None
+        self.programs = Programs()
         plan = block.__dict__.get("_fused_plan")
         if plan is None:
             self.reason = block.__dict__.get("_fused_reason")
@@ -31,13 +35,7 @@ class _State:
 _states: weakref.WeakKeyDictionary[FusedBlock, _State] = weakref.WeakKeyDictionary()
 
 
-def base_class(cls: type) -> type[nn.Module]:
-    """The class that a fused class was made of: the one behind `FusedBlock`."""
-    mro = cls.__mro__
-    return mro[mro.index(FusedBlock) + 1]
-
-
-class FusedBlock(nn.Module):
+class FusedBlock(Swapped):
     """Mixin that runs a block by its plan, and by its own forward wherever the plan does not hold.
 
     The block keeps its parameters, buffers, submodules, `state_dict` and hooks; it is an instance of its former class.
@@ -52,7 +50,7 @@ class FusedBlock(nn.Module):
             dtype (outside autocast) and device.
     """
 
-    _fused_backend: str = "auto"
+    _fused_backend: str
     _fused_plan: Plan | None
     _fused_reason: str | None
     _fused_layout: tuple[tuple[str, type], ...]
@@ -68,7 +66,8 @@ class FusedBlock(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if "_fused_plan" in self.__dict__ and name != "training" and not name.startswith("_fused_"):
+        own = name in ("training", "__class__") or name.startswith("_fused_")
+        if "_fused_plan" in self.__dict__ and not own:
             self.replan()  # a module was replaced, or a flag that the forward asks
 
     def replan(self) -> None:
@@ -87,7 +86,18 @@ class FusedBlock(nn.Module):
     def adopt(self, plan: Plan | None, reason: str | None) -> None:
         """Take a plan, or the reason why there is none, as that of the block's present modules."""
         self.__dict__.update(_fused_plan=plan, _fused_reason=reason, _fused_layout=layout(self))
+        self.__dict__.setdefault("_fused_backend", "auto")
         _states.pop(self, None)
+
+    def use_backend(self, backend: str) -> None:
+        """Run on this backend, or on the one that is chosen for "auto", from the next call on."""
+        self.__dict__["_fused_backend"] = backend
+        _states.pop(self, None)
+
+    def runner(self) -> Runner | None:
+        """What runs the plan with the modules of this moment; None where the block's own forward has to run."""
+        state = self._current_state()
+        return None if self.reference_reason() is not None else state.runner
 
     def reference_reason(self) -> str | None:
         """Why the block would run its own forward if it were called now; None when it would run fused."""
@@ -99,7 +109,7 @@ class FusedBlock(nn.Module):
     def _current_state(self) -> _State:
         state = _states.get(self)
         if state is None or not state.watch.same_modules():
-            if state is not None:
+            if layout(self) != self._fused_layout or state is not None:
                 self.replan()
             state = _states[self] = _State(self)
         return state
@@ -107,49 +117,30 @@ class FusedBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:  # further arguments, or names that only its own forward knows
             return super().forward(*args, **kwargs)
-        runner = self._runner(args[0])
-        y = None if runner is None else runner.run(args[0], self._fused_backend)
+        y = self._run(args[0])
         return super().forward(*args) if y is None else y
 
-    def _runner(self, x: Tensor) -> Runner | None:
-        """What runs the plan, or None where the block's own forward has to run."""
+    def _run(self, x: Tensor) -> Tensor | None:
+        """The output by the plan, or None where the block's own forward has to run."""
         if torch.compiler.is_compiling():
             if self._fused_plan is None or not unchanged(self, self._fused_layout):
                 return None
-            runner = Runner(self, self._fused_plan)
-            return None if runner.mode_obstacle() else runner
+            traced = Runner(self, self._fused_plan)
+            return None if traced.mode_obstacle() else traced.run(x, self._fused_backend)
         if untraceable(x):
             return None
-        state = self._current_state()
-        if state.runner is None or state.runner.mode_obstacle() or state.watch.obstacle():
+        state = _states.get(self)
+        bindable = not torch.is_grad_enabled() and dispatch.plain((x,))
+        if state is not None and bindable:
+            program = state.programs.find(x)
+            if program is not None:
+                return program(x)
+        runner = self.runner()
+        if runner is None:
             return None
-        return state.runner
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        base = base_class(type(self))
-        if _made_classes.get(base) is type(self):  # a class made at run time has no name to be found by
-            return _rebuild, (base,), *reduced[2:]
-        return reduced
-
-
-_made_classes: dict[type, type[FusedBlock]] = {}  # block class -> what `fused_class` made of it
-
-
-def fused_class(base: type[nn.Module]) -> type[FusedBlock]:
-    """The fused subclass of a block class: made once, and found again when a fused block is unpickled."""
-    for fused in (FusedBasicBlock, FusedBottleneck, FusedResidualBlock, FusedPreActBottleneck):
-        if fused.__bases__[1] is base:
-            return fused
-    if base not in _made_classes:
-        attributes = {"__module__": base.__module__, "__doc__": base.__doc__}
-        _made_classes[base] = type(f"Fused{base.__name__}", (FusedBlock, base), attributes)
-    return _made_classes[base]
-
-
-def _rebuild(base: type[nn.Module]) -> FusedBlock:
-    cls = fused_class(base)
-    return cls.__new__(cls)
+        if bindable:
+            return self._current_state().programs.bind([(runner, self._fused_backend)], x, self)
+        return runner.run(x, self._fused_backend)
 
 
 class FusedBasicBlock(FusedBlock, reference.BasicBlock):
@@ -166,3 +157,7 @@ class FusedResidualBlock(FusedBlock, reference.ResidualBlock):
 
 class FusedPreActBottleneck(FusedBlock, reference.PreActBottleneck):
     """`reference.PreActBottleneck` in a norm and three fused convolutions: same constructor, same `state_dict`."""
+
+
+for _cls in (FusedBasicBlock, FusedBottleneck, FusedResidualBlock, FusedPreActBottleneck):
+    register(FusedBlock, _cls.__bases__[1], _cls)

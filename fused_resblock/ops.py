@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .gradients import branch_grads, elementwise_grads, residual_grad
-from .params import BatchNorm, Conv
+from .params import BatchNorm, Conv, Epilogue
 
 _library = torch.library.Library("fused_resblock", "DEF")
 _NORM = "Tensor? mean{i}, Tensor? var{i}, Tensor? gamma{i}, Tensor? beta{i}, float eps{i}"
@@ -54,19 +54,11 @@ def _canonical(y: Tensor) -> Tensor:
     return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last).copy_(y)
 
 
-def conv_bn_act(
-    x: Tensor,
-    conv: Conv,
-    *,
-    residual: Tensor | None = None,
-    residual_stride: int = 1,
-    shortcut: tuple[Tensor, Conv] | None = None,
-    relu: bool = True,
-    backend: str = "auto",
-) -> Tensor:
+def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto") -> Tensor:
     """Call the op with bundled arguments."""
     weight, bias, norm, *geometry = conv
-    x2, conv2 = shortcut or (None, _NO_CONV)
+    branch = epilogue.shortcut or _NO_CONV
+    residual, x2 = (other, None) if epilogue.shortcut is None else (None, other)
     return torch.ops.fused_resblock.conv_bn_act(
         x,
         weight,
@@ -74,56 +66,46 @@ def conv_bn_act(
         *_flat(norm),
         *geometry,
         residual,
-        residual_stride,
+        epilogue.residual_stride,
         x2,
-        conv2.weight,
-        conv2.bias,
-        *_flat(conv2.norm),
-        conv2.stride[0],
-        relu,
+        branch.weight,
+        branch.bias,
+        *_flat(branch.norm),
+        branch.stride[0],
+        epilogue.relu,
         backend,
     )
 
 
 def bn_act(
-    x: Tensor,
-    norm: BatchNorm | None,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: BatchNorm | None = None,
-    residual_stride: int = 1,
-    relu: bool = True,
-    backend: str = "auto",
+    x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto"
 ) -> Tensor:
     """Call the op with bundled arguments."""
     return torch.ops.fused_resblock.bn_act(
-        x, *_flat(norm), residual, *_flat(residual_norm), residual_stride, relu, backend
+        x,
+        *_flat(norm),
+        other,
+        *_flat(epilogue.residual_norm),
+        epilogue.residual_stride,
+        epilogue.relu,
+        backend,
     )
 
 
-def _bundle(args: tuple[Any, ...]) -> tuple[Tensor, Conv, Tensor | None, int, tuple[Tensor, Conv] | None, bool, str]:
-    """The op's flat arguments as `(x, conv, residual, residual_stride, shortcut, relu, backend)`."""
+def _bundle(args: tuple[Any, ...]) -> tuple[Tensor, Conv, Tensor | None, Epilogue, str]:
+    """The op's flat arguments as `(x, conv, other, epilogue, backend)`."""
     x, weight, bias = args[:3]
     stride, padding, dilation, groups = args[8:12]
     conv = Conv(weight, bias, _norm(*args[3:8]), tuple(stride), tuple(padding), tuple(dilation), groups)
     residual, residual_stride, x2, weight2, bias2 = args[12:17]
-    shortcut = None if x2 is None else (x2, Conv(weight2, bias2, _norm(*args[17:22]), (args[22], args[22])))
-    return x, conv, residual, residual_stride, shortcut, args[23], args[24]
+    branch = None if x2 is None else Conv(weight2, bias2, _norm(*args[17:22]), (args[22], args[22]))
+    return x, conv, residual if x2 is None else x2, Epilogue(residual_stride, None, branch, args[23]), args[24]
 
 
 @torch.library.impl(_library, "conv_bn_act", "CompositeExplicitAutograd")
 def _conv_bn_act(*args: Any) -> Tensor:
-    x, conv, residual, residual_stride, shortcut, relu, backend = _bundle(args)
-    y = backends.conv_bn_act(
-        x,
-        conv,
-        residual=residual,
-        residual_stride=residual_stride,
-        shortcut=shortcut,
-        relu=relu,
-        backend=backend,
-    )
-    return _canonical(y)
+    x, conv, other, epilogue, backend = _bundle(args)
+    return _canonical(backends.conv_bn_act(x, conv, other, epilogue, backend=backend))
 
 
 @torch.library.register_fake("fused_resblock::conv_bn_act", lib=_library)
@@ -135,16 +117,8 @@ def _conv_bn_act_fake(*args: Any) -> Tensor:
 
 @torch.library.impl(_library, "bn_act", "CompositeExplicitAutograd")
 def _bn_act(x: Tensor, *args: Any) -> Tensor:
-    residual, residual_stride, relu, backend = args[5], *args[11:]
-    y = backends.bn_act(
-        x,
-        _norm(*args[:5]),
-        residual=residual,
-        residual_norm=_norm(*args[6:11]),
-        residual_stride=residual_stride,
-        relu=relu,
-        backend=backend,
-    )
+    epilogue = Epilogue(args[11], _norm(*args[6:11]), None, args[12])
+    y = backends.bn_act(x, _norm(*args[:5]), args[5], epilogue, backend=args[13])
     return _canonical(y.clone() if y is x else y)
 
 
@@ -193,7 +167,7 @@ def _conv_bn_act_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _conv_bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     *tensors, y = ctx.saved_tensors
-    x, conv, _, residual_stride, shortcut, _, backend = _bundle(
+    x, conv, other, epilogue, backend = _bundle(
         tuple(a if t is None else t for t, a in zip(tensors, ctx.rest, strict=True))
     )
     need = ctx.needs_input_grad
@@ -201,10 +175,11 @@ def _conv_bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     first = branch_grads(dz, total, x, conv, need[0], need[1] or need[5])
     residual = None
     if ctx.residual_shape is not None and need[12]:
-        residual = residual_grad(dz, ctx.residual_shape, (residual_stride, residual_stride))
+        residual = residual_grad(dz, ctx.residual_shape, (epilogue.residual_stride,) * 2)
     second: tuple[Any, ...] = (None,) * 8
-    if shortcut is not None:
-        second = branch_grads(dz, total, *shortcut, need[14], need[15] or need[19])
+    if epilogue.shortcut is not None:
+        assert other is not None
+        second = branch_grads(dz, total, other, epilogue.shortcut, need[14], need[15] or need[19])
     return (*first, None, None, None, None, residual, None, *second, None, None, None)
 
 

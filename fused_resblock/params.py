@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 Pair = tuple[int, int]
+#: an operation with its parameters bound: gives y for x and the other activation that it reads, if any
+Bound = Callable[[Tensor, Any], Tensor]
 
 
 class BatchNorm(NamedTuple):
@@ -73,6 +76,34 @@ class Shortcut(NamedTuple):
     def conv(self) -> Conv:
         """The branch's convolution."""
         return Conv(self.weight, self.bias, self.norm, stride=(self.stride, self.stride))
+
+
+class Epilogue(NamedTuple):
+    """What becomes of `z = norm(conv(x))`, or of `norm(x)`, before it is stored.
+
+    `act(z)` alone, or with another activation tensor `other`: `act(z + norm(conv1x1(other)))` where there is a
+    shortcut, else `act(z + residual_norm(other[:, :, ::t, ::t]))` with t = residual_stride.
+
+    Attributes:
+        residual_stride: t.
+        residual_norm: norm of the residual, or None; for elementwise operations only.
+        shortcut: the downsample branch, a 1x1 convolution without padding or groups, or None.
+        relu: whether act is ReLU.
+    """
+
+    residual_stride: int = 1
+    residual_norm: BatchNorm | None = None
+    shortcut: Conv | None = None
+    relu: bool = True
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The parameters in it."""
+        norm = () if self.residual_norm is None else self.residual_norm[:4]
+        return norm if self.shortcut is None else (*norm, *self.shortcut.tensors())
+
+
+#: a ReLU and nothing else
+PLAIN = Epilogue()
 
 
 def pair(value: int | Pair) -> Pair:

@@ -203,9 +203,10 @@ class _Builder:
             return replace(step, residual=other.value, residual_stride=other.stride)
         joined = self._open(second)
         if joined is not None and not (joined.relu or self._joined(joined)):
-            if joined.main.conv is None:
+            elementwise = step.main.conv is None
+            if joined.main.conv is None and (elementwise or joined.main.norm is None):
                 return replace(step, residual=joined.main.source, residual_norm=joined.main.norm)
-            if step.main.conv is not None and self._is_shortcut(joined.main):
+            if joined.main.conv is not None and not elementwise and self._is_shortcut(joined.main):
                 return replace(step, shortcut=joined.main)
         return replace(step, residual=self._emit(second))
 

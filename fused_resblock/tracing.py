@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """Stops at the layers that a plan may hold, and refuses what a graph does not show: grad mode, autocast."""
 
-    def __init__(self) -> None:
+    def __init__(self, stops: Collection[nn.Module]) -> None:
         super().__init__()
+        self._stops = stops
         self._modes = self._current_modes()
 
     @staticmethod
@@ -32,7 +34,7 @@ class _Tracer(fx.Tracer):
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        return m in self._stops or leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -73,15 +75,19 @@ class _Snapshot:
         return changed
 
 
-def graph_of(block: nn.Module) -> fx.Graph:
+def graph_of(block: nn.Module, stops: Collection[nn.Module] = ()) -> fx.Graph:
     """The graph of the block's forward; the block is left as it was.
+
+    Args:
+        block: a residual block, or any module.
+        stops: modules whose calls are recorded as they are, besides the layers that a plan may hold.
 
     Raises:
         Unsupported: if the forward cannot be traced, or leaves something behind on the block.
     """
     before = _Snapshot(block)
     try:
-        return _Tracer().trace(block)
+        return _Tracer(stops).trace(block)
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..params import PLAIN
 from .epilogue import nan_relu, scale_shift, strided_rows
 from .launch import accumulator, device_of
 
@@ -60,27 +61,28 @@ def _bn_act_kernel(
     tl.store(y_ptr + offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def bn_act(x, norm, *, residual=None, residual_norm=None, residual_stride=1, relu=True):
+def bn_act(x, norm, other=None, epilogue=PLAIN):
     """Launch `_bn_act_kernel`; see `fused_resblock.functional.bn_act` for the operation.
 
     Args:
         x: `[N, C, P, Q]` channels_last.
         norm: a `fused_resblock.params.BatchNorm`, or None.
-        residual: `[N, C, H2, W2]` channels_last, read at every `residual_stride`-th row and column, or None.
-        residual_norm: a `BatchNorm` for the residual, or None.
+        other: the residual, `[N, C, H2, W2]` channels_last, or None.
+        epilogue: a `fused_resblock.params.Epilogue` without a shortcut.
     """
     n, c, p, q = x.shape
     m = n * p * q
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    h2, w2 = (1, 1) if residual is None else residual.shape[2:]
+    h2, w2 = (1, 1) if other is None else other.shape[2:]
+    norm2 = epilogue.residual_norm
     block_c = min(triton.next_power_of_2(c), 128)
     block_m = 4096 // block_c
     with device_of(x):
         _bn_act_kernel[(triton.cdiv(m, block_m), triton.cdiv(c, block_c))](
             x,
             *(norm[:4] if norm is not None else (None,) * 4),
-            residual,
-            *(residual_norm[:4] if residual_norm is not None else (None,) * 4),
+            other,
+            *(norm2[:4] if norm2 is not None else (None,) * 4),
             y,
             m,
             p,
@@ -88,10 +90,10 @@ def bn_act(x, norm, *, residual=None, residual_norm=None, residual_stride=1, rel
             h2,
             w2,
             C=c,
-            STRIDE2=residual_stride,
+            STRIDE2=epilogue.residual_stride,
             EPS=0.0 if norm is None else norm.eps,
-            EPS2=0.0 if residual_norm is None else residual_norm.eps,
-            APPLY_RELU=relu,
+            EPS2=0.0 if norm2 is None else norm2.eps,
+            APPLY_RELU=epilogue.relu,
             ACC=accumulator(x.dtype),
             BLOCK_M=block_m,
             BLOCK_C=block_c,

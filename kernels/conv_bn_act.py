@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..params import PLAIN
 from .epilogue import nan_relu, scale_shift, strided_rows
 from .launch import accumulator, device_of, dot_precision, gpu_of, interpreted
 from .tiles import Tile, choose_tile
@@ -153,14 +154,14 @@ def _conv_bn_act_kernel(
     tl.store(y_rows, z.to(y_ptr.dtype.element_ty), mask=out_mask)
 
 
-def conv_bn_act(x, conv, *, residual=None, residual_stride=1, shortcut=None, relu=True, tile: Tile | None = None):
+def conv_bn_act(x, conv, other=None, epilogue=PLAIN, tile: Tile | None = None):
     """Launch `_conv_bn_act_kernel`; see `fused_resblock.functional.conv_bn_act` for the operation.
 
     Args:
         x: `[N, C, H, W]` channels_last.
         conv: a `fused_resblock.params.Conv` whose weight is channels_last.
-        residual: `[N, K, H2, W2]` channels_last, read at every `residual_stride`-th row and column, or None.
-        shortcut: None, or `(x2, conv2)` of the second GEMM, a 1x1 without padding or groups.
+        other: channels_last: the residual `[N, K, H2, W2]`, the shortcut's input `[N, C2, H2, W2]`, or None.
+        epilogue: a `fused_resblock.params.Epilogue`; its shortcut is the second GEMM.
         tile: None lets `choose_tile` pick.
     """
     n, _, h, w = x.shape
@@ -171,12 +172,12 @@ def conv_bn_act(x, conv, *, residual=None, residual_stride=1, shortcut=None, rel
     y = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if tile is None:
         shape = m, k // groups, c, r * s, x.element_size()
-        tile = choose_tile(*shape, second=shortcut is not None, gpu=gpu_of(x.device))
-    x2, conv2 = shortcut if shortcut is not None else (None, None)
+        tile = choose_tile(*shape, second=epilogue.shortcut is not None, gpu=gpu_of(x.device))
+    conv2 = epilogue.shortcut
+    residual, x2 = (other, None) if conv2 is None else (None, other)
     weight2, bias2, norm2 = (None, None, None) if conv2 is None else conv2[:3]
-    second = residual if residual is not None else x2
-    h2, w2 = (1, 1) if second is None else second.shape[2:]
-    stride2 = residual_stride if conv2 is None else conv2.stride[0]
+    h2, w2 = (1, 1) if other is None else other.shape[2:]
+    stride2 = epilogue.residual_stride if conv2 is None else conv2.stride[0]
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(k // groups, tile.block_n) * groups,)
     with device_of(x):
         _conv_bn_act_kernel[grid](
@@ -212,7 +213,7 @@ def conv_bn_act(x, conv, *, residual=None, residual_stride=1, shortcut=None, rel
             STRIDE2=stride2,
             EPS=0.0 if conv.norm is None else conv.norm.eps,
             EPS2=0.0 if norm2 is None else norm2.eps,
-            APPLY_RELU=relu,
+            APPLY_RELU=epilogue.relu,
             ACC=accumulator(x.dtype),
             PRECISION=dot_precision(x.dtype),
             UPCAST=interpreted() and x.dtype == torch.bfloat16,

@@ -16,7 +16,7 @@ import torch
 from cases import FP16
 from torch import Tensor
 
-from fused_resblock.params import BatchNorm, Conv
+from fused_resblock.params import BatchNorm, Conv, Epilogue
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter
@@ -141,7 +141,7 @@ def test_residual(stride, huge):
     h, w = ((size - 1) // stride + 1 for size in MANY)
     residual = huge("residual", 3, WIDE, *MANY)
     conv = Conv(huge("weight", WIDE, 8, 1, 1))
-    conv_bn_act(huge("x", 3, 8, h, w), conv, residual=residual, residual_stride=stride, tile=TILE)
+    conv_bn_act(huge("x", 3, 8, h, w), conv, residual, Epilogue(stride), tile=TILE)
     huge.check("residual")
 
 
@@ -149,14 +149,15 @@ def test_residual(stride, huge):
 def test_input_of_the_second_convolution(stride, huge):
     h, w = ((size - 1) // stride + 1 for size in MANY)
     second = Conv(huge("weight2", 8, WIDE, 1, 1), None, norm(8), (stride, stride))
-    shortcut = huge("x2", 3, WIDE, *MANY), second
-    conv_bn_act(huge("x", 3, 8, h, w), Conv(huge("weight", 8, 8, 1, 1)), shortcut=shortcut, tile=TILE)
+    conv = Conv(huge("weight", 8, 8, 1, 1))
+    conv_bn_act(huge("x", 3, 8, h, w), conv, huge("x2", 3, WIDE, *MANY), Epilogue(shortcut=second), tile=TILE)
     huge.check("x2")
 
 
 def test_weight_of_the_second_convolution(huge):
-    shortcut = huge("x2", 1, 65537, 3, 3), Conv(huge("weight2", 32769, 65537, 1, 1))
-    conv_bn_act(huge("x", 1, 8, 3, 3), Conv(huge("weight", 32769, 8, 1, 1)), shortcut=shortcut, tile=TILE)
+    epilogue = Epilogue(shortcut=Conv(huge("weight2", 32769, 65537, 1, 1)))
+    conv = Conv(huge("weight", 32769, 8, 1, 1))
+    conv_bn_act(huge("x", 1, 8, 3, 3), conv, huge("x2", 1, 65537, 3, 3), epilogue, tile=TILE)
     huge.check("weight2")
 
 
@@ -164,7 +165,7 @@ def test_weight_of_the_second_convolution(huge):
 def test_bn_act(stride, huge):
     h, w = ((size - 1) // stride + 1 for size in MANY)
     residual = huge("residual", 5, WIDE, *MANY)
-    bn_act(huge("x", 5, WIDE, h, w), norm(WIDE), residual=residual, residual_stride=stride)
+    bn_act(huge("x", 5, WIDE, h, w), norm(WIDE), residual, Epilogue(stride))
     huge.check("x", "residual", "out4")
 
 

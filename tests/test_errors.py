@@ -20,7 +20,7 @@ def nothing_runs(monkeypatch):
         pytest.fail("a backend was called")
 
     for backend in backends.BACKENDS.values():
-        for function in ("conv_bn_act", "bn_act"):
+        for function in ("bind_conv_bn_act", "bind_bn_act"):
             monkeypatch.setattr(backend, function, launched)
 
 

@@ -216,7 +216,7 @@ def test_the_elementwise_kernels_are_judged(context):
 
 def test_a_norm_that_forgets_its_residual_is_wrong(context, monkeypatch):
     right = elementwise.bn_act
-    monkeypatch.setattr(elementwise, "bn_act", lambda x, norm, **rest: right(x, norm))
+    monkeypatch.setattr(elementwise, "bn_act", lambda x, norm, *rest: right(x, norm))
     elementwise.check_elementwise(context, check.records(context))
     wrong = check.records(context).rows(status="wrong", kernel="bn_act", dtype="tf32")
     assert {row["case"].split(".")[-1] for row in wrong} == {"residual", "strided"}

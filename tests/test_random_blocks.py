@@ -76,6 +76,7 @@ CONV, NORM = ("conv", 0, 1), ("norm", 0, 1)
 @example([("relu module", 0, 0), CONV, ("add", 0, 2)])
 @example([CONV, ("view", 0, 0), ("relu_", 0, 0), ("add", 2, 3)])
 @example([CONV, ("add", 0, 0)])
+@example([CONV, NORM, ("norm", 2, 1), ("add", 0, 1)])
 @example([CONV, ("add", 0, 1), NORM, ("relu", 0, 0)])
 def test_fusing_changes_nothing(operations):
     torch.manual_seed(0)

@@ -111,10 +111,10 @@ def test_errors_of_the_environment_variable_name_it(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the backends that run, in order."""
+    """The names of the backends that are asked to run something, in order."""
     ran = []
     for name, backend in backends.BACKENDS.items():
-        for function in ("conv_bn_act", "bn_act"):
+        for function in ("bind_conv_bn_act", "bind_bn_act"):
             real = getattr(backend, function)
 
             def spy(*args, _real=real, _name=name, **kwargs):

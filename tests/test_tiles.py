@@ -11,7 +11,7 @@ from parity import assert_parity
 
 from fused_resblock.kernels.conv_bn_act import conv_bn_act
 from fused_resblock.kernels.tiles import Gpu, Tile, choose_tile
-from fused_resblock.params import Conv, pair
+from fused_resblock.params import Conv, Epilogue, pair
 
 CASES = {
     "1x1 ragged in all three": ConvCase(
@@ -28,12 +28,13 @@ TILES = [(16, 16, 16), (32, 16, 32), (16, 64, 16), (64, 32, 16), (128, 16, 64), 
 
 def launch(args: dict, tile: Tile | None) -> torch.Tensor:
     """The launcher called with `functional`'s arguments."""
-    args = dict(args)
-    x, weight, bias, norm, shortcut = (args.pop(k, None) for k in ("x", "weight", "bias", "norm", "shortcut"))
-    stride, padding, dilation = (pair(args.pop(k)) for k in ("stride", "padding", "dilation"))
-    conv = Conv(weight, bias, norm, stride, padding, dilation, args.pop("groups"))
-    second = None if shortcut is None else (shortcut.x, shortcut.conv)
-    return conv_bn_act(x, conv, shortcut=second, tile=tile, **args)
+    stride, padding, dilation = (pair(args[k]) for k in ("stride", "padding", "dilation"))
+    conv = Conv(args["weight"], args["bias"], args["norm"], stride, padding, dilation, args["groups"])
+    shortcut = args.get("shortcut")
+    other = args.get("residual") if shortcut is None else shortcut.x
+    branch = None if shortcut is None else shortcut.conv
+    epilogue = Epilogue(args.get("residual_stride", 1), None, branch, args["relu"])
+    return conv_bn_act(args["x"], conv, other, epilogue, tile=tile)
 
 
 @pytest.mark.parametrize("blocks", [pytest.param(t, id="x".join(map(str, t))) for t in TILES])

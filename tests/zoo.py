@@ -76,6 +76,17 @@ class NormTwice(Base):
         return self.bn2(self.bn1(self.conv1(x))) + self.bn2(x)
 
 
+class NormOnShortcut(Base):
+    """RepVGG's identity branch: a norm and no convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn3 = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + self.bn3(x))
+
+
 class ReluTwice(Base):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(torch.relu(self.bn1(self.conv1(x))) + torch.relu(x))

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_resblock.backends import eager
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.params import BatchNorm
+from fused_resblock.params import BatchNorm, Epilogue
 
 from ..harness import parity
 from .context import Context
@@ -43,16 +43,15 @@ def judge_bn_act(generator: torch.Generator, dtype: torch.dtype, c: int, size: i
     stride = 2 if epilogue == "strided" else 1
     residual = None if epilogue == "plain" else _normal(generator, dtype, 3, c, size * stride, size * stride)
     second = _norm(generator, dtype, c) if epilogue == "strided" else None
+    end = Epilogue(stride, second)
     with poisoned():
-        y = bn_act(x, norm, residual=residual, residual_norm=second, residual_stride=stride)
-    same = eager.bn_act(x, norm, residual=residual, residual_norm=second, residual_stride=stride)
+        y = bn_act(x, norm, residual, end)
+    same = eager.bn_act(x, norm, residual, end)
     wide = None if residual is None else residual.double()
-    exact = eager.bn_act(
-        x.double(), _double(norm), residual=wide, residual_norm=_double(second), residual_stride=stride
-    )
+    exact = eager.bn_act(x.double(), _double(norm), wide, Epilogue(stride, _double(second)))
     broken = x.clone()
     broken[0, 0, 0, 0] = float("nan")
-    kept = bn_act(broken, norm, residual=residual, residual_norm=second, residual_stride=stride)
+    kept = bn_act(broken, norm, residual, end)
     if not bool(kept[0, 0, 0, 0].isnan()):
         return "the ReLU drops NaN", float("nan"), float("nan")
     failure, error, bound = parity(y, same, exact)

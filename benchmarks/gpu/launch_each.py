@@ -38,7 +38,7 @@ def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[
         ConvShape("pixels", 24, 24, 9) if tiny else ConvShape("pixels", 256, 256, 56), batch, dtype, device
     )
     x, norm = operation.x, operation.conv.norm
-    yield "bn_act.residual", lambda: bn_act(x, norm, residual=x)
+    yield "bn_act.residual", lambda: bn_act(x, norm, x)
     yield "relu_backward", lambda: relu_backward(x, x)
 
 

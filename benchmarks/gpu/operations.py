@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_resblock.backends import eager
-from fused_resblock.params import BatchNorm, Conv
+from fused_resblock.params import PLAIN, BatchNorm, Conv, Epilogue
 
 from ..shapes import ConvShape
 
@@ -52,8 +52,8 @@ class Operation:
 
     x: Tensor
     conv: Conv
-    residual: Tensor | None = None
-    shortcut: tuple[Tensor, Conv] | None = None
+    other: Tensor | None = None
+    epilogue: Epilogue = PLAIN
 
     def to(self, dtype: torch.dtype) -> Operation:
         """The same values in another dtype."""
@@ -64,13 +64,14 @@ class Operation:
         def conv(c: Conv) -> Conv:
             return c._replace(weight=c.weight.to(dtype), norm=norm(c.norm))
 
-        residual = None if self.residual is None else self.residual.to(dtype)
-        shortcut = None if self.shortcut is None else (self.shortcut[0].to(dtype), conv(self.shortcut[1]))
-        return Operation(self.x.to(dtype), conv(self.conv), residual, shortcut)
+        branch = self.epilogue.shortcut
+        epilogue = self.epilogue._replace(shortcut=None if branch is None else conv(branch))
+        other = None if self.other is None else self.other.to(dtype)
+        return Operation(self.x.to(dtype), conv(self.conv), other, epilogue)
 
     def run(self, function: Callable[..., Tensor], **options: object) -> Tensor:
         """Call one of the library's `conv_bn_act` on these arguments."""
-        return function(self.x, self.conv, residual=self.residual, shortcut=self.shortcut, **options)
+        return function(self.x, self.conv, self.other, self.epilogue, **options)
 
     def plain(self) -> Tensor:
         """What torch makes of it, in the tensors' own dtype."""
@@ -78,8 +79,8 @@ class Operation:
 
     def tensors(self) -> list[Tensor]:
         """Everything that is read."""
-        second = () if self.shortcut is None else (self.shortcut[0], *self.shortcut[1].tensors())
-        return [t for t in (self.x, *self.conv.tensors(), self.residual, *second) if t is not None]
+        found = (self.x, *self.conv.tensors(), self.other, *self.epilogue.tensors())
+        return [t for t in found if t is not None]
 
     def bytes(self) -> int:
         """Every tensor read once and the output written once, as far as strides let pixels be skipped or not."""
@@ -89,7 +90,8 @@ class Operation:
     def flops(self) -> int:
         """Multiplications and additions of the convolutions."""
         n, k, p, q = self.conv.output_shape(self.x)
-        depth = self.conv.weight[0].numel() + (0 if self.shortcut is None else self.shortcut[1].weight[0].numel())
+        branch = self.epilogue.shortcut
+        depth = self.conv.weight[0].numel() + (0 if branch is None else branch.weight[0].numel())
         return 2 * n * p * q * k * depth
 
 
@@ -119,9 +121,10 @@ def build(shape: ConvShape, batch: int, dtype: torch.dtype, device: str, seed: i
     filters = weight(k, shape.channels // shape.groups, shape.kernel)
     conv = Conv(filters, None, norm(k), (shape.stride,) * 2, (pad, pad), (1, 1), shape.groups)
     if shape.residual:
-        return Operation(x, conv, residual=normal(batch, k, out, out))
+        return Operation(x, conv, normal(batch, k, out, out))
     if shape.shortcut:
         step = shape.shortcut_stride
         x2 = normal(batch, shape.shortcut, out * step, out * step)
-        return Operation(x, conv, shortcut=(x2, Conv(weight(k, shape.shortcut, 1), None, norm(k), (step, step))))
+        branch = Conv(weight(k, shape.shortcut, 1), None, norm(k), (step, step))
+        return Operation(x, conv, x2, Epilogue(shortcut=branch))
     return Operation(x, conv)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_resblock.backends import cudnn
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.conv_bn_act import conv_bn_act
+from fused_resblock.params import Epilogue
 
 from ..harness import Spread, parity
 from ..shapes import ConvShape
@@ -38,17 +39,18 @@ def records(context: Context) -> Records:
 
 def cudnn_fused(op: Operation) -> Tensor:
     """cuDNN's fused convolutions on folded weights."""
-    return op.run(cudnn.conv_bn_act)
+    return op.run(cudnn.bind_conv_bn_act, overwrite=False)(op.x, op.other)
 
 
 def cudnn_epilogue(op: Operation) -> Tensor:
     """cuDNN's plain convolutions, then one Triton pass for norm, residual and ReLU."""
     conv = op.conv
     z = F.conv2d(op.x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    if op.shortcut is None:
-        return bn_act(z, conv.norm, residual=op.residual)
-    x2, second = op.shortcut
-    return bn_act(z, conv.norm, residual=F.conv2d(x2, second.weight, None, second.stride), residual_norm=second.norm)
+    branch = op.epilogue.shortcut
+    if branch is None or op.other is None:
+        return bn_act(z, conv.norm, op.other)
+    other = F.conv2d(op.other, branch.weight, None, branch.stride)
+    return bn_act(z, conv.norm, other, Epilogue(residual_norm=branch.norm))
 
 
 PEERS: dict[str, Callable[[Operation], Tensor]] = {"cudnn": cudnn_fused, "cudnn+bn_act": cudnn_epilogue}

@@ -1,7 +1,8 @@
 """Where a fused operation runs: four backends with the same functions, and the choice between them.
 
 Each backend is a module with `unavailable()` (why it cannot be used on this machine), `unsupported(problem)` (why it
-cannot run one operation), `conv_bn_act` and `bn_act`.
+cannot run one operation), `bind_conv_bn_act` and `bind_bn_act`. To bind is to do all that depends on parameters and
+shapes alone: fold, pack, choose tiles. What comes back is called with activations.
 """
 
 from __future__ import annotations
@@ -15,25 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..params import BatchNorm, Conv, output_size
+from ..params import PLAIN, BatchNorm, Bound, Conv, Epilogue, output_size
 from . import cudnn, eager, onednn, triton
 from .select import Choice, Problem, preference, select
 
 Shape = Sequence[int]
+#: how often the caches have been cleared; what was bound before that is not used again
+generation = 0
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "cudnn": cudnn, "onednn": onednn, "eager": eager}
 
 __all__ = [
     "BACKENDS",
     "Choice",
     "Problem",
+    "bind_bn_act",
+    "bind_conv_bn_act",
     "bn_act",
     "check_name",
     "clear_caches",
     "conv_bn_act",
+    "dense",
+    "environment",
     "relu_backward",
     "resolve",
     "select",
 ]
+
+
+def environment() -> str:
+    """The value of `FUSED_RESBLOCK_BACKEND`, "" where it is not set."""
+    return os.environ.get("FUSED_RESBLOCK_BACKEND", "")
 
 
 def check_name(backend: str) -> str:
@@ -45,7 +57,7 @@ def check_name(backend: str) -> str:
     """
     source = "backend"
     if backend == "auto":
-        backend = os.environ.get("FUSED_RESBLOCK_BACKEND") or "auto"
+        backend = environment() or "auto"
         source = "FUSED_RESBLOCK_BACKEND"
     if backend == "auto":
         return backend
@@ -92,48 +104,78 @@ def _chosen(backend: str, *description: Any) -> str:
     return resolve(backend, conv_problem(*description)).backend
 
 
-def _dense(x: Any) -> Any:
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if it is channels_last, else a channels_last copy."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-def conv_bn_act(
+def _ambiguous(shape: Shape) -> bool:
+    """Whether an image of this shape is channels_last and NCHW at once, so that torch's operations may pick either."""
+    _, channels, h, w = shape
+    return channels == 1 or h * w == 1
+
+
+def bind_conv_bn_act(
     x: Tensor,
     conv: Conv,
+    other: Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
     *,
-    residual: Tensor | None = None,
-    residual_stride: int = 1,
-    shortcut: tuple[Tensor, Conv] | None = None,
-    relu: bool = True,
     backend: str = "auto",
-) -> Tensor:
-    """Run the operation of `functional.conv_bn_act` on the backend that `resolve` names, without autograd.
+    overwrite: bool = False,
+) -> Bound:
+    """Bind the operation of `functional.conv_bn_act` to its parameters, on the backend that `resolve` names.
 
-    Every layout is accepted and made channels_last; the weight may be wider than x and is then rounded to its dtype.
+    Args:
+        x, other: channels_last examples of the activations: shapes, dtype and device are what counts.
+        conv, epilogue: the parameters; a weight may be wider than x and is then rounded to its dtype.
+        backend: a backend's name or "auto".
+        overwrite: the result may be written into the memory of `other`, a residual of stride 1.
+
+    Returns:
+        A function of x and other that computes without autograd and gives a channels_last result.
     """
-    n, _, h, w = x.shape
-    if n == 0:
-        size = (0, conv.weight.shape[0], *conv.output_size(h, w))
-        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if shortcut is not None:
-        shortcut = (_dense(shortcut[0]), shortcut[1])
-    run = BACKENDS[_chosen(backend, x.device.type, x.dtype, x.shape, conv.weight.shape, *conv[3:])].conv_bn_act
-    x, residual = _dense(x), _dense(residual)
-    y = run(x, conv, residual=residual, residual_stride=residual_stride, shortcut=shortcut, relu=relu)
-    return _dense(y)  # with one channel or one pixel, torch's own operations may pick another format
+    shape = conv.output_shape(x)
+    if x.shape[0] == 0:
+        return lambda x, _: torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    module = BACKENDS[_chosen(backend, x.device.type, x.dtype, x.shape, conv.weight.shape, *conv[3:])]
+    run: Bound = module.bind_conv_bn_act(x, conv, other, epilogue, overwrite)
+    if _ambiguous(x.shape) or _ambiguous(shape) or (other is not None and _ambiguous(other.shape)):
+        return lambda x, other: dense(run(x, other))
+    return run
+
+
+def bind_bn_act(
+    x: Tensor,
+    norm: BatchNorm | None,
+    other: Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+    *,
+    backend: str = "auto",
+) -> Bound:
+    """Bind the operation of `functional.bn_act`; see `bind_conv_bn_act`."""
+    if x.shape[0] == 0:
+        return lambda x, _: torch.empty_like(x, memory_format=torch.channels_last)
+    if norm is None and other is None and not epilogue.relu:
+        return lambda x, _: x.clone(memory_format=torch.channels_last)  # the result is never x itself
+    n, channels, h, w = x.shape
+    problem = Problem(x.device.type, x.dtype, "bn_act", channels, channels, pixels=n * h * w)
+    run: Bound = BACKENDS[resolve(backend, problem).backend].bind_bn_act(x, norm, other, epilogue)
+    return lambda x, other: dense(run(x, other))
+
+
+def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto") -> Tensor:
+    """Run the operation of `functional.conv_bn_act` without autograd; every layout is accepted."""
+    x, other = dense(x), None if other is None else dense(other)
+    return bind_conv_bn_act(x, conv, other, epilogue, backend=backend)(x, other)
 
 
 def bn_act(
-    x: Tensor, norm: BatchNorm | None, *, residual: Tensor | None = None, backend: str = "auto", **epilogue: Any
+    x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto"
 ) -> Tensor:
-    """Run the operation of `functional.bn_act` on the backend that `resolve` names, without autograd."""
-    if x.shape[0] == 0:
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    if norm is None and residual is None and not epilogue["relu"]:
-        return x.clone(memory_format=torch.channels_last)  # the result is never x itself
-    n, channels, h, w = x.shape
-    problem = Problem(x.device.type, x.dtype, "bn_act", channels, channels, pixels=n * h * w)
-    run = BACKENDS[resolve(backend, problem).backend].bn_act
-    return _dense(run(_dense(x), norm, residual=_dense(residual), **epilogue))
+    """Run the operation of `functional.bn_act` without autograd; every layout is accepted."""
+    x, other = dense(x), None if other is None else dense(other)
+    return bind_bn_act(x, norm, other, epilogue, backend=backend)(x, other)
 
 
 def relu_backward(dy: Tensor, y: Tensor | None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -141,12 +183,14 @@ def relu_backward(dy: Tensor, y: Tensor | None, *, backend: str = "auto") -> tup
     n, channels, h, w = dy.shape
     problem = Problem(dy.device.type, dy.dtype, "bn_act", channels, channels, pixels=n * h * w)
     if n and resolve(backend, problem).backend == "triton":
-        return triton.relu_backward(_dense(dy), _dense(y))
+        return triton.relu_backward(dense(dy), None if y is None else dense(y))
     dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
     return dz, dz.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32))
 
 
 def clear_caches() -> None:
     """Forget every folded or repacked weight, as after an edit through `tensor.data` that PyTorch does not record."""
+    global generation
+    generation += 1
     for caches in (triton._channels_last_weights, cudnn._folded, onednn._packed):
         caches.clear()

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..params import BatchNorm, Conv
-from . import eager
-from .eager import strided
+from ..params import Bound, Conv, Epilogue
+from .eager import bind_bn_act, strided
 from .folding import TensorCache, fold
 from .select import Problem
+
+__all__ = ["bind_bn_act", "bind_conv_bn_act", "unavailable", "unsupported"]  # elementwise: cuDNN has no such operation
 
 _folded = TensorCache()
 
@@ -34,45 +35,25 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def conv_bn_act(
-    x: Tensor,
-    conv: Conv,
-    *,
-    residual: Tensor | None = None,
-    residual_stride: int = 1,
-    shortcut: tuple[Tensor, Conv] | None = None,
-    relu: bool = True,
-) -> Tensor:
-    """See `functional.conv_bn_act`."""
+def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
+    """See `backends.bind_conv_bn_act`."""
     weight, bias = _folded.get(conv.tensors(), (x.dtype, conv.eps), lambda: fold(conv, x.dtype))
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-    if shortcut is not None:
-        residual, residual_stride = conv_bn_act(*shortcut, relu=False), 1
-    if not relu:
-        z = F.conv2d(x, weight, bias, *geometry)
-        return z if residual is None else z + strided(residual, residual_stride)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    # the fused op copies a residual of another layout silently: do it where it can be seen
-    residual = strided(residual, residual_stride).contiguous(memory_format=torch.channels_last)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    if other is None:
+        if not epilogue.relu:
+            return lambda x, _: F.conv2d(x, weight, bias, *geometry)
+        return lambda x, _: torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    branch = None
+    if epilogue.shortcut is not None:
+        branch = bind_conv_bn_act(other, epilogue.shortcut, None, Epilogue(relu=False), False)
 
+    def run(x: Tensor, other: Tensor | None) -> Tensor:
+        assert other is not None
+        residual = strided(other, epilogue.residual_stride) if branch is None else branch(other, None)
+        if not epilogue.relu:
+            return F.conv2d(x, weight, bias, *geometry) + residual
+        # the fused op copies a residual of another layout silently: do it where it can be seen
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
-def bn_act(
-    x: Tensor,
-    norm: BatchNorm | None,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: BatchNorm | None = None,
-    residual_stride: int = 1,
-    relu: bool = True,
-) -> Tensor:
-    """See `functional.bn_act`: cuDNN has no such operation, so this is plain torch."""
-    return eager.bn_act(
-        x,
-        norm,
-        residual=residual,
-        residual_norm=residual_norm,
-        residual_stride=residual_stride,
-        relu=relu,
-    )
+    return run

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..params import BatchNorm, Conv
+from ..params import BatchNorm, Bound, Conv, Epilogue
 from .select import Problem
 
 
@@ -39,35 +39,30 @@ def strided(residual: Tensor, stride: int) -> Tensor:
     return residual if stride == 1 else residual[:, :, ::stride, ::stride]
 
 
-def conv_bn_act(
-    x: Tensor,
-    conv: Conv,
-    *,
-    residual: Tensor | None = None,
-    residual_stride: int = 1,
-    shortcut: tuple[Tensor, Conv] | None = None,
-    relu: bool = True,
-) -> Tensor:
+def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue) -> Tensor:
     """See `functional.conv_bn_act`."""
-    z = convolve(x, conv)
-    if residual is not None:
-        z = z + strided(residual, residual_stride)
-    if shortcut is not None:
-        z = z + convolve(*shortcut)
-    return torch.relu(z) if relu else z
+    return _finish(convolve(x, conv), other, epilogue)
 
 
-def bn_act(
-    x: Tensor,
-    norm: BatchNorm | None,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: BatchNorm | None = None,
-    residual_stride: int = 1,
-    relu: bool = True,
-) -> Tensor:
+def bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue) -> Tensor:
     """See `functional.bn_act`."""
-    z = normalize(x, norm)
-    if residual is not None:
-        z = z + normalize(strided(residual, residual_stride), residual_norm)
-    return torch.relu(z) if relu else z
+    return _finish(normalize(x, norm), other, epilogue)
+
+
+def _finish(z: Tensor, other: Tensor | None, epilogue: Epilogue) -> Tensor:
+    if epilogue.shortcut is not None:
+        assert other is not None
+        z = z + convolve(other, epilogue.shortcut)
+    elif other is not None:
+        z = z + normalize(strided(other, epilogue.residual_stride), epilogue.residual_norm)
+    return torch.relu(z) if epilogue.relu else z
+
+
+def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
+    """See `backends.bind_conv_bn_act`."""
+    return lambda x, other: conv_bn_act(x, conv, other, epilogue)
+
+
+def bind_bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue) -> Bound:
+    """See `backends.bind_bn_act`."""
+    return lambda x, other: bn_act(x, norm, other, epilogue)

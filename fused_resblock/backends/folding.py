@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..params import BatchNorm, Conv
+from ..sampling import read, words
 
 Parts = tuple[Tensor | None, ...]
 
@@ -32,19 +33,6 @@ def uncached() -> Iterator[None]:
 def _stamp(parts: Parts) -> tuple[Any, ...]:
     """Identity, version and place of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
     return tuple(None if t is None else (id(t), t._version, t.data_ptr(), t.stride()) for t in parts)
-
-
-def _words(parts: Parts, per_tensor: int = 4) -> list[ctypes.c_uint64]:
-    """A few evenly spread 8-byte words of each CPU tensor's memory, to be read again while their addresses hold."""
-    words = []
-    for tensor in parts:
-        if tensor is None or tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() < 8:
-            continue
-        if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
-            last = tensor.numel() * tensor.element_size() // 8 - 1
-            offsets = {8 * (last * i // (per_tensor - 1)) for i in range(per_tensor)}
-            words += [ctypes.c_uint64.from_address(tensor.data_ptr() + offset) for offset in sorted(offsets)]
-    return words
 
 
 class _Entry(NamedTuple):
@@ -81,13 +69,13 @@ class TensorCache:
             return compute()
         key = id(head)
         entry = self._entries.get(key)
-        if entry is not None and entry.stamp == stamp and [w.value for w in entry.words] == entry.seen:
+        if entry is not None and entry.stamp == stamp and read(entry.words) == entry.seen:
             return entry.value
         value = compute()
-        words = _words(parts)
+        sampled = words(parts)
         entries = self._entries
         storage = weakref.ref(head.untyped_storage(), lambda _: entries.pop(key, None))
-        entries[key] = _Entry(stamp, words, [w.value for w in words], value, storage)
+        entries[key] = _Entry(stamp, sampled, read(sampled), value, storage)
         if len(entries) > self.LIMIT:
             entries.pop(next(iter(entries)))
         return value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..params import BatchNorm, Conv
+from ..params import BatchNorm, Bound, Conv, Epilogue
 from . import eager
 from .eager import strided
 from .folding import TensorCache, fold
@@ -52,48 +52,52 @@ def _pack(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
     return packed, bias
 
 
-def conv_bn_act(
-    x: Tensor,
-    conv: Conv,
-    *,
-    residual: Tensor | None = None,
-    residual_stride: int = 1,
-    shortcut: tuple[Tensor, Conv] | None = None,
-    relu: bool = True,
-) -> Tensor:
-    """See `functional.conv_bn_act`."""
+def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
+    """See `backends.bind_conv_bn_act`."""
     weight, bias = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:]), lambda: _pack(x, conv))
     args = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
-    act = "relu" if relu else "none"
-    identity = None
-    if shortcut is not None:
-        identity = conv_bn_act(*shortcut, relu=False)
-    elif residual is not None:
-        identity = strided(residual, residual_stride).contiguous(memory_format=torch.channels_last)
-    if identity is None:
-        return torch.ops.mkldnn._convolution_pointwise.default(x, *args, act, [], "")
-    if conv.groups > 1:  # the fused sum of a grouped convolution falls back to an add that lacks bf16
-        z = torch.ops.mkldnn._convolution_pointwise.default(x, *args, "none", [], "").add_(identity)
-        return z.relu_() if relu else z
+    pointwise = torch.ops.mkldnn._convolution_pointwise
+    act = "relu" if epilogue.relu else "none"
+    if other is None:
+        return lambda x, _: pointwise.default(x, *args, act, [], "")
+    if epilogue.shortcut is not None:  # nobody else sees the downsample branch: sum into it
+        branch = bind_conv_bn_act(other, epilogue.shortcut, None, Epilogue(relu=False), False)
+        join = _bind_sum(args, conv.groups, epilogue.relu, overwrite=True)
+        return lambda x, other: join(x, branch(other, None))
+    stride = epilogue.residual_stride
+    join = _bind_sum(args, conv.groups, epilogue.relu, overwrite or stride > 1)
+    if stride == 1:
+        return join
+    # a copy even of what is dense already: it is written to
+    return lambda x, other: join(x, strided(other, stride).clone(memory_format=torch.channels_last))
+
+
+def _bind_sum(args: tuple[Any, ...], groups: int, relu: bool, overwrite: bool) -> Bound:
+    """`act(conv(x) + other)`, in the memory of `other` if that may be overwritten."""
+    if groups > 1:  # the fused sum of a grouped convolution falls back to an add that lacks bf16
+        plain = torch.ops.mkldnn._convolution_pointwise.default
+
+        def grouped(x: Tensor, other: Tensor | None) -> Tensor:
+            z = plain(x, *args, "none", [], "").add_(other)
+            return z.relu_() if relu else z
+
+        return grouped
     epilogue: tuple[Any, ...] = "add", None, "relu" if relu else None, [], None
-    if shortcut is not None:  # nobody else sees the downsample branch: sum into it
-        return torch.ops.mkldnn._convolution_pointwise_.binary(identity, x, *args, *epilogue)
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, identity, *args, *epilogue)
+    if overwrite:
+        in_place = torch.ops.mkldnn._convolution_pointwise_.binary
+        return lambda x, other: in_place(other, x, *args, *epilogue)
+    fresh = torch.ops.mkldnn._convolution_pointwise.binary
+    return lambda x, other: fresh(x, other, *args, *epilogue)
 
 
-def bn_act(
-    x: Tensor,
-    norm: BatchNorm | None,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: BatchNorm | None = None,
-    residual_stride: int = 1,
-    relu: bool = True,
-) -> Tensor:
-    """See `functional.bn_act`: plain torch, with the ReLU in place on a tensor that nobody else holds."""
-    z = eager.bn_act(
-        x, norm, residual=residual, residual_norm=residual_norm, residual_stride=residual_stride, relu=False
-    )
-    if not relu:
-        return z
-    return z.relu_() if z is not x else z.relu()
+def bind_bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue) -> Bound:
+    """See `backends.bind_bn_act`: plain torch, with the ReLU in place on a tensor that nobody else holds."""
+    plain = epilogue._replace(relu=False)
+
+    def run(x: Tensor, other: Tensor | None) -> Tensor:
+        z = eager.bn_act(x, norm, other, plain)
+        if not epilogue.relu:
+            return z
+        return z.relu_() if z is not x else z.relu()
+
+    return run

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..params import BatchNorm, Conv
+from ..params import BatchNorm, Bound, Conv, Epilogue
 from .folding import TensorCache
 from .select import Problem
 
@@ -65,20 +64,23 @@ def _prepare(conv: Conv, dtype: torch.dtype) -> Conv:
     return conv._replace(weight=weight, bias=bias, norm=_dense_norm(conv.norm))
 
 
-def conv_bn_act(x: Tensor, conv: Conv, *, shortcut: tuple[Tensor, Conv] | None = None, **epilogue: Any) -> Tensor:
-    """See `functional.conv_bn_act`."""
+def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
+    """See `backends.bind_conv_bn_act`."""
     from ..kernels.conv_bn_act import conv_bn_act as launch
 
-    if shortcut is not None:
-        shortcut = (shortcut[0], _prepare(shortcut[1], x.dtype))
-    return launch(x, _prepare(conv, x.dtype), shortcut=shortcut, **epilogue)
+    conv = _prepare(conv, x.dtype)
+    if epilogue.shortcut is not None:
+        epilogue = epilogue._replace(shortcut=_prepare(epilogue.shortcut, x.dtype))
+    return lambda x, other: launch(x, conv, other, epilogue)
 
 
-def bn_act(x: Tensor, norm: BatchNorm | None, *, residual_norm: BatchNorm | None = None, **epilogue: Any) -> Tensor:
-    """See `functional.bn_act`."""
+def bind_bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue) -> Bound:
+    """See `backends.bind_bn_act`."""
     from ..kernels.bn_act import bn_act as launch
 
-    return launch(x, _dense_norm(norm), residual_norm=_dense_norm(residual_norm), **epilogue)
+    norm = _dense_norm(norm)
+    epilogue = epilogue._replace(residual_norm=_dense_norm(epilogue.residual_norm))
+    return lambda x, other: launch(x, norm, other, epilogue)
 
 
 def relu_backward(dy: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,106 @@
+"""Work that was asked for and is not done yet, so that what comes next can be done in the same pass.
+
+`Pending` stands for the output of a convolution, and of the norm and the ReLU behind it. Whatever touches it, but for
+the modules that join it (`stem`), gets the values: no use of it can be wrong, only slower. It lives within the forward
+of one network (`scope`), so neither its input nor a weight can change before it is computed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import dispatch
+from .swap import own_class
+
+_made: ContextVar[list[weakref.ref[Pending]] | None] = ContextVar("made", default=None)
+
+
+@contextmanager
+def scope() -> Iterator[None]:
+    """Work may be left pending in here; what is still pending at the end is done then."""
+    made: list[weakref.ref[Pending]] = []
+    token = _made.set(made)
+    try:
+        yield
+    finally:
+        _made.reset(token)
+        for reference in made:
+            pending = reference()
+            if pending is not None:
+                pending.value()
+
+
+def allowed() -> bool:
+    """Whether this is within a `scope`."""
+    return _made.get() is not None
+
+
+class Pending(Tensor):
+    """What a chain of modules gives for x, `[N, C, H, W]` channels_last, before anybody has asked for the values."""
+
+    @staticmethod
+    def __new__(cls, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> Pending:
+        _, c, h, w = size
+        return torch.Tensor._make_wrapper_subclass(
+            cls, size, (c * h * w, 1, c * w, c), dtype=dispatch.autocast_dtype(x) or x.dtype, device=x.device
+        )
+
+    def __init__(self, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> None:
+        self._x, self.chain, self.extent = x, chain, size
+        self._seen = None if x.is_inference() else x._version
+        self.computed: Tensor | None = None
+        made = _made.get()
+        assert made is not None
+        made.append(weakref.ref(self))
+
+    def behind(self, module: nn.Module) -> Pending:
+        """What is pending once a module that changes neither shape nor dtype has joined."""
+        return Pending(self.source(), (*self.chain, module), self.extent)
+
+    def source(self) -> Tensor:
+        """The x that the chain begins with.
+
+        Raises:
+            RuntimeError: if it has been changed in place since.
+        """
+        if self._seen is not None and self._x._version != self._seen:
+            raise RuntimeError(
+                f"the input of {type(self.chain[0]).__name__} must stay as it is until its output has been used, got a "
+                "change in place: fuse with stems=False"
+            )
+        return self._x
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """The values, computed module by module."""
+        if self.computed is None:
+            y = self.source()
+            for module in self.chain:
+                y = own_class(module).forward(module, y)
+            self.computed = y
+        return self.computed
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        args, kwargs = pytree.tree_map_only(Pending, Pending.value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = pytree.tree_map_only(Pending, Pending.value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+#: what may be read without the values
+_PROPERTIES: Any = (Tensor.shape, Tensor.dtype, Tensor.device)
+_METADATA = {Tensor.size, Tensor.dim, Tensor.stride, *(p.__get__ for p in _PROPERTIES)}

@@ -1,0 +1,80 @@
+"""A chain of fused blocks run as one: the blocks of an `nn.Sequential`, as `layer1` to `layer4` of a ResNet are.
+
+What is asked at every call of a block is asked once for all of them, and a block's result, which nobody else can see,
+is overwritten by the next block's sum.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, leaves
+from .modules import FusedBlock
+from .program import Programs
+from .swap import Swapped, register
+from .watch import untraceable
+
+_programs: weakref.WeakKeyDictionary[FusedStage, Programs] = weakref.WeakKeyDictionary()
+
+
+def obstacle(stage: nn.Sequential) -> str | None:
+    """Why the modules of a Sequential must be called one by one; None when they can be run as one chain."""
+    if len(stage) < 2:
+        return "a single block"
+    for name, block in stage.named_children():
+        if not isinstance(block, FusedBlock):
+            return f"{name} ({type(block).__name__}) is not a fused block"
+        if type(block).forward is not FusedBlock.forward or "forward" in block.__dict__:
+            return f"{name} has a forward of its own"
+        if any(leaves.hook_dicts(block)):
+            return f"hooks on {name}"
+        reason = block.reference_reason()
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+class FusedStage(Swapped):
+    """Mixin for an `nn.Sequential` of fused blocks that runs them as one chain.
+
+    Its modules, `state_dict` and indexing are those of the Sequential. Block by block it runs under autograd, when a
+    block computes something else at the moment (train mode), has hooks or was replaced by hand, and while it is traced;
+    the result is the same.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self._run(input)
+        return super().forward(input) if y is None else y
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        """The chain's output, or None where the blocks have to be called one by one."""
+        if torch.compiler.is_compiling() or untraceable(x) or torch.is_grad_enabled() or not dispatch.plain((x,)):
+            return None
+        programs = _programs.get(self)
+        if programs is None:
+            programs = _programs[self] = Programs()
+        program = programs.find(x)
+        if program is not None:
+            return program(x)
+        if not isinstance(x, Tensor) or obstacle(self):  # type: ignore[arg-type]
+            return None
+        blocks = [(block.runner(), block._fused_backend) for block in self.children()]  # type: ignore[operator]
+        return programs.bind(blocks, x, self)  # type: ignore[arg-type]
+
+
+class FusedSequential(FusedStage, nn.Sequential):
+    """An `nn.Sequential` of fused blocks, run as one chain."""
+
+
+register(FusedStage, nn.Sequential, FusedSequential)
+
+
+def is_stage(module: nn.Module) -> bool:
+    """Whether a module is a Sequential, by what its forward does, of two or more fused blocks and nothing else."""
+    if not isinstance(module, nn.Sequential) or "forward" in module.__dict__ or len(module) < 2:
+        return False
+    plain = isinstance(module, FusedStage) or type(module).forward is nn.Sequential.forward
+    return plain and all(isinstance(block, FusedBlock) for block in module)

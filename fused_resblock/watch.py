@@ -1,0 +1,146 @@
+"""What a fused block looked up about its modules, and whether it still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, contains, getitem, is_
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import leaves
+from .sampling import read, words
+
+_VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class Watch:
+    """Notices what a plan cannot see: modules replaced by hand, hooks and forwards added after fusing.
+
+    Args:
+        root: a block, or a chain of blocks.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        inner = modules[1:]
+        self._children = [(m._modules, name, child, type(child)) for m in modules for name, child in m._modules.items()]
+        self._sizes = [(m._modules, len(m._modules)) for m in modules]
+        self._convs = [(m, self._settings(m)) for m in inner if isinstance(m, nn.Conv2d)]
+        self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
+        self._attributes = [m.__dict__ for m in inner]
+
+    @staticmethod
+    def _settings(conv: nn.Conv2d) -> tuple[Any, ...]:
+        return tuple(getattr(conv, name) for name in _CONV_SETTINGS)
+
+    def same_modules(self) -> bool:
+        """Whether every module is still where it was, of the same class and with the same settings."""
+        for modules, name, child, cls in self._children:
+            if modules.get(name) is not child or type(child) is not cls:
+                return False
+        for modules, size in self._sizes:
+            if len(modules) != size:
+                return False
+        return all(self._settings(conv) == settings for conv, settings in self._convs)
+
+    def obstacle(self) -> str | None:
+        """Why inner modules must be called one by one; None when they need not."""
+        if any(self._hooks):
+            return "hooks on inner modules"
+        if any(map(contains, self._attributes, repeat("forward"))):
+            return "the forward of an inner module is overridden on the instance"
+        return "global module hooks" if nn.modules.module._has_any_global_hook() else None
+
+
+class Guard:
+    """Whether everything is as it was when a program was bound: modules, settings, modes, hooks and tensors.
+
+    It asks what `Watch` asks, and of every tensor what `folding.TensorCache` asks, but of flat lists that built-in
+    functions walk: that takes a tenth of the time, and it is asked at every call.
+
+    Args:
+        modules: all that take part, without repetition; the first one, which the program belongs to, is not kept alive.
+        tensors: everything that went into the program.
+        all_modes: whether `training` matters of every module, and not of norms alone.
+
+    Raises:
+        RuntimeError: if a tensor is an inference tensor, which does not record its changes.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor], all_modes: bool) -> None:
+        inner = self._modules = list(modules[1:])
+        slots = [places for m in modules for places in (m._modules, m._parameters, m._buffers)]
+        entries = [(places, name) for places in slots for name in places if name != "num_batches_tracked"]
+        settings = (
+            "eps",
+            *_CONV_SETTINGS,
+            "kernel_size",
+            "ceil_mode",
+            "_fused_plan",
+            "_fused_backend",
+            "_fused_length",
+        )
+        entries += [(m.__dict__, name) for m in modules for name in settings if name in m.__dict__]
+        entries += [(m.__dict__, "training") for m in modules if all_modes or "eps" in m.__dict__]
+        self._places, self._names = zip(*entries, strict=True)
+        self._values = [place[name] for place, name in entries]
+        self._types = list(map(type, inner))
+        self._children = [m._modules for m in modules if not leaves.is_leaf(m)]
+        self._sizes = list(map(len, self._children))
+        self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
+        self._attributes = [m.__dict__ for m in inner]
+        self._tensors = list(tensors)
+        self._filters = [t for t in tensors if t.dim() > 1]
+        self._states = self._states_now()
+        self._words = words(self._tensors)
+        self._seen = read(self._words)
+
+    def _states_now(self) -> tuple[list[Any], ...]:
+        """Version and place of each tensor, and how each filter lies in memory."""
+        tensors = self._tensors
+        return list(map(_VERSION, tensors)), list(map(_POINTER, tensors)), list(map(_STRIDE, self._filters))
+
+    def holds(self) -> bool:
+        """Ask everything again."""
+        try:
+            if not all(map(is_, map(getitem, self._places, self._names), self._values)):
+                return False
+        except KeyError:
+            return False
+        return (
+            list(map(type, self._modules)) == self._types
+            and list(map(len, self._children)) == self._sizes
+            and not any(self._hooks)
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and not nn.modules.module._has_any_global_hook()
+            and self._states_now() == self._states
+            and read(self._words) == self._seen
+        )
+
+
+def layout(block: nn.Module) -> tuple[tuple[str, type], ...]:
+    """Path and class of every module in the block: what `unchanged` compares where identities cannot be."""
+    return tuple((name, type(module)) for name, module in block.named_modules() if name)
+
+
+def unchanged(block: nn.Module, expected: tuple[tuple[str, type], ...]) -> bool:
+    """Whether the block's modules are of the classes they were and have no hooks; `torch.compile` can trace this."""
+    modules = dict(block.named_modules())
+    if len(modules) != len(expected) + 1:
+        return False
+    for name, cls in expected:
+        if name not in modules or type(modules[name]) is not cls:
+            return False
+        for hooks in leaves.hook_dicts(modules[name]):
+            if len(hooks) > 0:
+                return False
+    return True
+
+
+def untraceable(x: object) -> bool:
+    """Whether the block's own forward must be recorded node by node: a `torch.fx` proxy or `torch.jit.trace`."""
+    return isinstance(x, fx.Proxy) or torch.jit.is_tracing()
