@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +22,16 @@ import triton
 from tqdm import tqdm
 
 from fused_resblock.kernels.bn_act import bn_act
-from fused_resblock.kernels.conv_bn_act import conv_bn_act
+from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.kernels.tiles import Gpu, Tile, choose_tile
-from fused_resblock.params import BatchNorm
+from fused_resblock.kernels.stage import bind_stage, choose_stage_tile
+from fused_resblock.kernels.stem import bind_stem, pack_weight
+from fused_resblock.kernels.tiles import Tile
+from fused_resblock.params import Affine, Conv
 
+from .gpu import space
 from .gpu.operations import build
-from .offline import CHIPS, Chip, compiling_for, inspect
+from .offline import CHIPS, compiling_for, inspect
 from .shapes import ConvShape, all_shapes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
@@ -45,8 +50,10 @@ class Job:
     case: str
     tile: str
     launch: Callable[[], Any]
-    pipelined: bool  # whether its main loop has more than one iteration
-    multiplies: bool
+    pipelined: bool = False  # whether plain pointers feed a main loop of several stages
+    multiplies: bool = True
+    tma: bool = False
+    rectifies: bool = True
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -54,57 +61,107 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return tensor.to(memory_format=torch.channels_last) if len(shape) == 4 else tensor
 
 
-def _norm(channels: int) -> BatchNorm:
-    return BatchNorm(*(_meta(channels) for _ in range(4)))
+def _affine(channels: int) -> Affine:
+    return Affine(_meta(channels), _meta(channels))
 
 
-def _launch_conv(shape: ConvShape, batch: int, dtype: torch.dtype, tile: Tile) -> Any:
-    operation = build(shape, batch, dtype, "meta")
-    conv, epilogue = operation.conv, operation.epilogue
-    conv = conv._replace(norm=_norm(shape.out_channels))  # norms in fp32, as in a model under autocast
-    if epilogue.shortcut is not None:
-        epilogue = epilogue._replace(shortcut=epilogue.shortcut._replace(norm=_norm(shape.out_channels)))
-    return conv_bn_act(operation.x, conv, operation.other, epilogue, tile=tile)
-
-
-def _conv_jobs(chip: Chip, name: str) -> Iterator[Job]:
-    dtype, seen = DTYPES[name], set()
-    gpu = Gpu(chip.multiprocessors, chip.capability)
+def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
+    seen = set()
     for shape in all_shapes():
         for batch in BATCHES:
-            m, taps = batch * shape.out_size**2, shape.kernel**2
-            n, k = shape.out_channels // shape.groups, shape.channels // shape.groups
-            tile = choose_tile(m, n, k, taps, dtype.itemsize, second=bool(shape.shortcut), gpu=gpu)
+            tile = space.chosen(shape, batch, name, gpu)
             epilogue = "second" if shape.shortcut else "residual" if shape.residual else "plain"
             grouped = ".grouped" if shape.groups > 1 else ""
             case = f"{shape.kernel}x{shape.kernel}.s{max(shape.stride, shape.shortcut_stride)}.{epilogue}{grouped}"
-            tile_name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}.w{tile.num_warps}.s{tile.num_stages}"
-            if (case, tile_name) in seen:
+            if (case, str(tile)) in seen:
                 continue
-            seen.add((case, tile_name))
+            seen.add((case, str(tile)))
 
             def launch(shape: ConvShape = shape, batch: int = batch, tile: Tile = tile) -> Any:
-                return _launch_conv(shape, batch, dtype, tile)
+                return build(shape, batch, DTYPES[name], "meta").with_tile(tile)
 
-            pipelined = taps * k > tile.block_k and shape.groups == 1
-            yield Job(chip.capability, name, "conv_bn_act", case, tile_name, launch, pipelined, True)
+            tma = tile.persistent > 0
+            pipelined = shape.kernel**2 * shape.channels > tile.block_k and shape.groups == 1 and not tma
+            pipelined &= tile.num_stages > 1
+            # with a split loop the ReLU is in the kernel that adds the sums up
+            yield Job(
+                gpu.capability,
+                name,
+                "conv_tma" if tma else "conv_bn_act",
+                case,
+                str(tile),
+                launch,
+                pipelined,
+                tma=tma,
+                rectifies=tile.split_k == 1,
+            )
+
+
+def _conv(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Conv:
+    weight = _meta(k, c, size, size, dtype=dtype)
+    return Conv(weight, None, _affine(k), (stride, stride), (size // 2, size // 2))  # type: ignore[arg-type]
+
+
+def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
+    """The tail of a bottleneck with the next reduce, without, and with a downsample branch, for each width."""
+    dtype = DTYPES[name]
+    for width, size in ((64, 56), (128, 28), (256, 14)):
+        for case, second, stride in (
+            ("residual", 0, 1),
+            ("last", 0, 1),
+            ("second", 64 if width == 64 else 2 * width, 2),
+        ):
+            stride = 1 if width == 64 else stride
+            tile = choose_stage_tile(width, width if case != "last" else 0, dtype.itemsize, bool(second), gpu)
+            if tile is None:
+                continue
+
+            def launch(width=width, size=size, case=case, second=second, stride=stride, tile=tile) -> Any:
+                k, large = 4 * width, size * stride
+                h = _meta(128, width, large, large, dtype=dtype)
+                branch = _conv(k, second, 1, stride, dtype) if second else None
+                other = (
+                    _meta(128, second, large, large, dtype=dtype) if second else _meta(128, k, size, size, dtype=dtype)
+                )
+                reduce = None if case == "last" else _conv(width, k, 1, 1, dtype)
+                layers = _conv(width, width, 3, stride, dtype), _conv(k, width, 1, 1, dtype)
+                return bind_stage(h, *layers, other, branch, reduce, tile)(h, other)
+
+            yield Job(
+                gpu.capability,
+                name,
+                "expand_shift_tma" if tile.tma else "expand_shift",
+                f"{width}.{case}",
+                str(tile),
+                launch,
+                tma=tile.tma,
+            )
 
 
 def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Job]:
-    """Every kernel and tile that the heuristic picks for the shape table at batch 1, 32 and 128."""
+    """Every kernel and tile that is chosen for the shape table at batch 1, 32 and 128."""
     for capability in capabilities:
+        gpu = Gpu(CHIPS[capability].multiprocessors, capability)
         for name in dtypes:
-            yield from _conv_jobs(CHIPS[capability], name)
-            x = _meta(32, 64, 56, 56, dtype=DTYPES[name])
+            dtype = DTYPES[name]
+            yield from _conv_jobs(gpu, name)
+            yield from _stage_jobs(gpu, name)
+            x = _meta(32, 64, 56, 56, dtype=dtype)
+            image = _meta(32, 3, 224, 224, dtype=dtype)
+            first = Conv(_meta(64, 3, 7, 7, dtype=dtype), None, _affine(64), (2, 2), (3, 3))  # type: ignore[arg-type]
+
+            def stem(image: torch.Tensor = image, first: Conv = first) -> Any:
+                return bind_stem(image, first, pack_weight(first.weight, True))(image)
 
             def elementwise(x: torch.Tensor = x) -> Any:
-                return bn_act(x, _norm(64), x)
+                return bn_act(x, _affine(64), x)
 
             def backward(x: torch.Tensor = x) -> Any:
                 return relu_backward(x, x)
 
-            yield Job(capability, name, "bn_act", "residual", "", elementwise, False, False)
-            yield Job(capability, name, "relu_backward", "", "", backward, False, False)
+            yield Job(capability, name, "stem", "7x7", "", stem)
+            yield Job(capability, name, "bn_act", "residual", "", elementwise, multiplies=False)
+            yield Job(capability, name, "relu_backward", "", "", backward, multiplies=False, rectifies=False)
 
 
 def compile_job(job: Job) -> dict[str, Any]:
@@ -116,9 +173,29 @@ def compile_job(job: Job) -> dict[str, Any]:
             job.launch()
     finally:
         torch.backends.cudnn.allow_tf32 = allow_tf32
-    ((_, kernel),) = compiled
+    kernel = next(k for name, k in compiled if name == f"_{job.kernel}_kernel")
     facts = inspect(kernel, CHIPS[job.capability])
     return {**{field: getattr(job, field) for field in KEY}, **facts}
+
+
+_todo: list[Job] = []  # of a worker
+
+
+def _prepare(capabilities: Sequence[int], dtypes: Sequence[str]) -> None:
+    _todo[:] = jobs(capabilities, dtypes)
+
+
+def _compile_numbered(index: int) -> dict[str, Any]:
+    return compile_job(_todo[index])
+
+
+def compile_all(capabilities: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Every job with its row, in order, compiled on all cores; a launch cannot be sent to a worker, its number can."""
+    todo = list(jobs(capabilities, dtypes))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(os.cpu_count(), _prepare, (capabilities, dtypes)) as pool:
+        rows = tqdm(pool.imap(_compile_numbered, range(len(todo))), total=len(todo), unit="kernel", disable=None)
+        yield from zip(todo, rows, strict=True)
 
 
 def broken_gates(row: dict[str, Any], job: Job) -> list[str]:
@@ -134,7 +211,9 @@ def broken_gates(row: dict[str, Any], job: Job) -> list[str]:
         faults.append("no asynchronous loads in a pipelined loop")
     if job.pipelined and row["async_loads"] != row["async_128"]:
         faults.append(f"only {row['async_128']} of {row['async_loads']} asynchronous loads are 128-bit")
-    if job.kernel != "relu_backward" and not row["max_nan"]:
+    if job.tma and not row["tma_loads"]:
+        faults.append("no TMA loads")
+    if job.rectifies and not row["max_nan"]:
         faults.append("the ReLU drops NaN")
     return faults
 
@@ -143,7 +222,7 @@ def worse(row: dict[str, Any], kept: dict[str, str]) -> list[str]:
     """In what a kernel's code is worse than the kept row: fewer resident programs, or fewer 128-bit loads."""
     return [
         f"{field} {row[field]}, was {kept[field]}"
-        for field in ("resident", "async_128", "matrix")
+        for field in ("resident", "async_128", "tma_loads", "matrix")
         if int(row[field]) < int(kept[field])
     ]
 
@@ -165,9 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.csv")
     args = parser.parse_args(argv)
     kept, faults, rows = read(args.out), [], []
-    todo = list(jobs(args.capability or tuple(CHIPS), args.dtype or tuple(DTYPES)))
-    for job in tqdm(todo, unit="kernel", disable=None):
-        row = {"triton": triton.__version__, **compile_job(job)}
+    for job, facts in compile_all(args.capability or tuple(CHIPS), args.dtype or tuple(DTYPES)):
+        row = {"triton": triton.__version__, **facts}
         rows.append(row)
         key = tuple(str(row[field]) for field in KEY)
         found = broken_gates(row, job)

@@ -96,7 +96,7 @@ def inspect(kernel: Any, chip: Chip) -> dict[str, int | bool | str]:
 
     `registers` a thread, `stack` bytes, `local` LDL and STL instructions, `shared` bytes, `resident` programs that fit
     a multiprocessor, `matrix` instructions of the chip's kind, `async_loads` LDGSTS and how many of them are 128-bit,
-    `max_nan` whether the ReLU keeps NaN.
+    `tma_loads` UTMALDG, `max_nan` whether the ReLU keeps NaN.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -127,5 +127,6 @@ def inspect(kernel: Any, chip: Chip) -> dict[str, int | bool | str]:
         "async_loads": count("LDGSTS"),
         "async_128": count(r"LDGSTS\S*\.128"),
         "plain_loads": count(r"LDG\b"),
+        "tma_loads": count("UTMALDG"),
         "max_nan": bool(re.search(r"max\.NaN", kernel.asm["ptx"])),
     }

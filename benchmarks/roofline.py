@@ -13,11 +13,12 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost, predicted
-from fused_resblock.kernels.tiles import Gpu, Tile, choose_tile
+from fused_resblock.kernels.choice import choose_tile, predicted_seconds
+from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost
+from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.table import format_table
 
 from .shapes import ConvShape, basic_shapes, bottleneck_shapes
@@ -59,18 +60,6 @@ def second_of(shape: ConvShape, batch: int) -> Gemm | None:
     return Gemm(m, shape.out_channels, shape.shortcut, 1, m) if shape.shortcut else None
 
 
-def resident_programs(tile: Tile, itemsize: int, second: bool) -> int:
-    """Programs that a Hopper multiprocessor holds, by shared memory and a register estimate of the compiled code.
-
-    Accumulators take `BLOCK_M * BLOCK_N` registers a tile (twice with a second GEMM); the code for sm_90 uses about 90
-    more a thread (`make codegen`).
-    """
-    shared = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
-    threads = 32 * tile.num_warps
-    registers = min(255, tile.block_m * tile.block_n * (2 if second else 1) // threads + 90)
-    return max(1, min((228 << 10) // (shared + 1024), 65536 // (registers * threads), 2048 // threads))
-
-
 def floors_of(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> Floors:
     """The floors of one block, given its convolutions in order."""
     eager = per_conv = ours = 0.0
@@ -78,19 +67,11 @@ def floors_of(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceil
     flops = 0
     for shape in shapes:
         gemm, second = gemm_of(shape, batch), second_of(shape, batch)
-        taps = shape.kernel**2
         tile = choose_tile(
-            gemm.m,
-            gemm.n // shape.groups,
-            gemm.k // shape.groups,
-            taps,
-            itemsize,
-            second=second is not None,
-            gpu=Gpu(chip.multiprocessors, 90),
+            gemm, itemsize, residual=shape.residual, second=second, tma=True, gpu=Gpu(chip.multiprocessors)
         )
         fused = conv_bn_act_cost(gemm, itemsize, tile, residual=shape.residual, second=second)
-        resident = resident_programs(tile, itemsize, second is not None)
-        ours += predicted(fused, gemm.programs(tile), resident, chip)
+        ours += predicted_seconds(gemm, itemsize, tile, chip, residual=shape.residual, second=second)
         flops += fused.flops
         elements = gemm.m * gemm.n
         plain = conv_bn_act_cost(gemm, itemsize, tile)
@@ -137,19 +118,21 @@ def network_floors(
 
 
 def read_ceilings(path: Path | None) -> Ceilings:
-    """The ceilings in a `ceilings.json`, with `NOMINAL`'s L2 rate if it holds none; `NOMINAL` for no path.
+    """The ceilings in a `ceilings.json` (see `benchmarks.gpu.ceilings`); `NOMINAL` for no path.
 
     Raises:
-        ValueError: if the file does not hold bandwidth and matrix rate.
+        ValueError: if the file does not hold them.
     """
     if path is None:
         return NOMINAL
     data = json.loads(path.read_text(encoding="utf-8"))
+    names = ("copy_tb_per_s", "l2_copy_tb_per_s", "bf16_matrix_tflops")
     try:
-        measured = replace(NOMINAL, name=data["gpu"], dram=data["copy_bytes_per_s"], matrix=data["matmul_flops_per_s"])
-        return replace(measured, multiprocessors=data.get("multiprocessors", NOMINAL.multiprocessors))
+        dram, l2, matrix = (1e12 * float(data[name]) for name in names)
+        return Ceilings(f"{data['gpu']} (measured)", dram, l2, matrix, int(data["multiprocessors"]))
     except KeyError as error:
-        raise ValueError(f"ceilings must hold gpu, copy_bytes_per_s and matmul_flops_per_s, got no {error}") from None
+        needed = f"gpu, multiprocessors, {', '.join(names)}"
+        raise ValueError(f"ceilings must hold {needed}, got no {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

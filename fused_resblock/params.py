@@ -30,6 +30,13 @@ class BatchNorm(NamedTuple):
         return cls(module.running_mean, module.running_var, module.weight, module.bias, module.eps)  # type: ignore[arg-type]
 
 
+class Affine(NamedTuple):
+    """A norm formed beforehand: `scale * x + shift`, each tensor `[C]` in fp32 (fp64 for fp64 activations)."""
+
+    scale: Tensor
+    shift: Tensor
+
+
 class Conv(NamedTuple):
     """A convolution and the norm behind it: weight `[K, C/groups, R, S]`, bias `[K]` or None, norm over K or None."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, dispatch
+from .backends.folding import keep
 from .params import Bound
 from .plan import Step
 from .runner import BoundStep, Runner
@@ -38,6 +39,7 @@ class Program:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output, channels_last and without autograd."""
+        keep(self._operations)
         if self._dtype is not None:
             x = x.to(self._dtype)
         values = [x.contiguous(memory_format=torch.channels_last), *self._slots]

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tiles import Tile
+from .tiles import StageTile, Tile
+
+#: seconds that a launch takes besides its loop: start, first loads, last stores
+LAUNCH = 2.5e-6
+#: seconds that a load from L2 takes, and from there to the matrix units
+LATENCY = 0.36e-6
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of a chip: bytes a second of device memory and of L2, matrix operations a second, multiprocessors."""
+    """Rates of a chip: bytes a second of device memory and of L2, matrix operations a second, multiprocessors.
+
+    `shared` is the shared memory of a multiprocessor in bytes, of which a program's share also counts `registers`.
+    """
 
     name: str
     dram: float
     l2: float
     matrix: float
     multiprocessors: int
+    shared: int = 228 << 10
 
 
 @dataclass(frozen=True)
@@ -67,14 +76,21 @@ class Gemm:
         """Bytes of input and filters."""
         return itemsize * (self.in_pixels * self.k + self.n * (self.k // self.groups) * self.taps)
 
-    def programs(self, tile: Tile) -> int:
-        """Programs of a launch."""
+    def pieces(self, tile: Tile) -> int:
+        """Pieces of the output that the tile cuts it into."""
         return -(-self.m // tile.block_m) * -(-(self.n // self.groups) // tile.block_n) * self.groups
+
+    def steps(self, tile: Tile) -> int:
+        """Steps of the loop over taps and channels for a piece."""
+        return self.taps * -(-(self.k // self.groups) // tile.block_k)
 
     def l2(self, itemsize: int, tile: Tile) -> int:
         """Bytes that the tiles load: `(BLOCK_M + BLOCK_N) * BLOCK_K` for each tap and channel block."""
-        steps = self.taps * -(-(self.k // self.groups) // tile.block_k)
-        return self.programs(tile) * steps * (tile.block_m + tile.block_n) * tile.block_k * itemsize
+        return self.pieces(tile) * self.steps(tile) * (tile.block_m + tile.block_n) * tile.block_k * itemsize
+
+    def tile_flops(self, tile: Tile) -> int:
+        """Operations that the matrix units do: those of whole tiles."""
+        return 2 * self.pieces(tile) * self.steps(tile) * tile.block_m * tile.block_n * tile.block_k
 
 
 def conv_bn_act_cost(
@@ -103,18 +119,79 @@ def elementwise_cost(elements: int, itemsize: int, reads: int, writes: int = 1) 
     return Cost(moved, moved, 0)
 
 
-def predicted(cost: Cost, programs: int, resident: int, chip: Ceilings) -> float:
+def expand_shift_cost(
+    conv: Gemm, expand: Gemm, itemsize: int, tile: StageTile, *, second: Gemm | None = None, reduce: Gemm | None = None
+) -> Cost:
+    """Cost of one `expand_shift`: the 3x3's input, the residual (or shortcut's input), y and g move once.
+
+    In L2 each program loads its taps, all filters once, and its pieces of residual and outputs.
+    """
+    programs = -(-conv.m // tile.block_m)
+    y = conv.m * expand.n * itemsize
+    filters = itemsize * (conv.k * conv.n * conv.taps + expand.k * expand.n)
+    dram = conv.in_pixels * conv.k * itemsize + 2 * y + filters
+    l2 = programs * (tile.block_m * conv.k * conv.taps * itemsize + filters) + 2 * y
+    flops = conv.flops + expand.flops
+    if second is not None:
+        dram += second.dram(itemsize) - y  # in the place of the residual
+        chunks = -(-second.n // tile.block_n)
+        l2 += programs * itemsize * second.k * (chunks * tile.block_m + second.n) - y
+        flops += second.flops
+    if reduce is not None:
+        g = reduce.m * reduce.n * itemsize
+        dram += g + reduce.n * reduce.k * itemsize
+        l2 += g + programs * reduce.n * reduce.k * itemsize
+        flops += reduce.flops
+    return Cost(dram, l2, flops)
+
+
+def shared_bytes(tile: Tile, itemsize: int, *, residual: bool = False, second: bool = False) -> int:
+    """Shared memory of a program: the operands of every stage, and with TMA the pieces that come and go.
+
+    With TMA a second GEMM's operands may be under way together with the first's.
+    """
+    operands = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
+    operands *= 2 if second and tile.persistent else 1
+    return operands + (tile.persistent > 0) * (1 + residual) * tile.block_m * tile.block_n * itemsize
+
+
+def register_count(tile: Tile, *, residual: bool = False, second: bool = False) -> int:
+    """Registers of a thread: an estimate that lies within 20 % of what compiles for sm_90 (`make codegen`).
+
+    A piece's accumulators, twice with a residual (it is held beside them) or a second GEMM; the rest is addresses, of
+    which a second GEMM without TMA has twice as many.
+    """
+    accumulators = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    if second:
+        return 2 * accumulators + (84 if tile.persistent else 124)
+    return (2 if residual else 1) * accumulators + 36
+
+
+def resident_programs(tile: Tile, itemsize: int, shared: int, *, residual: bool = False, second: bool = False) -> int:
+    """Programs that a multiprocessor with so much shared memory holds at once; 0 if not one fits without spilling."""
+    registers = register_count(tile, residual=residual, second=second)
+    if registers > 250:
+        return 0
+    threads = 32 * tile.num_warps
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(
+        shared // (shared_bytes(tile, itemsize, residual=residual, second=second) + 1024), by_registers, 2048 // threads
+    )
+
+
+def predicted(cost: Cost, programs: int, resident: int, chip: Ceilings, *, step_seconds: float = 0.0) -> float:
     """Seconds that a launch should take: its slowest ceiling, with the multiprocessors idle in the last wave.
 
     Args:
         cost: of the launch.
-        programs: how many are launched.
+        programs: how many are launched, or pieces that persistent ones take.
         resident: how many a multiprocessor holds at once.
         chip: its ceilings. Device memory is shared by all, so it is not slowed by an uneven last wave as long as half
             the multiprocessors are busy; L2 path and matrix units belong to each one.
+        step_seconds: what one program takes on its own for all of its steps, below which no wave ends.
     """
-    slots = resident * chip.multiprocessors
-    waves = -(-programs // slots)
-    share = programs / (waves * slots)
+    waves = -(-programs // (resident * chip.multiprocessors))
+    share = programs / (-(-programs // chip.multiprocessors) * chip.multiprocessors)
     per_unit = max(cost.l2 / chip.l2, cost.flops / chip.matrix) / share
-    return max(cost.dram / chip.dram / min(1.0, 2 * min(1.0, programs / chip.multiprocessors)), per_unit)
+    dram = cost.dram / chip.dram / min(1.0, 2 * min(1.0, programs / chip.multiprocessors))
+    return max(dram, per_unit, waves * step_seconds) + LAUNCH

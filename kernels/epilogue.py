@@ -9,8 +9,8 @@ def scale_shift(
     bias_ptr,  # [K] convolution bias, or None
     mean_ptr,  # [K] running mean, or None for no normalisation
     var_ptr,  # [K] running variance
-    gamma_ptr,  # [K] or None
-    beta_ptr,  # [K] or None
+    gamma_ptr,  # [K] or None; without a mean the scale itself
+    beta_ptr,  # [K] or None; without a mean the shift itself
     offs,  # [BLOCK] channel indices
     mask,  # [BLOCK] channels that exist
     EPS: tl.constexpr,
@@ -18,8 +18,8 @@ def scale_shift(
 ):
     """scale, shift with norm(z + bias) = scale*z + shift, both [BLOCK] in ACC.
 
-    scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale, formed here from the tensors themselves, so
-    that no folded copy can go stale and low-precision weights lose nothing.
+    scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale; or both as they were formed beforehand, which
+    spares each thread three loads and a square root for each of its channels.
     """
     scale = tl.full(offs.shape, 1.0, ACC)
     shift = tl.zeros(offs.shape, ACC)
@@ -33,6 +33,9 @@ def scale_shift(
         shift = (shift - tl.load(mean_ptr + offs, mask=mask, other=0.0).to(ACC)) * scale
         if beta_ptr is not None:
             shift = shift + tl.load(beta_ptr + offs, mask=mask, other=0.0).to(ACC)
+    elif gamma_ptr is not None:
+        scale = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(ACC)
+        shift = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(ACC)
     return scale, shift
 
 
@@ -58,3 +61,19 @@ def strided_rows(
     p = (offs_m // Q) % P
     q = offs_m % Q
     return (n.to(tl.int64) * H + p * STRIDE) * W + q * STRIDE
+
+
+def vectors(norm):
+    """Mean, variance, gamma and beta as the kernels take them.
+
+    Args:
+        norm: a `fused_resblock.params.BatchNorm`, an `Affine` formed of one beforehand, or None.
+    """
+    if norm is None:
+        return (None,) * 4
+    return norm[:4] if hasattr(norm, "eps") else (None, None, *norm)
+
+
+def eps_of(norm) -> float:
+    """The norm's eps; 0 where there is none to add."""
+    return getattr(norm, "eps", 0.0)

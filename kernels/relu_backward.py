@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulator, device_of
+from .launch import accumulator, current
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def relu_backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tenso
     dz = torch.empty_like(dy, memory_format=torch.channels_last)
     acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
     partial = torch.empty((programs, c), dtype=acc, device=dy.device)
-    with device_of(dy):
+    with current(dy.device):
         _relu_backward_kernel[(programs, triton.cdiv(c, block_c))](
             dy, y, dz, partial, m, C=c, ACC=accumulator(dy.dtype), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4
         )

@@ -1,65 +1,98 @@
-"""Tile sizes of the convolution kernel and the heuristic that picks one."""
+"""How the work of a kernel is cut into programs: tile sizes as data."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
+
+
+def _parts(name: str) -> tuple[list[int], dict[str, int]]:
+    """The sizes and the lettered numbers of a tile's name; raises ValueError where there is no such thing."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)((?:\.[a-z]\d+)*)", name)
+    if match is None:
+        raise ValueError(f"name must be that of a tile, got {name!r}")
+    fields = re.findall(r"\.([a-z])(\d+)", match[4])
+    return [int(size) for size in match.groups()[:3]], {letter: int(number) for letter, number in fields}
+
+
+def _checked(tile: Any, name: str) -> Any:
+    """The tile, if its name is `name` and every size is a power of two, as kernels ask."""
+    sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+    if str(tile) != name or any(size < 1 or size & (size - 1) for size in sizes):
+        raise ValueError(f"name must be that of a tile, got {name!r}")
+    return tile
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: a `block_m` x `block_n` piece of the output, `block_k` channels at a time."""
+    """What one program computes: a `block_m` x `block_n` piece of the output, `block_k` channels at a time.
+
+    With `split_k` above 1 that many programs share the taps and channels of each piece. With `persistent` above 0 so
+    many programs a multiprocessor stay resident and take piece after piece, which TMA moves (`conv_tma`); 0 is a
+    program a piece (`conv_bn_act`).
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    split_k: int = 1
+    persistent: int = 0
 
+    def __str__(self) -> str:
+        name = f"{self.block_m}x{self.block_n}x{self.block_k}.w{self.num_warps}.s{self.num_stages}"
+        return name + f".k{self.split_k}" * (self.split_k > 1) + f".p{self.persistent}" * (self.persistent > 0)
 
-def _power_of_two(value: int, low: int, high: int) -> int:
-    """The smallest power of two that is >= value, kept within [low, high]."""
-    return min(high, max(low, 1 << max(0, value - 1).bit_length()))
+    @classmethod
+    def parse(cls, name: str) -> Tile:
+        """The tile whose `str` is `name`.
+
+        Raises:
+            ValueError: if it is none's.
+        """
+        blocks, fields = _parts(name)
+        tile = cls(*blocks, fields.get("w", 0), fields.get("s", 0), fields.get("k", 1), fields.get("p", 0))
+        return _checked(tile, name)
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What the choice of a tile needs of a GPU; an H100 unless told."""
+class StageTile:
+    """What a program of `expand_shift` computes: `block_m` pixels, `block_n` expanded channels at a time.
 
-    multiprocessors: int = 132
-    capability: int = 90
-
-
-def choose_tile(
-    m: int, n: int, k: int, taps: int, itemsize: int, *, second: bool = False, gpu: Gpu | None = None
-) -> Tile:
-    """Pick the tile of an implicit GEMM.
-
-    Args:
-        m: output pixels N*P*Q.
-        n: output channels of a group.
-        k: input channels of a group.
-        taps: R*S; 1 for a 1x1 convolution.
-        itemsize: bytes of an element.
-        second: whether a second GEMM is accumulated beside the first.
-        gpu: where the kernel runs.
-
-    Reasons, from the compiled code (`make codegen`): 128x128 at 8 warps spills with a second accumulator, and on
-    sm_100 without one; 128x64 at 4 warps spills there too, 64x64 does not. wgmma needs 64 rows. R x S kernels stay at 4
-    warps: with 8, a flattened loop over taps and channels has miscompiled in Triton (pytorch#173068). Tiles that fill
-    fewer programs than there are multiprocessors are halved in M, then in N.
+    `block_k` channels a step of the 3x3; its loop and that over the chunks have so many stages; `tma` moves the tiles
+    (`expand_shift_tma`).
     """
-    gpu = gpu or Gpu()
-    tight = second or gpu.capability // 10 == 10
-    block_m = 64 if tight and taps > 1 else 128
-    block_n = _power_of_two(n, 16, 128 if taps == 1 and not tight else 64)
-    block_k = _power_of_two(k, 16, 128 // itemsize)
 
-    def programs() -> int:
-        return -(-m // block_m) * -(-n // block_n)
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    tap_stages: int
+    chunk_stages: int
+    tma: bool = False
 
-    if programs() < gpu.multiprocessors:
-        block_m = 64
-    while programs() < gpu.multiprocessors and block_n > 32:
-        block_n //= 2
-    num_warps = 8 if taps == 1 and block_m * block_n >= (128 * 64 if tight else 128 * 128) else 4
-    return Tile(block_m, block_n, block_k, num_warps, num_stages=3)
+    def __str__(self) -> str:
+        blocks = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{blocks}.w{self.num_warps}.s{self.tap_stages}.c{self.chunk_stages}" + ".t1" * self.tma
+
+    @classmethod
+    def parse(cls, name: str) -> StageTile:
+        """The tile whose `str` is `name`.
+
+        Raises:
+            ValueError: if it is none's.
+        """
+        blocks, fields = _parts(name)
+        tile = cls(*blocks, fields.get("w", 0), fields.get("s", 0), fields.get("c", 0), bool(fields.get("t")))
+        return _checked(tile, name)
+
+
+@dataclass(frozen=True)
+class StemTile:
+    """What a program of `stem` computes: `pooled_rows` x (`pooled_columns` - 1) pixels of the pooled output."""
+
+    pooled_rows: int = 8
+    pooled_columns: int = 32
+    num_warps: int = 8

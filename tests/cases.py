@@ -87,6 +87,7 @@ class ConvCase:
     relu: bool = True
     residual: int | None = None
     shortcut: int | None = None
+    shortcut_channels: int = 20  # fewer than 16, at a stride: oneDNN's weight gradient writes past its memory
     slack: int = 0
 
     def build(self, dtype: torch.dtype, norm_dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class ConvCase:
             args["residual"] = image(n, k, p * t - self.slack, q * t - self.slack, dtype=dtype)
             args["residual_stride"] = t
         if self.shortcut is not None:
-            t, c = self.shortcut, 16  # fewer, at a stride: oneDNN's weight gradient writes past its memory
+            t, c = self.shortcut, self.shortcut_channels
             args["shortcut"] = Shortcut(
                 image(n, c, p * t - self.slack, q * t - self.slack, dtype=dtype),
                 image(k, c, 1, 1, dtype=dtype) / c**0.5,

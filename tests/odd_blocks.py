@@ -120,6 +120,11 @@ class StridedOffsetSlice(OffsetSlice):
         return self.conv2(self.conv1(x)) + x[:, :, 1:-1:2, 1:-1:2]
 
 
+class StridedSliceWithAStart(StridedOffsetSlice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x)) + x[:, :, 1::2, 2::2]
+
+
 class UnevenSlice(Base):
     def __init__(self) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from time import perf_counter_ns
 import torch
 
 from benchmarks.gpu.compiling import Compiled
-from fused_resblock.kernels.tiles import Gpu
+from fused_resblock.kernels.gpu import Gpu
 
 
 class StandIn:

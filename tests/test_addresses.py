@@ -16,16 +16,17 @@ import torch
 from cases import FP16
 from torch import Tensor
 
-from fused_resblock.params import BatchNorm, Conv, Epilogue
+from fused_resblock.params import PLAIN, BatchNorm, Conv, Epilogue
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from fused_resblock.kernels.bn_act import bn_act
-from fused_resblock.kernels.conv_bn_act import conv_bn_act
+from fused_resblock.kernels.conv_bn_act import bind_conv_bn_act
+from fused_resblock.kernels.expand_shift import bind_expand_shift
 from fused_resblock.kernels.launch import interpreted
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.kernels.tiles import Tile
+from fused_resblock.kernels.tiles import StageTile, Tile
 
 pytestmark = [
     pytest.mark.skipif(not interpreted(), reason="reads addresses out of Triton's interpreter"),
@@ -99,7 +100,12 @@ def huge(monkeypatch):
     monkeypatch.setattr(builder, "create_masked_load", load)
     monkeypatch.setattr(builder, "create_masked_store", store)
     monkeypatch.setattr(builder, "create_get_program_id", program_id)
-    monkeypatch.setattr(torch, "empty", lambda shape, dtype, **_: huge(f"out{len(shape)}", *shape, dtype=dtype))
+
+    def empty(shape: Any, *, dtype: torch.dtype, **_: Any) -> Tensor:
+        name = "partial" if dtype == torch.float32 else f"out{len(shape)}"
+        return huge(name + "b" * (name in huge.tensors), *shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", lambda like, **_: huge("out4", *like.shape, dtype=like.dtype))
     return huge
 
@@ -108,31 +114,36 @@ def norm(channels: int) -> BatchNorm:
     return BatchNorm(*(torch.zeros(1).expand(channels) for _ in range(4)))
 
 
+def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None = None, epilogue: Epilogue = PLAIN) -> None:
+    """Launch the kernel once with a tile that goes through all channels in two steps."""
+    bind_conv_bn_act(x, conv, other, epilogue, TILE)(x, other)
+
+
 def test_pointwise_input_and_output(huge):
     conv = Conv(huge("weight", WIDE, WIDE, 1, 1), None, norm(WIDE))
-    conv_bn_act(huge("x", 1, WIDE, *MANY), conv, tile=TILE)
+    conv_bn_act(huge("x", 1, WIDE, *MANY), conv)
     huge.check("x", "out4")
 
 
 def test_strided_pointwise_input(huge):
-    conv_bn_act(huge("x", 3, WIDE, *MANY), Conv(huge("weight", 8, WIDE, 1, 1), stride=(2, 2)), tile=TILE)
+    conv_bn_act(huge("x", 3, WIDE, *MANY), Conv(huge("weight", 8, WIDE, 1, 1), stride=(2, 2)))
     huge.check("x")
 
 
 def test_input_of_a_3x3(huge):
     conv = Conv(huge("weight", 8, WIDE, 3, 3), padding=(1, 1))
-    conv_bn_act(huge("x", 3, WIDE, *MANY), conv, tile=TILE)
+    conv_bn_act(huge("x", 3, WIDE, *MANY), conv)
     huge.check("x")
 
 
 def test_grouped_input_and_output(huge):
     conv = Conv(huge("weight", 2 * WIDE, WIDE, 3, 3), padding=(1, 1), groups=2)
-    conv_bn_act(huge("x", 1, 2 * WIDE, *MANY), conv, tile=TILE)
+    conv_bn_act(huge("x", 1, 2 * WIDE, *MANY), conv)
     huge.check("x", "out4")
 
 
 def test_weight(huge):
-    conv_bn_act(huge("x", 1, 65537, 3, 3), Conv(huge("weight", 32769, 65537, 1, 1)), tile=TILE)
+    conv_bn_act(huge("x", 1, 65537, 3, 3), Conv(huge("weight", 32769, 65537, 1, 1)))
     huge.check("weight")
 
 
@@ -141,7 +152,7 @@ def test_residual(stride, huge):
     h, w = ((size - 1) // stride + 1 for size in MANY)
     residual = huge("residual", 3, WIDE, *MANY)
     conv = Conv(huge("weight", WIDE, 8, 1, 1))
-    conv_bn_act(huge("x", 3, 8, h, w), conv, residual, Epilogue(stride), tile=TILE)
+    conv_bn_act(huge("x", 3, 8, h, w), conv, residual, Epilogue(stride))
     huge.check("residual")
 
 
@@ -150,15 +161,33 @@ def test_input_of_the_second_convolution(stride, huge):
     h, w = ((size - 1) // stride + 1 for size in MANY)
     second = Conv(huge("weight2", 8, WIDE, 1, 1), None, norm(8), (stride, stride))
     conv = Conv(huge("weight", 8, 8, 1, 1))
-    conv_bn_act(huge("x", 3, 8, h, w), conv, huge("x2", 3, WIDE, *MANY), Epilogue(shortcut=second), tile=TILE)
+    conv_bn_act(huge("x", 3, 8, h, w), conv, huge("x2", 3, WIDE, *MANY), Epilogue(shortcut=second))
     huge.check("x2")
 
 
 def test_weight_of_the_second_convolution(huge):
     epilogue = Epilogue(shortcut=Conv(huge("weight2", 32769, 65537, 1, 1)))
     conv = Conv(huge("weight", 32769, 8, 1, 1))
-    conv_bn_act(huge("x", 1, 8, 3, 3), conv, huge("x2", 1, 65537, 3, 3), epilogue, tile=TILE)
+    conv_bn_act(huge("x", 1, 8, 3, 3), conv, huge("x2", 1, 65537, 3, 3), epilogue)
     huge.check("weight2")
+
+
+def test_partial_sums(huge):
+    """Split-K writes as many tensors as programs share a tile: together they are larger than each."""
+    x = huge("x", 1, 768, *MANY)
+    tile = Tile(64, 16, 128, 4, 1, split_k=3)  # a 32-bit offset of the third lies in front of the tensor
+    bind_conv_bn_act(x, Conv(huge("weight", 1024, 768, 1, 1), None, norm(1024)), None, PLAIN, tile)(x, None)
+    huge.check("partial")
+
+
+def test_stage(huge):
+    """Input, residual, output and the next block's input of the stage kernel."""
+    tile = StageTile(64, 16, 16, 4, 1, 1)
+    h, residual = huge("h", 129, 16, *MANY), huge("residual", 129, 40, *MANY)
+    layers = Conv(huge("w", 16, 16, 3, 3), padding=(1, 1)), Conv(huge("w3", 40, 16, 1, 1))
+    reduce = Conv(huge("w1", 16, 40, 1, 1))
+    bind_expand_shift(h, *layers, residual, None, reduce, tile)(h, residual)
+    huge.check("h", "residual", "out4", "out4b")
 
 
 @pytest.mark.parametrize("stride", [1, 2])

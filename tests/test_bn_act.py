@@ -24,6 +24,7 @@ from cases import (
 from parity import assert_parity
 
 from fused_resblock.functional import BatchNorm, bn_act
+from fused_resblock.params import Epilogue
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -195,3 +196,14 @@ def test_result_is_a_tensor_of_its_own(backend):
     assert torch.equal(y, x)
     y.zero_()
     assert x.abs().sum() > 0, "writing to the result changed x"
+
+
+def test_every_norm_has_its_own_eps():
+    """The kernel itself, which the backend gives norms that are formed beforehand, if they are not being trained."""
+    require("triton")
+    from fused_resblock.kernels.bn_act import bn_act as launch
+
+    x, residual = image(2, 8, 5, 4), image(2, 8, 5, 4)
+    norms = make_norm(8)._replace(eps=0.5), make_norm(8)._replace(eps=0.1)
+    y = launch(x, norms[0], residual, Epilogue(residual_norm=norms[1]))
+    torch.testing.assert_close(y, bn_act_reference(x, norms[0], residual=residual, residual_norm=norms[1]))

@@ -37,14 +37,17 @@ def test_gates_hold_and_nothing_is_worse_than_the_kept_table(capability, dtype):
 GATES = """
 import sys
 from benchmarks.codegen import broken_gates, jobs, worse
-job = next(j for j in jobs((90,), ("fp16",)) if j.pipelined)
-good = dict(stack=0, local=0, shared=1000, matrix=8, async_loads=4, async_128=4, max_nan=True, resident=2)
+job = next(j for j in jobs((80,), ("fp16",)) if j.pipelined and j.rectifies)
+boxes = next(j for j in jobs((90,), ("fp16",)) if j.tma)
+good = dict(stack=0, local=0, shared=1000, matrix=8, async_loads=4, async_128=4, tma_loads=2, max_nan=True, resident=2)
 assert broken_gates(good, job) == []
 for field, value, word in (("stack", 8, "spills"), ("local", 1, "spills"), ("shared", 1 << 20, "shared memory"),
-                           ("matrix", 0, "HGMMA"), ("async_128", 3, "128-bit"), ("async_loads", 0, "asynchronous"),
+                           ("matrix", 0, "HMMA"), ("async_128", 3, "128-bit"), ("async_loads", 0, "asynchronous"),
                            ("max_nan", False, "NaN")):
     faults = broken_gates({**good, field: value}, job)
     assert any(word in fault for fault in faults), (field, faults)
+assert broken_gates(good, boxes) == []
+assert broken_gates({**good, "tma_loads": 0}, boxes) == ["no TMA loads"]
 kept = {key: str(value) for key, value in good.items()}
 assert worse(good, kept) == []
 assert worse({**good, "resident": 1}, kept) == ["resident 1, was 2"]
@@ -57,14 +60,16 @@ def test_each_gate_can_fail():
 
 
 SPILL = """
-from benchmarks.codegen import _launch_conv, broken_gates, compile_job, jobs
+from benchmarks.codegen import broken_gates, compile_job, jobs
+from benchmarks.gpu.operations import build
 from benchmarks.shapes import ConvShape
 from dataclasses import replace
 from fused_resblock.kernels.tiles import Tile
 import torch
-job = next(j for j in jobs((90,), ("fp16",)) if j.pipelined)
+job = next(j for j in jobs((80,), ("fp16",)) if j.pipelined and j.rectifies)
 shape = ConvShape("wide", 256, 256, 14, 3)
-bad = replace(job, launch=lambda: _launch_conv(shape, 128, torch.float16, Tile(128, 256, 64, 4, 3)))
+operation = build(shape, 128, torch.float16, "meta")
+bad = replace(job, launch=lambda: operation.with_tile(Tile(128, 256, 64, 4, 3)))
 faults = broken_gates(compile_job(bad), bad)
 assert any("spills" in fault for fault in faults), faults
 """
@@ -80,5 +85,8 @@ def test_kept_table_covers_every_chip_and_kernel():
         rows = list(csv.DictReader(file))
     assert {row["capability"] for row in rows} == {"80", "86", "89", "90", "100", "120"}
     assert {row["dtype"] for row in rows} == {"fp16", "bf16", "tf32"}
-    assert {row["kernel"] for row in rows} == {"conv_bn_act", "bn_act", "relu_backward"}
+    assert {row["kernel"] for row in rows} == {
+        *("conv_bn_act", "conv_tma", "bn_act", "relu_backward"),
+        *("expand_shift", "expand_shift_tma", "stem"),
+    }
     assert all(row["local"] == row["stack"] == "0" for row in rows)

@@ -19,89 +19,12 @@ from cases import (
     require,
     slack_of,
 )
+from conv_cases import EPILOGUES, GEOMETRIES, named
 from parity import assert_parity
 
 from fused_resblock.functional import conv_bn_act
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
-
-GEOMETRIES = [
-    pytest.param(ConvCase(kernel=(1, 1), padding=0), id="1x1"),
-    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=2), id="1x1 stride 2"),
-    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=2, size=(8, 6)), id="1x1 stride 2 even size"),
-    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=3), id="1x1 stride 3"),
-    pytest.param(ConvCase(kernel=(1, 1), padding=0, stride=(2, 1)), id="1x1 stride 2x1"),
-    pytest.param(ConvCase(kernel=(1, 1), padding=1), id="1x1 padding 1"),
-    pytest.param(ConvCase(kernel=(1, 1), padding=(1, 0), stride=2), id="1x1 padding 1x0 stride 2"),
-    pytest.param(ConvCase(), id="3x3"),
-    pytest.param(ConvCase(padding=0), id="3x3 padding 0"),
-    pytest.param(ConvCase(padding=3), id="3x3 padding beyond the filter"),
-    pytest.param(ConvCase(stride=2), id="3x3 stride 2"),
-    pytest.param(ConvCase(stride=2, size=(8, 6)), id="3x3 stride 2 even size"),
-    pytest.param(ConvCase(stride=(1, 3), padding=(2, 1)), id="3x3 stride 1x3 padding 2x1"),
-    pytest.param(ConvCase(stride=4), id="3x3 stride beyond the filter"),
-    pytest.param(ConvCase(dilation=2, padding=2), id="3x3 dilation 2"),
-    pytest.param(ConvCase(dilation=(3, 1), padding=(3, 1), stride=2), id="3x3 dilation 3x1 stride 2"),
-    pytest.param(ConvCase(dilation=4, padding=4, size=(3, 3)), id="3x3 dilation beyond the image"),
-    pytest.param(
-        ConvCase(kernel=(7, 7), stride=2, padding=3, channels=3, size=(11, 9)), id="7x7 stride 2 of 3 channels"
-    ),
-    pytest.param(ConvCase(kernel=(1, 3), padding=(0, 1)), id="1x3"),
-    pytest.param(ConvCase(kernel=(3, 1), padding=(1, 0)), id="3x1"),
-    pytest.param(ConvCase(kernel=(2, 2), padding=0, stride=2), id="2x2 stride 2"),
-    pytest.param(ConvCase(kernel=(5, 2), padding=(2, 1), dilation=(1, 2)), id="5x2 dilation 1x2"),
-    pytest.param(ConvCase(kernel=(7, 5), padding=0), id="filter as large as the image"),
-    pytest.param(ConvCase(groups=2), id="2 groups"),
-    pytest.param(ConvCase(groups=4, stride=2, bias=True, residual=1), id="4 groups stride 2 residual"),
-    pytest.param(ConvCase(channels=6, out_channels=6, groups=6), id="depthwise"),
-    pytest.param(ConvCase(channels=6, out_channels=12, groups=6, kernel=(1, 1), padding=0), id="1x1 depthwise times 2"),
-    pytest.param(ConvCase(groups=4, dilation=2, padding=2, residual=2), id="4 groups dilation 2 strided residual"),
-    pytest.param(ConvCase(size=(1, 1)), id="3x3 of a 1x1 image"),
-    pytest.param(ConvCase(size=(1, 1), batch=1, kernel=(1, 1), padding=0), id="1x1 of one pixel"),
-    pytest.param(ConvCase(size=(1, 1), batch=1, channels=1, out_channels=1), id="3x3 of one number"),
-    pytest.param(ConvCase(size=(1, 9)), id="one row"),
-    pytest.param(ConvCase(size=(9, 1), stride=2), id="one column stride 2"),
-    pytest.param(ConvCase(batch=1), id="batch 1"),
-    pytest.param(ConvCase(batch=5, size=(3, 3)), id="batch 5"),
-    pytest.param(ConvCase(channels=1), id="1 input channel"),
-    pytest.param(ConvCase(out_channels=1), id="1 output channel"),
-    pytest.param(ConvCase(channels=67, out_channels=33, kernel=(1, 1), padding=0), id="67 to 33 channels 1x1"),
-    pytest.param(ConvCase(channels=37, out_channels=70, size=(4, 3)), id="37 to 70 channels 3x3"),
-    pytest.param(
-        ConvCase(channels=130, out_channels=140, kernel=(1, 1), padding=0, size=(3, 3)), id="channels over a tile"
-    ),
-    pytest.param(ConvCase(batch=1, channels=4, size=(19, 17)), id="pixels over a tile"),
-]
-
-EPILOGUES = [
-    pytest.param(ConvCase(norm=None, relu=False), id="conv"),
-    pytest.param(ConvCase(norm=None), id="conv relu"),
-    pytest.param(ConvCase(norm=None, relu=False, bias=True), id="conv bias"),
-    pytest.param(ConvCase(relu=False), id="norm"),
-    pytest.param(ConvCase(bias=True), id="bias norm relu"),
-    pytest.param(ConvCase(norm="plain"), id="norm without gamma and beta"),
-    pytest.param(ConvCase(norm="gamma"), id="norm without beta"),
-    pytest.param(ConvCase(norm="beta", bias=True), id="bias norm without gamma"),
-    pytest.param(ConvCase(norm="eps0", bias=True), id="eps 0"),
-    pytest.param(ConvCase(norm="wide eps"), id="eps 0.1"),
-    pytest.param(ConvCase(residual=1), id="residual"),
-    pytest.param(ConvCase(residual=1, relu=False), id="residual no relu"),
-    pytest.param(ConvCase(residual=1, norm=None, bias=True), id="bias residual no norm"),
-    pytest.param(ConvCase(residual=2), id="residual stride 2 even size"),
-    pytest.param(ConvCase(residual=2, slack=1), id="residual stride 2 odd size"),
-    pytest.param(ConvCase(residual=3, slack=2, relu=False), id="residual stride 3 no relu"),
-    pytest.param(
-        ConvCase(residual=2, stride=2, slack=1, kernel=(1, 1), padding=0), id="1x1 stride 2 residual stride 2"
-    ),
-    pytest.param(ConvCase(shortcut=1), id="shortcut"),
-    pytest.param(ConvCase(shortcut=1, relu=False), id="shortcut no relu"),
-    pytest.param(ConvCase(shortcut=2), id="shortcut stride 2 even size"),
-    pytest.param(ConvCase(shortcut=2, slack=1), id="shortcut stride 2 odd size"),
-    pytest.param(ConvCase(shortcut=2, stride=2, bias=True), id="shortcut bias stride 2"),
-    pytest.param(ConvCase(shortcut=1, norm=None, bias=True), id="shortcut bias no norm"),
-    pytest.param(ConvCase(shortcut=1, norm="eps0", kernel=(1, 1), padding=0), id="1x1 shortcut eps 0"),
-    pytest.param(ConvCase(shortcut=2, groups=4, slack=1), id="shortcut of grouped"),
-]
 
 
 def check(args: dict, backend: str) -> torch.Tensor:
@@ -122,14 +45,14 @@ def check(args: dict, backend: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", GEOMETRIES)
+@pytest.mark.parametrize("case", named(GEOMETRIES))
 def test_geometry(case, backend):
     require(backend)
     check(case.build(FP32), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", EPILOGUES)
+@pytest.mark.parametrize("case", named(EPILOGUES))
 def test_epilogue(case, backend):
     require(backend)
     check(case.build(FP32), backend)

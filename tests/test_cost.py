@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.roofline import NOMINAL, blocks_of, floors_of, network_floors, read_ceilings
-from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost, predicted
-from fused_resblock.kernels.tiles import Tile
+from benchmarks.roofline import NOMINAL, blocks_of, floors_of, network_floors
+from fused_resblock.kernels.cost import (
+    LAUNCH,
+    Ceilings,
+    Cost,
+    Gemm,
+    conv_bn_act_cost,
+    elementwise_cost,
+    expand_shift_cost,
+    predicted,
+    register_count,
+    resident_programs,
+    shared_bytes,
+)
+from fused_resblock.kernels.tiles import StageTile, Tile
 
 TILE = Tile(128, 64, 64, 4, 3)
 CHIP = Ceilings("unit", dram=1000.0, l2=2000.0, matrix=4000.0, multiprocessors=4)
@@ -68,13 +82,46 @@ def test_floor_and_bound():
 def test_prediction_counts_the_last_wave():
     cost = Cost(10, 10, 4000)
     full, one_more = (predicted(cost, n, resident=1, chip=CHIP) for n in (4, 5))
-    assert full == pytest.approx(1.0)
-    assert one_more == pytest.approx(8 / 5)
+    assert full == pytest.approx(LAUNCH + 1.0)
+    assert one_more == pytest.approx(LAUNCH + 8 / 5)
 
 
 def test_prediction_of_few_programs_is_not_below_the_floor():
     cost = Cost(4000, 10, 10)
-    assert predicted(cost, 1, resident=1, chip=CHIP) == pytest.approx(8.0)  # one multiprocessor of four
+    assert predicted(cost, 1, resident=1, chip=CHIP) == pytest.approx(LAUNCH + 8.0)  # one multiprocessor of four
+
+
+def test_no_wave_ends_before_its_steps():
+    cost = Cost(10, 10, 10)
+    assert predicted(cost, 9, resident=2, chip=CHIP, step_seconds=3.0) == pytest.approx(LAUNCH + 6.0)
+
+
+def test_stage_kernel_by_hand():
+    """An identity block of width 64 with the next reduce: 20 C elements a pixel where conv by conv moves 32 C."""
+    m = 1 << 20
+    conv, expand, reduce = Gemm(m, 64, 64, 9, m), Gemm(m, 256, 64, 1, m), Gemm(m, 64, 256, 1, m)
+    tile = StageTile(128, 64, 64, 8, 3, 2)
+    cost = expand_shift_cost(conv, expand, 2, tile, reduce=reduce)
+    filters = 2 * (64 * 64 * 9 + 64 * 256 + 256 * 64)
+    moved = 2 * m * (64 + 256 + 256 + 64)  # h, residual, y, g
+    assert cost.dram == moved + filters
+    assert cost.flops == 2 * m * (64 * 64 * 9 + 2 * 64 * 256)
+    assert cost.l2 == m // 128 * (2 * 128 * 64 * 9 + filters) + 2 * m * (256 + 256 + 64)
+    second = Gemm(m, 256, 64, 1, m)
+    first = expand_shift_cost(conv, expand, 2, tile, second=second, reduce=reduce)
+    assert first.dram == cost.dram - 2 * m * 256 + 2 * (m * 64 + 64 * 256)
+    assert first.flops == cost.flops + 2 * m * 64 * 256
+
+
+def test_shared_memory_and_registers():
+    tile = Tile(128, 64, 64, 4, 3)
+    assert shared_bytes(tile, 2) == 3 * (128 + 64) * 64 * 2
+    assert shared_bytes(replace(tile, persistent=1), 2, residual=True) == 3 * 192 * 128 + 2 * 128 * 64 * 2
+    assert shared_bytes(replace(tile, persistent=1), 2, second=True) == 6 * 192 * 128 + 128 * 64 * 2
+    assert register_count(tile) == 64 + 36
+    assert resident_programs(tile, 2, 228 << 10) == 3  # shared memory: 3 of 72 KiB and 1 KiB each
+    assert resident_programs(Tile(256, 128, 64, 4, 3), 2, 228 << 10) == 0  # 256 accumulators a thread
+    assert resident_programs(Tile(128, 128, 64, 8, 4), 2, 100 << 10) == 0  # 128 KiB
 
 
 def test_identity_bottleneck_of_layer_1_by_hand():
@@ -92,13 +139,3 @@ def test_networks_are_the_sum_of_their_blocks():
     assert sum(count for _, count, _ in rows) == 16
     assert total.whole == pytest.approx(sum(count * floors.whole for _, count, floors in rows))
     assert total.whole < total.per_conv < total.eager
-
-
-def test_ceilings_file(tmp_path):
-    file = tmp_path / "ceilings.json"
-    file.write_text('{"gpu": "X", "copy_bytes_per_s": 2e12, "matmul_flops_per_s": 5e14, "multiprocessors": 7}')
-    chip = read_ceilings(file)
-    assert (chip.name, chip.dram, chip.matrix, chip.multiprocessors) == ("X", 2e12, 5e14, 7)
-    file.write_text('{"gpu": "X"}')
-    with pytest.raises(ValueError, match=r"^ceilings must hold gpu, copy_bytes_per_s and matmul_flops_per_s, got no "):
-        read_ceilings(file)

@@ -33,9 +33,15 @@ from benchmarks.gpu import (
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.records import Records, read_json, write_json
+from benchmarks.roofline import read_ceilings
 from benchmarks.shapes import ConvShape
 from fused_resblock import machine, models, reference
-from fused_resblock.kernels.tiles import Gpu, Tile
+from fused_resblock.kernels.choice import chip_of
+from fused_resblock.kernels.convolution import choose
+from fused_resblock.kernels.cost import resident_programs, shared_bytes
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.tables import read
+from fused_resblock.kernels.tiles import Tile
 
 ROOT = Path(__file__).parents[1]
 MARKS = {"gpu": "g", "torch": "2.11", "triton": "3.6", "commit": "abc"}
@@ -140,25 +146,32 @@ def test_json_is_replaced_whole_and_a_damaged_one_is_empty(tmp_path):
 # search space
 
 
-def test_names_lead_back_to_their_tile():
-    tile = Tile(128, 64, 32, 8, 3)
-    assert space.tile_of(space.name_of(tile)) == tile
-
-
-def test_every_shape_has_tiles_that_fit_the_chip():
-    shapes = space.distinct_shapes()
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["fp16", "tf32"])
+def test_every_shape_has_tiles_that_fit_the_chip(capability, dtype):
+    shapes, gpu = space.distinct_shapes(), Gpu(132, capability)
     assert len({space.key_of(shape) for shape in shapes}) == len(shapes)
+    item = operations.DTYPES[dtype][0].itemsize
     for shape in shapes:
-        tiles = list(space.tiles(shape, 2, 90))
+        tiles = list(space.tiles(shape, dtype, gpu))
         assert 4 <= len(set(tiles)) == len(tiles) <= 128, shape
-        assert all(space.shared_bytes(tile, 2) <= 227 << 10 for tile in tiles)
-        if shape.kernel == 3:
-            assert any(tile.num_stages == 1 for tile in tiles)
+        second, residual = bool(shape.shortcut), shape.residual
+        for tile in tiles:
+            assert shared_bytes(tile, item, residual=residual, second=second) < chip_of(gpu).shared
+            assert resident_programs(tile, item, chip_of(gpu).shared, residual=residual, second=second)
+        assert any(tile.persistent for tile in tiles) == (capability >= 90)
 
 
-def test_the_tile_that_ships_is_the_launchers_own():
+def test_the_tile_that_ships_is_the_librarys_own():
     shape = ConvShape("s", 64, 64, 56, 3)
-    assert space.chosen(shape, 32, 2, Gpu()) == Tile(128, 64, 64, 4, 3)
+    operation = operations.build(shape, 32, torch.float16, "meta")
+    assert space.chosen(shape, 32, "fp16", Gpu()) == choose(*operation.prepared(), Gpu())
+
+
+def test_shapes_that_no_kernel_can_tell_apart_have_one_key():
+    a, b = ConvShape("a", 64, 64, 56, 3), ConvShape("b", 64, 64, 56, 3)
+    assert space.key_of(a) == space.key_of(b) == "64-64.3x3.s1.g1.plain.56px"
+    assert space.case_of(a) == "64-64.3x3.s1.g1.plain"
 
 
 # operations and verdicts
@@ -226,6 +239,7 @@ def test_check_judges_every_tile_and_resumes(context, few_tiles):
     assert check.run(context) == 0
     rows = check.records(context).rows()
     assert {row["kernel"] for row in rows} == {"conv_bn_act"}
+    assert any(".p" in row["tile"] for row in rows)
     assert {row["status"] for row in rows} == {"ok"}
     compiled = len(context.device.compile_calls)
     size = (context.folder / "check.csv").stat().st_size
@@ -236,24 +250,24 @@ def test_check_judges_every_tile_and_resumes(context, few_tiles):
 
 def test_a_wrong_tile_that_ships_fails_the_check_and_is_never_tuned(context, few_tiles, monkeypatch):
     shape = check.shapes(context)[0]
-    shipped = space.chosen(shape, 2, 4, context.device.gpu)
-    right = check.conv_bn_act
-    monkeypatch.setattr(check, "conv_bn_act", lambda *a, tile, **k: right(*a, tile=tile, **k) + (tile == shipped))
+    shipped = space.chosen(shape, 2, "ieee", context.device.gpu)
+    right = operations.Operation.with_tile
+    monkeypatch.setattr(operations.Operation, "with_tile", lambda op, tile: right(op, tile) + (tile == shipped))
     assert check.run(context) == 1
     verdicts = check.records(context)
-    assert [row["tile"] for row in verdicts.rows(status="wrong")] == [space.name_of(shipped)]
+    assert [row["tile"] for row in verdicts.rows(status="wrong")] == [str(shipped)]
     assert "NOT RIGHT" in (context.folder / "gpu.log").read_text()
     tiles = tune.right_tiles(verdicts, "ieee", space.key_of(shape))
     assert tiles
-    assert space.name_of(shipped) not in tiles
+    assert str(shipped) not in tiles
 
 
 def test_a_tile_that_does_not_compile_is_recorded(context, few_tiles, monkeypatch):
-    refused = space.chosen(check.shapes(context)[0], 2, 4, context.device.gpu)
+    refused = space.chosen(check.shapes(context)[0], 2, "ieee", context.device.gpu)
     context.device.refused = (refused,)
     assert check.run(context) == 1
     (row,) = check.records(context).rows(status="failed")
-    assert row["tile"] == space.name_of(refused)
+    assert row["tile"] == str(refused)
     assert row["note"].startswith("OutOfResources")
 
 
@@ -264,7 +278,7 @@ def test_a_crash_is_on_record_before_the_process_ends_and_is_not_met_again(conte
 
     monkeypatch.setitem(steps.PARTS, "check", (check.run,))
     with monkeypatch.context() as patch:
-        patch.setattr(check, "conv_bn_act", crash)
+        patch.setattr(operations.Operation, "with_tile", crash)
         assert steps.run_step("check", context) == runner.LOST_CONTEXT == steps.LOST_CONTEXT
     (row,) = check.records(context).rows()
     assert row["status"] == "crash"
@@ -288,11 +302,22 @@ def test_check_stops_at_its_deadline(context, few_tiles):
     assert check.records(context).rows() == []
 
 
+def test_ceilings_that_lack_a_rate_are_refused(tmp_path):
+    file = tmp_path / "ceilings.json"
+    file.write_text('{"gpu": "X", "copy_tb_per_s": 2.0}')
+    with pytest.raises(ValueError, match=r"^ceilings must hold gpu, .*, got no 'l2_copy_tb_per_s'"):
+        read_ceilings(file)
+
+
 def test_ceilings_are_measured_once(context):
     ceilings.run(context)
     told = read_json(context.folder / "ceilings.json")
     assert told["copy_tb_per_s"] > 0
     assert told["gpu"] == "Stand-In 9000"
+    chip = read_ceilings(context.folder / "ceilings.json")
+    assert chip.name == "Stand-In 9000 (measured)"
+    assert chip.l2 == pytest.approx(1e12 * told["l2_copy_tb_per_s"])
+    assert chip.multiprocessors == context.device.gpu.multiprocessors
     timed = context.device.timed
     ceilings.run(context)
     assert context.device.timed == timed
@@ -328,7 +353,9 @@ def test_tune_writes_winners_and_resumes(context, few_tiles):
     assert tune.run(context) == 0
     (winner,) = read_json(context.folder / "tiles.json")["winners"]
     assert winner["backend"] in winner["us"]
-    assert Tile(**winner["tile"])
+    shape = check.shapes(context)[0]
+    (entry,) = read(context.folder / "tiles.json").convolutions["ieee", space.case_of(shape)]
+    assert (entry.pixels, entry.backend, str(entry.tile)) == (2 * 4 * 4, winner["backend"], winner["tile"])
     assert {row["status"] for row in tune.records(context).rows(backend="cudnn")} == {"failed"}  # there is none here
     timed = context.device.timed
     tune.run(context)

@@ -210,7 +210,8 @@ def test_model_made_in_inference_mode():
 
 def cached() -> int:
     """How many folded or repacked weights are kept."""
-    return len(backends.onednn._packed) + len(backends.triton._channels_last_weights) + len(backends.cudnn._folded)
+    caches = backends.onednn._packed, backends.triton._weights, backends.triton._affines, backends.cudnn._folded
+    return sum(map(len, caches))
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

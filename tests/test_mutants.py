@@ -33,7 +33,7 @@ CHEAP = next(m for m in MUTANTS if m.name == "residual sign")
 
 def test_a_mutant_is_killed_and_by_whom():
     verdict, _, output = hunt(CHEAP, CHEAP.killers)
-    assert verdict == "test_conv_bn_act.py::test_epilogue[residual-triton]", output
+    assert verdict == "test_tiles.py::test_without_tma[residual]", output
 
 
 def test_a_harmless_change_survives():

@@ -100,6 +100,7 @@ def test_same_on_every_backend(cls, backend):
         pytest.param(effects.InPlaceThroughAlias, "in-place", id="in-place through an alias"),
         pytest.param(odd_blocks.BranchOnValue, "traced", id="control flow"),
         pytest.param(odd_blocks.OffsetSlice, "slice", id="offset slice"),
+        pytest.param(odd_blocks.StridedSliceWithAStart, "slice", id="strided slice with a start"),
     ],
 )
 def test_kept_with_its_reason(cls, reason):

@@ -26,6 +26,8 @@ def problem(**changes) -> Problem:
     [
         pytest.param(problem(), "triton", id="1x1"),
         pytest.param(problem(kernel=(3, 3)), "triton", id="3x3"),
+        pytest.param(problem(kernel=(3, 3), capability=86), "cudnn", id="3x3 without TMA"),
+        pytest.param(problem(capability=86), "triton", id="1x1 without TMA"),
         pytest.param(problem(dtype=FP32), "triton", id="fp32"),
         pytest.param(problem(groups=32), "cudnn", id="grouped"),
         pytest.param(problem(channels=3, kernel=(7, 7)), "cudnn", id="3 channels"),
@@ -60,6 +62,20 @@ def test_unknown_device_has_no_preference_and_gets_eager(device):
 )
 def test_select(asked, refusals, expected):
     assert select(asked, refusals).backend == expected
+
+
+@pytest.mark.parametrize(
+    ("measured", "refusals", "expected"),
+    [
+        pytest.param("cudnn", REFUSALS, "cudnn", id="before the preferred one"),
+        pytest.param("eager", {**REFUSALS, "eager": None}, "eager", id="eager"),
+        pytest.param("cudnn", {**REFUSALS, "cudnn": "not built"}, "triton", id="not available any more"),
+    ],
+)
+def test_measured_backend_goes_first(measured, refusals, expected):
+    choice = select(CUDA, refusals, measured)
+    assert choice.backend == expected
+    assert (choice.reason == "fastest when measured") == (measured == expected)
 
 
 def test_every_refusal_is_in_the_reason():
@@ -202,13 +218,13 @@ def test_triton_refuses_what_32_bits_cannot_index(pixels, reach, fits):
 
 
 def test_problem_of_a_convolution():
-    found = conv_problem("cuda", BF16, (2, 6, 10, 7), (8, 3, 3, 2), (2, 1), (1, 4), (2, 1), 2)
+    found = conv_problem(torch.device("meta"), BF16, (2, 6, 10, 7), (8, 3, 3, 2), (2, 1), (1, 4), (2, 1), 2)
     reach = (2 * 2 * 7 + 1 * 1 + 1) * 6  # rows of 7 pixels between the first and the last tap, then columns
-    assert found == Problem("cuda", BF16, "conv", 6, 8, (3, 2), 2, 2 * 10 * 7, reach, overpadded=True)
+    assert found == Problem("meta", BF16, "conv", 6, 8, (3, 2), 2, 2 * 10 * 7, reach, overpadded=True)
 
 
 def test_more_output_than_input_pixels_count():
-    assert conv_problem("cuda", FP32, (1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (2, 2), (1, 1), 1).pixels == 25
+    assert conv_problem(torch.device("meta"), FP32, (1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (2, 2), (1, 1), 1).pixels == 25
 
 
 def test_dilated_filter_that_lies_in_the_padding_does_not_go_to_onednn():

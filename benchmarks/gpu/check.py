@@ -8,8 +8,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fused_resblock.kernels.conv_bn_act import conv_bn_act
-
 from ..harness import parity
 from ..shapes import ConvShape
 from . import space
@@ -47,13 +45,13 @@ def batch(context: Context) -> int:
 def jobs(context: Context) -> Iterator[Job]:
     """Tiles that ship first, in every dtype; then the rest of the search space, fp16 before the others."""
     todo, images = shapes(context), batch(context)
-    for dtype, (kind, _) in DTYPES.items():
+    for dtype in DTYPES:
         for shape in todo:
-            tiles = {space.chosen(shape, n, kind.itemsize, context.device.gpu): None for n in (images, 1, 32, 128)}
+            tiles = {space.chosen(shape, n, dtype, context.device.gpu): None for n in (images, 1, 32, 128)}
             yield from (Job(shape, images, dtype, tile) for tile in tiles)
-    for dtype, (kind, _) in DTYPES.items():
+    for dtype in DTYPES:
         for shape in todo:
-            tiles = space.tiles(shape, kind.itemsize, context.device.capability)
+            tiles = space.tiles(shape, dtype, context.device.gpu, images)
             yield from (Job(shape, images, dtype, tile) for tile in (list(tiles)[:2] if context.quick else tiles))
 
 
@@ -98,7 +96,7 @@ def check_tiles(context: Context, table: Records) -> None:
     """Check every tile of the convolution that is not on record."""
 
     def key(job: Job) -> tuple[str, str, str, str]:
-        return "conv_bn_act", job.dtype, space.key_of(job.shape), space.name_of(job.tile)
+        return "conv_bn_act", job.dtype, space.key_of(job.shape), str(job.tile)
 
     device, oracle = context.device, Oracle(context.device.torch_name)
     todo = list({key(job): job for job in jobs(context) if not table.done(*key(job))}.values())
@@ -113,7 +111,7 @@ def check_tiles(context: Context, table: Records) -> None:
                 operation, same, exact = oracle.of(job.shape, job.batch, job.dtype)
                 with precision(job.dtype):
                     row = verdict(
-                        lambda op=operation, tile=job.tile: op.run(conv_bn_act, tile=tile),
+                        lambda op=operation, tile=job.tile: op.with_tile(tile),
                         same,
                         exact,
                         device.synchronize,
@@ -137,10 +135,9 @@ def shipped_faults(context: Context, table: Records) -> list[str]:
     """The tiles that ship and are not right."""
     faults = []
     for dtype, of_dtype in groupby(jobs(context), key=lambda job: job.dtype):
-        kind = DTYPES[dtype][0]
         for shape in {job.shape: None for job in of_dtype}:
             for n in (1, 32, 128):
-                tile = space.name_of(space.chosen(shape, n, kind.itemsize, context.device.gpu))
+                tile = str(space.chosen(shape, n, dtype, context.device.gpu))
                 rows = table.rows(kernel="conv_bn_act", dtype=dtype, case=space.key_of(shape), tile=tile)
                 faults += [
                     f"{dtype} {r['case']} {tile}: {r['status']} {r['note']}" for r in rows if r["status"] != "ok"

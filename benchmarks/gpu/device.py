@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fused_resblock.kernels.tiles import Gpu
+from fused_resblock.kernels.gpu import Gpu
 
 from .compiling import Compiled, Job, compile_all
 from .deadline import Deadline

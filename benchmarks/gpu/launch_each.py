@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from fused_resblock.kernels.bn_act import bn_act
-from fused_resblock.kernels.conv_bn_act import conv_bn_act
+from fused_resblock.kernels.convolution import bind_convolution
 from fused_resblock.kernels.relu_backward import relu_backward
 
 from ..shapes import ConvShape, basic_shapes, bottleneck_shapes
@@ -33,13 +33,19 @@ def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[
     shapes = TINY if tiny else (*bottleneck_shapes(), *basic_shapes())
     dtype, batch = (torch.float32, 3) if device == "cpu" else (torch.float16, 3 if tiny else BATCH)
     for shape in shapes:
-        yield shape.name, lambda shape=shape: build(shape, batch, dtype, device).run(conv_bn_act)
+        yield shape.name, lambda shape=shape: _fused(shape, batch, dtype, device)
     operation = build(
         ConvShape("pixels", 24, 24, 9) if tiny else ConvShape("pixels", 256, 256, 56), batch, dtype, device
     )
     x, norm = operation.x, operation.conv.norm
     yield "bn_act.residual", lambda: bn_act(x, norm, x)
     yield "relu_backward", lambda: relu_backward(x, x)
+
+
+def _fused(shape: ConvShape, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """The operation of a shape on the kernel that is chosen for it."""
+    operation = build(shape, batch, dtype, device)
+    return bind_convolution(*operation.prepared())(operation.x, operation.other)
 
 
 def names() -> list[str]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_resblock.backends import eager
-from fused_resblock.params import PLAIN, BatchNorm, Conv, Epilogue
+from fused_resblock.backends import eager, triton
+from fused_resblock.kernels.convolution import bind_convolution
+from fused_resblock.kernels.tiles import Tile
+from fused_resblock.params import PLAIN, BatchNorm, Bound, Conv, Epilogue
 
 from ..shapes import ConvShape
 
@@ -76,6 +78,21 @@ class Operation:
     def plain(self) -> Tensor:
         """What torch makes of it, in the tensors' own dtype."""
         return self.run(eager.conv_bn_act)
+
+    def prepared(self) -> tuple[Tensor, Conv, Tensor | None, Epilogue]:
+        """The arguments as the Triton backend hands them to its kernels: norms formed, small groups joined."""
+        epilogue = self.epilogue
+        if epilogue.shortcut is not None:
+            epilogue = epilogue._replace(shortcut=triton.prepare(epilogue.shortcut, self.x.dtype))
+        return self.x, triton.prepare(self.conv, self.x.dtype, triton.joined_groups(self.conv)), self.other, epilogue
+
+    def bind(self, tile: Tile) -> Bound:
+        """The Triton kernel that the tile is for, with the parameters bound."""
+        return bind_convolution(*self.prepared(), tile)
+
+    def with_tile(self, tile: Tile) -> Tensor:
+        """What the Triton kernel makes of it."""
+        return self.bind(tile)(self.x, self.other)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is read."""

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from functools import lru_cache
 
-from fused_resblock.kernels.tiles import Gpu, Tile, choose_tile
+import torch
 
-from ..offline import CHIPS
+from fused_resblock.kernels.choice import chip_of
+from fused_resblock.kernels.conv_tma import refusal
+from fused_resblock.kernels.convolution import choose, gemms_of
+from fused_resblock.kernels.cost import resident_programs
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.tables import case_name
+from fused_resblock.kernels.tiles import Tile
+
 from ..shapes import ConvShape, all_shapes
+from .operations import DTYPES, build, precision
+
+#: (block_m, block_n, warps)
+POINTERS = ((128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 128, 4), (128, 128, 8), (256, 64, 8), (128, 128, 4))
+BOXES = (*POINTERS, (128, 256, 8), (256, 128, 8), (64, 256, 8))
+SPLIT = ((64, 64, 4), (64, 32, 4), (128, 64, 8))
 
 
-def name_of(tile: Tile) -> str:
-    """A tile as the tables name it, such as `128x64x64.w4.s3`."""
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}.w{tile.num_warps}.s{tile.num_stages}"
-
-
-def tile_of(name: str) -> Tile:
-    """The tile that `name_of` named."""
-    blocks, warps, stages = name.split(".")
-    return Tile(*map(int, blocks.split("x")), int(warps[1:]), int(stages[1:]))
-
-
+@lru_cache(maxsize=512)
 def key_of(shape: ConvShape) -> str:
-    """A shape as the tables name it, the same for convolutions that the kernel cannot tell apart."""
-    epilogue = "residual" if shape.residual else f"shortcut{shape.shortcut}" if shape.shortcut else "plain"
-    stride = shape.shortcut_stride if shape.shortcut else shape.stride
-    return (
-        f"{shape.channels}-{shape.out_channels}.{shape.kernel}x{shape.kernel}.{shape.size}px.s{stride}"
-        f".g{shape.groups}.{epilogue}"
-    )
+    """A shape as the tables name it, and its image size: alike for convolutions that no kernel can tell apart."""
+    operation = build(shape, 1, torch.float16, "meta")
+    return f"{case_name(operation.conv, operation.other, operation.epilogue)}.{shape.size}px"
+
+
+def case_of(shape: ConvShape) -> str:
+    """A shape as the tables name it."""
+    return key_of(shape).rpartition(".")[0]
 
 
 def distinct_shapes() -> list[ConvShape]:
@@ -37,39 +41,52 @@ def distinct_shapes() -> list[ConvShape]:
     return list({key_of(shape): shape for shape in reversed(all_shapes())}.values())[::-1]
 
 
-def chosen(shape: ConvShape, batch: int, itemsize: int, gpu: Gpu) -> Tile:
+@lru_cache(maxsize=4096)
+def chosen(shape: ConvShape, batch: int, dtype: str, gpu: Gpu) -> Tile:
     """The tile that ships for a shape."""
-    n, k = shape.out_channels // shape.groups, shape.channels // shape.groups
-    m = batch * shape.out_size**2
-    return choose_tile(m, n, k, shape.kernel**2, itemsize, second=bool(shape.shortcut), gpu=gpu)
+    with precision(dtype) as kind:
+        return choose(*build(shape, batch, kind, "meta").prepared(), gpu)
 
 
-def _power_of_two(value: int) -> int:
-    return max(16, 1 << (value - 1).bit_length())
+def _powers(value: int, low: int, high: int) -> int:
+    return min(high, max(low, 1 << (value - 1).bit_length()))
 
 
-def shared_bytes(tile: Tile, itemsize: int) -> int:
-    """Shared memory of a tile's operands, of which a pipelined loop keeps one copy a stage."""
-    return (tile.block_m + tile.block_n) * tile.block_k * itemsize * tile.num_stages
+def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[Tile]:
+    """Every tile worth trying: TMA first, where the chip has it, then plain pointers, then split loops.
 
-
-def tiles(shape: ConvShape, itemsize: int, capability: int) -> Iterator[Tile]:
-    """Every tile worth trying.
-
-    Left out: tiles over the chip's shared memory; blocks wider than the group's channels; stages where the loop has a
-    single step; fewer than 2,048 or more than 16,384 accumulators for 4 warps (spills), or under 4,096 for 8; 128
-    channels a step but in 1x1 convolutions of two-byte elements with at most 3 stages.
+    Left out: what does not fit the registers or the shared memory, blocks wider than the convolution, stages where the
+    loop has a single step, and split loops where there are programs enough without.
     """
-    n, k = shape.out_channels // shape.groups, shape.channels // shape.groups
-    widest, deepest = _power_of_two(n), _power_of_two(k)
-    limit = CHIPS[capability].shared_limit if capability in CHIPS else CHIPS[80].shared_limit
-    blocks_n = sorted({min(widest, b) for b in (32, 64, 128)})
-    blocks_k = sorted({min(deepest, b) for b in (32, 64, 128)})
-    for block_m, block_n, block_k, warps, stages in product((128, 64), blocks_n, blocks_k, (4, 8), (3, 2, 4, 1)):
-        tile = Tile(block_m, block_n, block_k, warps, stages)
-        steps = shape.kernel**2 * -(-k // block_k)
-        deep = block_k > 64 and (shape.kernel > 1 or itemsize > 2 or stages > 3)
-        idle = steps == 1 and not shape.shortcut and stages > 1
-        cramped = warps == 8 and block_m * block_n < 4096
-        if not (deep or idle or cramped or shared_bytes(tile, itemsize) > limit):
-            yield tile
+    item = DTYPES[dtype][0].itemsize
+    with precision(dtype) as kind:
+        arguments = build(shape, batch, kind, "meta").prepared()
+    gemm, second = gemms_of(arguments[0], arguments[1], arguments[3])
+    residual = shape.residual
+    shared = chip_of(gpu).shared
+    width = _powers(gemm.n // gemm.groups, 16, 256)
+    block_k = _powers(gemm.k // gemm.groups, 16, 128 // item)
+
+    def fits(tile: Tile) -> int:
+        return resident_programs(tile, item, shared, residual=residual, second=second is not None)
+
+    if gpu.tma:
+        for block_m, block_n, warps in BOXES:
+            for stages in (3, 4, 2):
+                tile = Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=1)
+                resident = fits(tile)
+                wide = block_n > max(64, width)
+                if resident and not wide and refusal(*arguments, tile) is None:
+                    yield Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=min(4, resident))
+    steps = gemm.steps(Tile(64, 64, block_k, 4, 1))
+    for block_m, block_n, warps in POINTERS:
+        for stages in (3, 1) if steps > 1 or second is not None else (1,):
+            tile = Tile(block_m, min(block_n, width), block_k, warps, stages)
+            if fits(tile) and block_n <= max(64, width):
+                yield tile
+    if second is None:
+        for block_m, block_n, warps in SPLIT:
+            for split in (2, 4, 8, 16):
+                tile = Tile(block_m, min(block_n, width), block_k, warps, 4, split)
+                if steps >= 4 * split and gemm.pieces(tile) < 2 * gpu.multiprocessors and fits(tile):
+                    yield tile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fused_resblock.table import format_table
 
-from . import bench, check, profile, tune
+from . import bench, ceilings, check, profile, tune
 from .context import Context
 from .records import Row, read_json
 
@@ -33,7 +33,7 @@ def _networks(rows: list[Row]) -> str:
 
 def text(context: Context) -> str:
     """The summary of everything in the folder that belongs to this GPU, these versions and this commit."""
-    ceilings = read_json(context.folder / "ceilings.json")
+    rates = read_json(context.folder / "ceilings.json")
     verdicts, times = check.records(context), tune.records(context)
     kernels = [row for row in verdicts.rows() if row["kernel"] in ("conv_bn_act", "bn_act", "relu_backward")]
     others = [row for row in verdicts.rows() if row not in kernels]
@@ -46,10 +46,8 @@ def text(context: Context) -> str:
         f"{stamp['gpu']}, driver {stamp.get('driver')}, torch {stamp.get('torch')}, Triton {stamp.get('triton')}, "
         f"fused_resblock {stamp.get('fused_resblock')} ({stamp.get('commit')}), {stamp.get('date')}",
     ]
-    if "copy_tb_per_s" in ceilings:
-        lines.append(
-            f"copy {ceilings['copy_tb_per_s']:.3g} TB/s, bf16 product {ceilings['bf16_matrix_tflops']:.4g} TFLOP/s"
-        )
+    if "l2_copy_tb_per_s" in rates:
+        lines.append(ceilings.line(rates))
     lines += [
         f"kernels and tiles checked: {_counts(verdicts.count('status', kernels))}",
         f"tests, memory check, CUDA graph: {_counts(verdicts.count('status', others))}",

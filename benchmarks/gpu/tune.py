@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from fused_resblock.backends import cudnn
 from fused_resblock.kernels.bn_act import bn_act
-from fused_resblock.kernels.conv_bn_act import conv_bn_act
-from fused_resblock.params import Epilogue
+from fused_resblock.kernels.tables import BACKENDS
+from fused_resblock.kernels.tiles import Tile
+from fused_resblock.params import Bound, Epilogue
 
 from ..harness import Spread, parity
 from ..shapes import ConvShape
@@ -133,8 +133,15 @@ class Case:
 
 
 def triton_with(tile: str) -> Callable[[Operation], Tensor]:
-    """The Triton kernel with a named tile."""
-    return lambda op: op.run(conv_bn_act, tile=space.tile_of(tile))
+    """The Triton kernel with a named tile, bound once for each operation."""
+    bound: dict[int, Bound] = {}
+
+    def run(op: Operation) -> Tensor:
+        if id(op) not in bound:
+            bound[id(op)] = op.bind(Tile.parse(tile))
+        return bound[id(op)](op.x, op.other)
+
+    return run
 
 
 def right_tiles(verdicts: Records, dtype: str, case: str) -> list[str]:
@@ -153,25 +160,25 @@ def write_winners(context: Context, table: Records) -> int:
             by_backend[row["backend"]] = row
     winners = []
     for (dtype, case, batch), rows in best.items():
-        if not rows:
+        shape = shapes[case]
+        usable = [name for name in rows if name in BACKENDS]  # a peer may be a way that the library does not offer
+        if not usable:
             continue
-        backend = min(rows, key=lambda name: float(rows[name]["median_us"]))
-        tile = rows["triton"]["tile"] if "triton" in rows else None
+        backend = min(usable, key=lambda name: float(rows[name]["median_us"]))
         winners.append(
             {
-                "kernel": "conv_bn_act",
                 "dtype": dtype,
-                "batch": int(batch),
-                "case": case,
-                "shape": {name: value for name, value in asdict(shapes[case]).items() if name != "name"},
+                "case": space.case_of(shape),
+                "pixels": int(batch) * shape.out_size**2,
                 "backend": backend,
-                "tile": None if tile is None else asdict(space.tile_of(tile)),
+                "tile": rows["triton"]["tile"] if "triton" in rows else None,
                 "us": {name: float(row["median_us"]) for name, row in rows.items()},
             }
         )
     if winners or not read_json(context.folder / "tiles.json"):
         marks = {name: context.stamp.get(name) for name in ("gpu", "driver", "torch", "triton", "commit", "date")}
-        head = {**marks, "capability": context.device.capability}
+        gpu = context.device.gpu
+        head = {**marks, "capability": gpu.capability, "multiprocessors": gpu.multiprocessors}
         write_json(context.folder / "tiles.json", {**head, "winners": winners})
     return len(winners)
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.gpu import gpu_of
 from ..params import PLAIN, BatchNorm, Bound, Conv, Epilogue, output_size
-from . import cudnn, eager, onednn, triton
+from . import cudnn, eager, onednn, triton, tuned
 from .select import Choice, Problem, preference, select
 
 Shape = Sequence[int]
@@ -75,18 +76,21 @@ def refusal(name: str, problem: Problem) -> str | None:
 
 
 @cache
-def resolve(backend: str, problem: Problem) -> Choice:
-    """The backend that runs `problem`: the named one, or `select`'s choice for "auto".
+def resolve(backend: str, problem: Problem, measured: str | None = None) -> Choice:
+    """The backend that runs `problem`: the named one, or `select`'s choice for "auto", a measured one before others.
 
     A named backend that cannot run this problem (its device or dtype) gives way to `eager`; the reason says so.
     """
     if backend == "auto":
-        return select(problem, {name: refusal(name, problem) for name, _ in preference(problem)})
+        names = {name for name, _ in preference(problem)} | ({measured} if measured else set())
+        return select(problem, {name: refusal(name, problem) for name in names}, measured)
     reason = refusal(backend, problem)
     return Choice(backend, "forced") if reason is None else Choice("eager", f"{backend}: {reason}")
 
 
-def conv_problem(device: str, dtype: torch.dtype, shape: Shape, weight_shape: Shape, *geometry: Any) -> Problem:
+def conv_problem(
+    device: torch.device, dtype: torch.dtype, shape: Shape, weight_shape: Shape, *geometry: Any
+) -> Problem:
     """What `select` needs to know of a convolution: of x its device, dtype and shape; of `Conv` all but the tensors."""
     n, channels, h, w = shape
     k, _, r, s = weight_shape
@@ -96,12 +100,9 @@ def conv_problem(device: str, dtype: torch.dtype, shape: Shape, weight_shape: Sh
         pad > step * (taps - 1) for pad, step, taps in zip(padding, dilation, (r, s), strict=True)
     )
     reach = ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * channels
-    return Problem(device, dtype, "conv", channels, k, (r, s), groups, n * max(h * w, p * q), reach, overpadded)
-
-
-@lru_cache(maxsize=4096)
-def _chosen(backend: str, *description: Any) -> str:
-    return resolve(backend, conv_problem(*description)).backend
+    pixels = n * max(h * w, p * q)
+    capability = gpu_of(device).capability
+    return Problem(device.type, dtype, "conv", channels, k, (r, s), groups, pixels, reach, overpadded, capability)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -138,7 +139,9 @@ def bind_conv_bn_act(
     shape = conv.output_shape(x)
     if x.shape[0] == 0:
         return lambda x, _: torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    module = BACKENDS[_chosen(backend, x.device.type, x.dtype, x.shape, conv.weight.shape, *conv[3:])]
+    problem = conv_problem(x.device, x.dtype, x.shape, conv.weight.shape, *conv[3:])
+    entry = tuned.lookup(x, conv, other, epilogue) if backend == "auto" else None
+    module = BACKENDS[resolve(backend, problem, None if entry is None else entry.backend).backend]
     run: Bound = module.bind_conv_bn_act(x, conv, other, epilogue, overwrite)
     if _ambiguous(x.shape) or _ambiguous(shape) or (other is not None and _ambiguous(other.shape)):
         return lambda x, other: dense(run(x, other))
@@ -192,5 +195,5 @@ def clear_caches() -> None:
     """Forget every folded or repacked weight, as after an edit through `tensor.data` that PyTorch does not record."""
     global generation
     generation += 1
-    for caches in (triton._channels_last_weights, cudnn._folded, onednn._packed):
+    for caches in (triton._weights, triton._affines, cudnn._folded, onednn._packed):
         caches.clear()

@@ -30,6 +30,31 @@ def uncached() -> Iterator[None]:
         _bypass.reset(token)
 
 
+def bypassed() -> bool:
+    """Whether this is within `uncached`."""
+    return _bypass.get()
+
+
+_kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keeping(kept: list[object]) -> Iterator[None]:
+    """Within this context all that kernels are given besides activations is appended to `kept`, to stay in memory."""
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def keep(value: object) -> None:
+    """Append a value to the list of `keeping`, if this is within one."""
+    kept = _kept.get()
+    if kept is not None:
+        kept.append(value)
+
+
 def _stamp(parts: Parts) -> tuple[Any, ...]:
     """Identity, version and place of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
     return tuple(None if t is None else (id(t), t._version, t.data_ptr(), t.stride()) for t in parts)
@@ -59,6 +84,11 @@ class TensorCache:
 
     def get(self, parts: Parts, settings: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """The value for `parts`, whose first is not None, and for `settings`, from the cache or from `compute`."""
+        value = self._get(parts, settings, compute)
+        keep(value)
+        return value
+
+    def _get(self, parts: Parts, settings: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         if _bypass.get():
             return compute()
         head = parts[0]

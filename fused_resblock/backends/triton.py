@@ -1,26 +1,21 @@
-"""The Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
-
-Batch norm's tensors go to the kernel as they are, so there is nothing folded here to keep fresh.
-"""
+"""The Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`), for tests."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..params import BatchNorm, Bound, Conv, Epilogue
-from .folding import TensorCache
+from ..params import Affine, BatchNorm, Bound, Conv, Epilogue
+from . import tuned
+from .folding import TensorCache, bypassed, scale_shift
 from .select import Problem
 
-_channels_last_weights = TensorCache()
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter is switched on."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+_weights = TensorCache()  # in another dtype, channels_last, or with groups joined
+_affines = TensorCache()  # norms as scale and shift
 
 
 def unavailable() -> str | None:
@@ -30,6 +25,11 @@ def unavailable() -> str | None:
     if not interpreting() and not torch.cuda.is_available():
         return "no CUDA device, and TRITON_INTERPRET is not set"
     return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is switched on."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -45,42 +45,111 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def _dense_norm(norm: BatchNorm | None) -> BatchNorm | None:
-    """The norm with vectors of stride 1, which they have unless they are columns of a larger table."""
+def affine(norm: BatchNorm | None, bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """A norm, and the convolution's bias in front of it, as scale and shift in fp32 (fp64 for fp64).
+
+    While weights are trained (`folding.uncached`) the norm's own tensors go to the kernel, which forms them itself.
+    """
     if norm is None:
         return None
-    mean, var, weight, bias = (None if vector is None else vector.contiguous() for vector in norm[:4])
-    return BatchNorm(mean, var, weight, bias, norm.eps)  # type: ignore[arg-type]
+    if bypassed():
+        mean, var, weight, beta = (None if v is None else v.contiguous() for v in norm[:4])
+        return BatchNorm(mean, var, weight, beta, norm.eps)  # type: ignore[arg-type]
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def compute() -> Affine:
+        with torch.no_grad():
+            scale, shift = scale_shift(norm, wide)
+            return Affine(scale, shift if bias is None else shift + bias.to(wide) * scale)
+
+    return _affines.get((*norm[:2], norm.weight, norm.bias, bias), (wide, norm.eps), compute)
 
 
-def _prepare(conv: Conv, dtype: torch.dtype) -> Conv:
-    """The convolution with its weight in `dtype` and channels_last, which a model in both formats already has."""
+def joined_groups(conv: Conv) -> int:
+    """How many groups a kernel takes for one: as many as make 32 channels, where that divides them."""
+    per_group = min(conv.weight.shape[1], conv.weight.shape[0] // conv.groups)
+    joined = 1
+    while joined * per_group < 32 and conv.groups % (2 * joined) == 0:
+        joined *= 2
+    return joined
+
+
+def join_groups(weight: Tensor, groups: int, joined: int) -> Tensor:
+    """The filter `[K, joined * C, R, S]` of `groups / joined` groups: 0 for the channels of the others in a group."""
+    k, c, r, s = weight.shape
+    own = weight.reshape(groups // joined, joined, k // groups, c, r, s)
+    wide = weight.new_zeros(groups // joined, joined, k // groups, joined, c, r, s)
+    for group in range(joined):
+        wide[:, group, :, group] = own[:, group]
+    return wide.reshape(k, joined * c, r, s)
+
+
+def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
+    """The convolution as the kernels take it: weight in `dtype` and channels_last, groups joined, norm as `affine`."""
     weight, bias = conv.weight, conv.bias
-    if weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last):
-        weight = _channels_last_weights.get(
-            (weight,), (dtype,), lambda: conv.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-        )
+    if joined > 1 or weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last):
+
+        def compute() -> Tensor:
+            wide = join_groups(weight.detach(), conv.groups, joined) if joined > 1 else weight.detach()
+            return wide.to(dtype).contiguous(memory_format=torch.channels_last)
+
+        weight = _weights.get((conv.weight,), (dtype, joined, conv.groups), compute)
+    norm = affine(conv.norm, bias, dtype)
+    if isinstance(norm, Affine):
+        bias = None
     bias = None if bias is None else bias.contiguous()
-    return conv._replace(weight=weight, bias=bias, norm=_dense_norm(conv.norm))
+    return conv._replace(weight=weight, bias=bias, norm=norm, groups=conv.groups // joined)
 
 
 def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
-    """See `backends.bind_conv_bn_act`."""
-    from ..kernels.conv_bn_act import conv_bn_act as launch
+    """See `backends.bind_conv_bn_act`.
 
-    conv = _prepare(conv, x.dtype)
+    Small groups are joined into larger ones with zeros between them, so that the matrix units have full tiles.
+    """
+    from ..kernels.convolution import bind_convolution, usable
+
+    entry = tuned.lookup(x, conv, other, epilogue)
     if epilogue.shortcut is not None:
-        epilogue = epilogue._replace(shortcut=_prepare(epilogue.shortcut, x.dtype))
-    return lambda x, other: launch(x, conv, other, epilogue)
+        epilogue = epilogue._replace(shortcut=prepare(epilogue.shortcut, x.dtype))
+    conv = prepare(conv, x.dtype, joined_groups(conv))
+    tile = usable(entry, x, conv, other, epilogue)
+
+    def predicted() -> Bound:
+        return bind_convolution(x, conv, other, epilogue)
+
+    if tile is None:
+        return predicted()
+    return _guarded(bind_convolution(x, conv, other, epilogue, tile), str(tile), predicted)
+
+
+def _guarded(run: Bound, name: str, otherwise: Any) -> Bound:
+    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds."""
+    chosen: list[Bound] = []
+
+    def first(x: Tensor, other: Tensor | None) -> Tensor:
+        if chosen:
+            return chosen[0](x, other)
+        try:
+            y = run(x, other)
+            chosen.append(run)
+        except Exception as error:  # the compiler, the loader and the driver fail in ways of their own
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            tuned.warn_once(f"tuned tile {name} does not run here ({why}); a tile is predicted instead")
+            chosen.append(otherwise())
+            y = chosen[0](x, other)
+        return y
+
+    return first
 
 
 def bind_bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue) -> Bound:
     """See `backends.bind_bn_act`."""
-    from ..kernels.bn_act import bn_act as launch
+    from ..kernels.bn_act import bind_bn_act as bind
 
-    norm = _dense_norm(norm)
-    epilogue = epilogue._replace(residual_norm=_dense_norm(epilogue.residual_norm))
-    return lambda x, other: launch(x, norm, other, epilogue)
+    epilogue = epilogue._replace(residual_norm=affine(epilogue.residual_norm, None, x.dtype))
+    return bind(tuple(x.shape), x.dtype, affine(norm, None, x.dtype), other, epilogue, device=x.device)
 
 
 def relu_backward(dy: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:

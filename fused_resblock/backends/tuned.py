@@ -1,0 +1,124 @@
+"""The tables of measured winners that are in force: those given to `load_config`, those in
+`FUSED_RESBLOCK_CONFIG_DIR`, and those that ship; an earlier one goes before a later one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.gpu import Gpu, gpu_of
+from ..kernels.tables import CONFIGS, Entry, StageEntry, Table, case_name, nearest, read
+from ..params import Conv, Epilogue
+
+FOLDER = "FUSED_RESBLOCK_CONFIG_DIR"
+_given: list[Table] = []
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn, the first time that this is said in the process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def load_config(path: str | os.PathLike[str]) -> int:
+    """Put a table of tuned tiles, or every `*.json` of a folder, in force before all others.
+
+    Args:
+        path: what `tune` or `make gpu-tune` wrote.
+
+    Returns:
+        How many convolutions the tables name.
+
+    Raises:
+        ValueError: if there is no such file, or it is no such table; then nothing changes.
+
+    Tables of a GPU that is not in this machine are kept, and a warning says so: where they do not fit, tiles are
+    predicted.
+    """
+    place = Path(path)
+    files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+    if not files:
+        raise ValueError(f"path must hold a table of tuned tiles, got {place}")
+    tables = [read(file) for file in files]
+    here = _gpus()
+    for table in tables:
+        if table.gpu not in here:
+            warn_once(f"tuned tiles of {table.name} are not used: this machine has {_named(here)}")
+    _given[:0] = tables
+    forget()
+    return sum(len(table.convolutions) for table in tables)
+
+
+def forget() -> None:
+    """Look everything up again, and bind again what was bound by other tables."""
+    from . import clear_caches, resolve
+
+    resolve.cache_clear()
+    clear_caches()
+
+
+def _gpus() -> set[Gpu]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {gpu_of(torch.device("cuda", index)) for index in range(count)}
+
+
+def _named(gpus: set[Gpu]) -> str:
+    return ", ".join(f"sm_{gpu.capability} with {gpu.multiprocessors} multiprocessors" for gpu in gpus) or "no GPU"
+
+
+@lru_cache(maxsize=8)
+def _of_folder(folder: str) -> tuple[Table, ...]:
+    """The tables of a folder; one that cannot be read is left out with a warning."""
+    tables = []
+    for file in sorted(Path(folder).glob("*.json")):
+        try:
+            tables.append(read(file))
+        except ValueError as error:
+            warn_once(f"{error}; tiles are predicted instead")
+    return tuple(tables)
+
+
+def _tables(gpu: Gpu) -> Iterator[Table]:
+    folder = os.environ.get(FOLDER)
+    asked = _of_folder(folder) if folder else ()
+    yield from (table for table in (*_given, *asked, *_of_folder(str(CONFIGS))) if table.gpu == gpu)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as tables name it, fp32 by how its products are computed."""
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+
+
+def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue) -> Entry | None:
+    """What was measured for a convolution on x's GPU, None if nothing was that is near enough."""
+    if not x.is_cuda:
+        return None
+    n, _, p, q = conv.output_shape(x)
+    key = dtype_name(x.dtype), case_name(conv, other, epilogue)
+    return _first(x, "convolutions", key, n * p * q)
+
+
+def lookup_stage(h: Tensor, conv: Conv, case: str) -> StageEntry | None:
+    """What was measured for a block's tail and the next one's head as one kernel, by the case that names them."""
+    n, _, p, q = conv.output_shape(h)
+    return _first(h, "stages", (dtype_name(h.dtype), case), n * p * q) if h.is_cuda else None
+
+
+def _first(x: Tensor, kind: str, key: tuple[str, str], pixels: int) -> Any:
+    for table in _tables(gpu_of(x.device)):
+        found = nearest(getattr(table, kind).get(key, ()), pixels)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,78 @@
+"""Tiles of images for the tensor memory accelerator (TMA): descriptors, and the box of pixels that a tile covers.
+
+A TMA load takes a box out of a tensor, `block_n` images x `block_p` rows x `block_q` columns of some channels, by the
+coordinates of its first element; what lies outside of the tensor reads as 0 and is not written. So a convolution needs
+neither addresses nor masks: a tap is the same box elsewhere, and padding is what lies outside.
+
+A convolution of stride 2 reads every second row and column. An image of even height and width is therefore seen as
+`[N, H/2, 2, W/2, 2*C]`: half rows, their parity, half columns, and in the last axis their parity and the channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Box:
+    """Images, rows and columns of a tile, each a power of two."""
+
+    images: int
+    rows: int
+    columns: int
+
+
+def choose_box(block_m: int, images: int, rows: int, columns: int) -> Box:
+    """The box of `block_m` pixels that covers `[images, rows, columns]` with the fewest pixels outside.
+
+    Among equals the one with the most columns, then rows: the halo of its taps is the smallest.
+    """
+    best: tuple[int, int, int] | None = None
+    box = Box(block_m, 1, 1)
+    q = 1
+    while q <= block_m:
+        p = 1
+        while p * q <= block_m:
+            n = block_m // (p * q)
+            covered = -(-images // n) * n * -(-rows // p) * p * -(-columns // q) * q
+            halo = (p + 2) * (q + 2) * n
+            if best is None or (covered, halo, -q) < best:
+                best, box = (covered, halo, -q), Box(n, p, q)
+            p *= 2
+        q *= 2
+    return box
+
+
+def tiles_of(box: Box, images: int, rows: int, columns: int) -> int:
+    """How many boxes cover the images."""
+    return -(-images // box.images) * -(-rows // box.rows) * -(-columns // box.columns)
+
+
+def image_box(x: torch.Tensor, size: Sequence[int], stride: int, box: Box, channels: int) -> TensorDescriptor:
+    """A descriptor of channels_last images of which every `stride`-th pixel is read, in boxes of `channels` channels.
+
+    Args:
+        x: the images.
+        size: `(N, H, W, C)` that they are seen as: `(1, 1, N*H*W, C)` where pixels need not be told apart.
+        stride: 1, or 2 with even H and W.
+        box: pixels of a box.
+        channels: of a box.
+    """
+    n, h, w, c = size
+    shape = [n, h // stride, stride, w // stride, stride * c]
+    strides = [h * w * c, stride * w * c, w * c, stride * c, 1]
+    return TensorDescriptor(x, shape, strides, [box.images, box.rows, 1, box.columns, channels])
+
+
+def matrix_box(weight: torch.Tensor, rows: int, columns: int, box: Sequence[int]) -> TensorDescriptor:
+    """A descriptor of a weight seen as a row-major matrix."""
+    return TensorDescriptor(weight, [rows, columns], [columns, 1], list(box))
+
+
+def unaligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether a tensor begins at an address that is no multiple of 16, which no descriptor can name."""
+    return any(t is not None and t.data_ptr() % 16 for t in tensors)

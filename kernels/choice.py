@@ -1,0 +1,147 @@
+"""The tile of a convolution where none was measured: the candidate with the least predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from .cost import (
+    LATENCY,
+    LAUNCH,
+    Ceilings,
+    Cost,
+    Gemm,
+    conv_bn_act_cost,
+    elementwise_cost,
+    predicted,
+    resident_programs,
+)
+from .gpu import Gpu
+from .tiles import Tile
+
+#: by generation: vendors' figures of device memory and dense fp16 rates, at what kernels reach of them (80 to 90 and
+#: 70 %), and L2 as measured by others; relative sizes are what counts here
+CHIPS = {
+    80: Ceilings("A100", 1.7e12, 4.0e12, 220e12, 108, 164 << 10),
+    86: Ceilings("RTX 3090", 0.8e12, 2.0e12, 100e12, 82, 100 << 10),
+    89: Ceilings("RTX 4090", 0.9e12, 4.5e12, 230e12, 128, 100 << 10),
+    90: Ceilings("H100", 3.0e12, 5.5e12, 700e12, 132, 228 << 10),
+    100: Ceilings("B200", 7.0e12, 10e12, 1500e12, 148, 228 << 10),
+    120: Ceilings("RTX 5090", 1.6e12, 6.0e12, 290e12, 170, 100 << 10),
+}
+#: (block_m, block_n, warps): no larger accumulator fits, and wgmma needs 64 rows
+SHAPES = (
+    (64, 32, 4),
+    (64, 64, 4),
+    (128, 64, 4),
+    (128, 64, 8),
+    (64, 128, 8),
+    (128, 128, 8),
+    (256, 64, 8),
+    (128, 256, 8),
+)
+SPLITS = (1, 2, 4, 8, 16)
+
+
+def chip_of(gpu: Gpu) -> Ceilings:
+    """The ceilings of a GPU's generation, for as many multiprocessors as it has."""
+    nearest = max((known for known in CHIPS if known <= gpu.capability), default=80)
+    chip = CHIPS[nearest]
+    share = gpu.multiprocessors / chip.multiprocessors
+    return Ceilings(
+        chip.name, chip.dram * share, chip.l2 * share, chip.matrix * share, gpu.multiprocessors, chip.shared
+    )
+
+
+def _power_of_two(value: int, low: int, high: int) -> int:
+    """The smallest power of two that is >= value, kept within [low, high]."""
+    return min(high, max(low, 1 << max(0, value - 1).bit_length()))
+
+
+def candidates(gemm: Gemm, itemsize: int, *, residual: bool, second: bool, tma: bool, gpu: Gpu) -> Iterator[Tile]:
+    """Tiles that fit the chip and are no wider than the convolution.
+
+    On sm_100 the accumulator lies in tensor memory and passes through registers whole: 64 columns at most, and with a
+    second GEMM (two of them) a quarter of the registers. R x S kernels without TMA stay at 4 warps: with 8, a
+    flattened loop over taps and channels has miscompiled (pytorch#173068).
+    """
+    shared = chip_of(gpu).shared
+    width = _power_of_two(gemm.n // gemm.groups, 16, 256)
+    block_k = _power_of_two(gemm.k // gemm.groups, 16, 128 // itemsize)
+    for block_m, block_n, warps in SHAPES:
+        if block_n > max(width, 32) or (gpu.capability // 10 == 10 and block_n > 64):
+            continue
+        crowded = gpu.capability // 10 == 10 and second
+        if crowded and block_m * block_n // (32 * warps) > max(16, 64 // itemsize):
+            continue
+        if not tma and gemm.taps > 1 and warps > 4:
+            continue
+        for stages in (4, 3, 2):
+            tile = Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=int(tma))
+            resident = resident_programs(tile, itemsize, shared, residual=residual, second=second)
+            if resident:
+                if tma:
+                    tile = Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=resident)
+                yield tile
+                if tma or residual or second:
+                    continue
+                for split in SPLITS[1:]:
+                    if gemm.steps(tile) >= 4 * split:
+                        yield Tile(block_m, min(block_n, width), block_k, warps, stages, split)
+
+
+def predicted_seconds(
+    gemm: Gemm, itemsize: int, tile: Tile, chip: Ceilings, *, residual: bool = False, second: Gemm | None = None
+) -> float:
+    """What a convolution should take with a tile on a chip."""
+    cost = conv_bn_act_cost(gemm, itemsize, tile, residual=residual, second=second)
+    whole = Cost(cost.dram, cost.l2, gemm.tile_flops(tile) + (0 if second is None else second.tile_flops(tile)))
+    steps = gemm.steps(tile) + (0 if second is None else second.steps(tile))
+    loaded = (tile.block_m + tile.block_n) * tile.block_k * itemsize
+    step = max(
+        LATENCY / max(0.7, tile.num_stages - 1),  # loads are asked for so many steps ahead
+        loaded * chip.multiprocessors / chip.l2,
+        2 * tile.block_m * tile.block_n * tile.block_k * chip.multiprocessors / chip.matrix,
+    )
+    pieces = gemm.pieces(tile) * tile.split_k
+    resident = resident_programs(tile, itemsize, chip.shared, residual=residual, second=second is not None)
+    seconds = predicted(whole, pieces, max(1, resident), chip, step_seconds=-(-steps // tile.split_k) * step)
+    if tile.split_k > 1:
+        seconds += elementwise_cost(gemm.m * gemm.n, 4, tile.split_k).floor(chip) + LAUNCH
+    return seconds
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(
+    gemm: Gemm,
+    itemsize: int,
+    *,
+    residual: bool = False,
+    second: Gemm | None = None,
+    tma: bool = False,
+    gpu: Gpu | None = None,
+) -> Tile:
+    """Pick the tile of a convolution.
+
+    Args:
+        gemm: the convolution.
+        itemsize: bytes of an element.
+        residual: whether a residual is added.
+        second: the 1x1 convolution that is accumulated beside it, or None.
+        tma: whether `conv_tma` may run it.
+        gpu: where it runs; an H100 unless told.
+    """
+    gpu = gpu or Gpu()
+    chip = chip_of(gpu)
+    kinds = (True, False) if tma and gpu.tma else (False,)
+    options = {"residual": residual, "second": second is not None, "gpu": gpu}
+    tiles = [tile for kind in kinds for tile in candidates(gemm, itemsize, tma=kind, **options)]  # type: ignore[arg-type]
+
+    def order(tile: Tile) -> tuple[int, bool, int]:
+        """Time to 10 ns, then TMA, then how much is being loaded at any moment."""
+        seconds = predicted_seconds(gemm, itemsize, tile, chip, residual=residual, second=second)
+        resident = resident_programs(tile, itemsize, chip.shared, residual=residual, second=second is not None)
+        loading = resident * (tile.num_stages - 1) * (tile.block_m + tile.block_n)
+        return round(seconds * 1e8), not tile.persistent, -loading
+
+    return min(tiles, key=order)

@@ -1,0 +1,54 @@
+"""A fused convolution with the kernel and the tile that suit it: measured ones where there are, else predicted ones."""
+
+from __future__ import annotations
+
+from .choice import choose_tile
+from .conv_bn_act import bind_conv_bn_act
+from .conv_tma import bind_conv_tma
+from .conv_tma import refusal as tma_refusal
+from .cost import Gemm
+from .gpu import Gpu, gpu_of
+from .tables import Entry
+from .tiles import Tile
+
+
+def gemms_of(x, conv, epilogue) -> tuple[Gemm, Gemm | None]:
+    """The convolution as a GEMM, and that of its shortcut or None; see `cost.Gemm`."""
+    n, c, h, w = x.shape
+    k, _, r, s = conv.weight.shape
+    p, q = conv.output_size(h, w)
+    m = n * p * q
+    gemm = Gemm(m, k, c, r * s, m if r * s == 1 else n * h * w, conv.groups)
+    branch = epilogue.shortcut
+    return gemm, None if branch is None else Gemm(m, k, branch.weight.shape[1], 1, m)
+
+
+def choose(x, conv, other, epilogue, gpu: Gpu) -> Tile:
+    """The tile with the least predicted time."""
+    gemm, second = gemms_of(x, conv, epilogue)
+    residual = other is not None and second is None
+    probe = Tile(64, min(64, gemm.n // gemm.groups), 64, 4, 2, persistent=1)
+    tma = gpu.tma and tma_refusal(x, conv, other, epilogue, probe) is None
+    tile = choose_tile(gemm, x.element_size(), residual=residual, second=second, tma=tma, gpu=gpu)
+    if tile.persistent and tma_refusal(x, conv, other, epilogue, tile) is not None:  # a piece over a group's edge
+        tile = choose_tile(gemm, x.element_size(), residual=residual, second=second, tma=False, gpu=gpu)
+    return tile
+
+
+def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None):
+    """Prepare a convolution on the kernel that the tile is for; arguments and result are those of `bind_conv_bn_act`.
+
+    Args:
+        tile: None for the one that `choose` picks.
+    """
+    tile = tile or choose(x, conv, other, epilogue, gpu_of(x.device))
+    bind = bind_conv_tma if tile.persistent else bind_conv_bn_act
+    return bind(x, conv, other, epilogue, tile)
+
+
+def usable(entry: Entry | None, x, conv, other, epilogue) -> Tile | None:
+    """The tile of a table's entry, None where it has none or the kernel refuses this convolution."""
+    if entry is None or entry.tile is None:
+        return None
+    fits = not entry.tile.persistent or tma_refusal(x, conv, other, epilogue, entry.tile) is None
+    return entry.tile if fits else None

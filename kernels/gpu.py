@@ -1,0 +1,30 @@
+"""What the choice of a kernel needs to know of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Multiprocessors and compute capability (90 for 9.0); an H100 unless told."""
+
+    multiprocessors: int = 132
+    capability: int = 90
+
+    @property
+    def tma(self) -> bool:
+        """Whether it has a tensor memory accelerator."""
+        return self.capability >= 90
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that a tensor's device is; an H100 where it is none, so that the interpreter runs the same tiles."""
+    if device.type != "cuda":
+        return Gpu()
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, 10 * properties.major + properties.minor)

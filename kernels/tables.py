@@ -1,0 +1,116 @@
+"""Measured winners: for a convolution on a GPU the backend and the tile that were fastest there.
+
+Tables are JSON files in `configs/`, one a GPU, written by tuning (`benchmarks.gpu`, `fused_resblock.tune`). A
+convolution is named by everything but batch and image size, which together are its number of output pixels; of the
+entries under its name the nearest within a factor of four counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import log2
+from pathlib import Path
+from typing import Any
+
+from .gpu import Gpu
+from .tiles import StageTile, Tile
+
+CONFIGS = Path(__file__).parent / "configs"
+BACKENDS = ("triton", "cudnn", "eager")
+#: how far the pixels of an entry may be from those asked for, as a factor
+REACH = 4.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest backend at so many output pixels, and Triton's fastest tile, if one was right."""
+
+    pixels: int
+    backend: str
+    tile: Tile | None
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """Whether a block's tail and the next one's head are faster as one kernel at so many pixels, and its tile."""
+
+    pixels: int
+    faster: bool
+    tile: StageTile | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The entries of one GPU."""
+
+    name: str
+    gpu: Gpu
+    convolutions: Mapping[tuple[str, str], tuple[Entry, ...]]
+    stages: Mapping[tuple[str, str], tuple[StageEntry, ...]]
+
+
+def case_name(conv: Any, other: Any, epilogue: Any) -> str:
+    """A convolution as tables name it, such as `64-256.1x1.s1.g1.residual`.
+
+    Args:
+        conv, epilogue: a `fused_resblock.params.Conv` and `Epilogue`.
+        other: the residual or the shortcut's input; None for neither.
+    """
+    k, c, r, s = conv.weight.shape
+    dilated = "" if conv.dilation == (1, 1) else f".d{_pair(conv.dilation)}"
+    branch = epilogue.shortcut
+    if branch is not None:
+        kind = f"shortcut{branch.weight.shape[1]}.s{branch.stride[0]}"
+    else:
+        kind = "plain" if other is None else "residual"
+    return f"{c * conv.groups}-{k}.{r}x{s}.s{_pair(conv.stride)}{dilated}.g{conv.groups}.{kind}"
+
+
+def _pair(value: tuple[int, int]) -> str:
+    return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
+
+
+def nearest(entries: Iterable[Any], pixels: int) -> Any | None:
+    """Of entries with `pixels` the one nearest to a number of pixels, as a factor; None if none is within `REACH`."""
+    best = min(entries, key=lambda entry: abs(log2(entry.pixels / pixels)), default=None)
+    return best if best is not None and abs(log2(best.pixels / pixels)) <= log2(REACH) else None
+
+
+def read(path: Path) -> Table:
+    """Read a table.
+
+    Raises:
+        ValueError: if the file is no table; the message names the file and what is wrong.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        convolutions: dict[tuple[str, str], list[Entry]] = {}
+        for row in data["winners"]:
+            if row["backend"] not in BACKENDS:
+                raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {row['backend']!r}")
+            tile = None if row["tile"] is None else Tile.parse(row["tile"])
+            entry = Entry(_pixels(row), row["backend"], tile)
+            convolutions.setdefault((row["dtype"], row["case"]), []).append(entry)
+        stages: dict[tuple[str, str], list[StageEntry]] = {}
+        for row in data.get("stages", []):
+            tile2 = None if row["tile"] is None else StageTile.parse(row["tile"])
+            stage = StageEntry(_pixels(row), bool(row["faster"]), tile2)
+            stages.setdefault((row["dtype"], row["case"]), []).append(stage)
+        gpu = Gpu(int(data["multiprocessors"]), int(data["capability"]))
+        return Table(str(data["gpu"]), gpu, _frozen(convolutions), _frozen(stages))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"config must be a table of tuned tiles, got {path}: {what}") from None
+
+
+def _pixels(row: Mapping[str, Any]) -> int:
+    pixels = int(row["pixels"])
+    if pixels < 1:
+        raise ValueError(f"pixels must be at least 1, got {pixels}")
+    return pixels
+
+
+def _frozen(entries: Mapping[Any, list[Any]]) -> dict[Any, tuple[Any, ...]]:
+    return {key: tuple(rows) for key, rows in entries.items()}

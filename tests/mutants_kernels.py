@@ -1,0 +1,411 @@
+"""The faults that `make mutants` puts into the kernels, and for each the test that must notice it."""
+
+from __future__ import annotations
+
+
+def _address(test: str) -> str:
+    return f"tests/test_addresses.py::test_{test}"
+
+
+def _plain(case: str) -> str:
+    return f"tests/test_tiles.py::test_without_tma[{case}]"
+
+
+def _split(case: str, programs: int = 3) -> str:
+    return f"tests/test_tiles.py::test_forced_tile[{case}-32x16x16.w4.s1.k{programs}]"
+
+
+def _boxes(case: str, tile: str = "32x16x32.w4.s1.p1") -> str:
+    return f"tests/test_tiles.py::test_boxes[{case}-{tile}]"
+
+
+def _stage(case: str, tile: str = "16x16x16.w4.s1.c1") -> str:
+    return f"tests/test_expand_shift.py::test_every_case[{case}-{tile}]"
+
+
+def _stem(case: str, tile: str = "2x32") -> str:
+    return f"tests/test_stem_kernel.py::test_every_case[{case}-{tile}]"
+
+
+#: (name, old text, new text, killers) by file.
+KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
+    "kernels/conv_bn_act.py": [
+        ("residual sign", "z += tl.load(residual,", "z -= tl.load(residual,", _plain("residual")),
+        (
+            "residual not strided",
+            "rows2 = strided_rows(offs_m, H2, W2, P, Q, STRIDE2)",
+            "rows2 = strided_rows(offs_m, H2, W2, P, Q, 1)",
+            _plain("residual stride 2 odd size"),
+        ),
+        (
+            "residual read at the output's width",
+            "rows2 = strided_rows(offs_m, H2, W2, P, Q, STRIDE2)",
+            "rows2 = strided_rows(offs_m, H2, Q, P, Q, STRIDE2)",
+            _plain("residual stride 2 odd size"),
+        ),
+        ("last row unwritten", "mask_m = offs_m < M\n", "mask_m = offs_m < M - 1\n", _plain("3x3")),
+        (
+            "a row too many written",
+            "out_mask = mask_m[:, None]",
+            "out_mask = (offs_m <= M)[:, None]",
+            "tests/test_tiles.py::test_rows_behind_the_last_are_not_written",
+        ),
+        ("halo off by one above", "(h >= 0)", "(h >= 1)", _plain("3x3")),
+        ("halo off by one at the right", "(w < W)", "(w <= W)", _plain("3x3")),
+        ("padding is 1, not 0", "+ c), mask=x_mask, other=0.0)", "+ c), mask=x_mask, other=1.0)", _plain("3x3")),
+        (
+            "scale and shift swapped",
+            "z = acc * scale[None, :] + shift[None, :]",
+            "z = acc * shift[None, :] + scale[None, :]",
+            _plain("norm"),
+        ),
+        (
+            "ReLU before the add",
+            "        if other_ptr is not None:",
+            "        if APPLY_RELU:\n            z = nan_relu(z)\n        if other_ptr is not None:",
+            _plain("residual"),
+        ),
+        ("ReLU forgotten", "        if APPLY_RELU:\n", "        if False:\n", _plain("conv relu")),
+        ("dilation ignored in the mask", "h = h0 + r * DIL_H", "h = h0 + r", _plain("3x3 dilation 2")),
+        ("dilation ignored in the address", "(r * DIL_H * W", "(r * W", _plain("3x3 dilation 2")),
+        ("a group reads another's channels", "+ group * C + offs_k", "+ offs_k", _plain("2 groups")),
+        (
+            "a group reads another's weights",
+            "w_ptr + out_channels[None, :]",
+            "w_ptr + offs_n[None, :]",
+            _plain("2 groups"),
+        ),
+        ("tail of K not masked", "if C % BLOCK_K != 0:", "if False:", _plain("3x3")),
+        ("tail of the second K not masked", "if C2 % BLOCK_K != 0:", "if False:", _plain("shortcut")),
+        (
+            "stride of columns used for rows",
+            "% P) * STRIDE_H",
+            "% P) * STRIDE_W",
+            _plain("3x3 stride 1x3 padding 2x1"),
+        ),
+        (
+            "padding of rows used for columns",
+            "STRIDE_W - PAD_W",
+            "STRIDE_W - PAD_H",
+            _plain("3x3 stride 1x3 padding 2x1"),
+        ),
+        ("taps counted by rows", "r = tap // S", "r = tap // R", _plain("5x2 dilation 1x2")),
+        (
+            "second shift forgotten",
+            "z += acc2 * scale2[None, :] + shift2[None, :]",
+            "z += acc2 * scale2[None, :]",
+            _plain("shortcut"),
+        ),
+        (
+            "second convolution not strided",
+            "x2_rows = other_ptr + rows2[:, None] * C2",
+            "x2_rows = other_ptr + offs_m[:, None] * C2",
+            _plain("shortcut stride 2 odd size"),
+        ),
+        (
+            "second norm takes the first's eps",
+            "mask_n, EPS2, ACC",
+            "mask_n, EPS, ACC",
+            "tests/test_tiles.py::test_every_norm_has_its_own_eps",
+        ),
+        ("a share of the loop counted twice", "begin = tl.program_id(1) * share", "begin = 0", _split("3x3 2 groups")),
+        (
+            "a share of the loop left out",
+            "share: tl.constexpr = (steps + SPLIT - 1) // SPLIT",
+            "share: tl.constexpr = steps // SPLIT",
+            _split("1x1 ragged in all three", 2),
+        ),
+        ("32-bit partial sums", "tl.program_id(1).to(tl.int64) * M", "tl.program_id(1) * M", _address("partial_sums")),
+        (
+            "32-bit rows of x",
+            "rows = ((offs_m // (P * Q)).to(tl.int64) * H",
+            "rows = ((offs_m // (P * Q)) * H",
+            _address("input_of_a_3x3"),
+        ),
+        ("32-bit weight", ".to(tl.int64) * (R * S * C)", " * (R * S * C)", _address("weight")),
+        ("32-bit second weight", ".to(tl.int64) * C2", " * C2", _address("weight_of_the_second_convolution")),
+        (
+            "32-bit output",
+            "y_ptr + offs_m[:, None].to(tl.int64)",
+            "y_ptr + offs_m[:, None]",
+            _address("pointwise_input_and_output"),
+        ),
+    ],
+    "kernels/conv_tma.py": [
+        ("box not moved by the tap", "p + (h >> HALF)", "p", _boxes("3x3")),
+        ("parity of the row forgotten", "h & HALF, q", "0, q", _boxes("3x3 stride 2")),
+        ("parity of the column forgotten", "(w & HALF) * (GROUPS * C)", "0", _boxes("3x3 stride 2")),
+        (
+            "padding of rows used for columns",
+            "% S * DIL_W - PAD_W",
+            "% S * DIL_W - PAD_H",
+            _boxes("3x3 dilated, wide padding"),
+        ),
+        ("dilation ignored", "tap // S * DIL_H", "tap // S", _boxes("3x3 dilated, wide padding")),
+        ("tail of K not masked", "if C % BLOCK_K != 0:", "if False:", _boxes("3x3 stride 2")),
+        (
+            "tail of the second K not masked",
+            "if C2 % BLOCK_K != 0:",
+            "if False:",
+            "tests/test_tiles.py::test_pixels_that_a_strided_shortcut_skips_may_be_nan",
+        ),
+        ("a group reads another's channels", "+ group * C + c", "+ c", _boxes("3x3 2 groups", "16x16x16.w4.s1.p1")),
+        (
+            "a group takes another's filters",
+            "channel = group * K + k",
+            "channel = k",
+            _boxes("3x3 2 groups", "16x16x16.w4.s1.p1"),
+        ),
+        ("residual forgotten", "elif other_desc is not None:", "elif False:", _boxes("1x1 residual")),
+        ("ReLU forgotten", "        if APPLY_RELU:\n", "        if False:\n", _boxes("3x3")),
+        (
+            "second shift forgotten",
+            "acc2 * scale2[None, :] + shift2[None, :]",
+            "acc2 * scale2[None, :]",
+            _boxes("shortcut"),
+        ),
+        (
+            "a program stops after its first piece",
+            "tl.range(tl.program_id(0), tiles, PROGRAMS",
+            "tl.range(tl.program_id(0), PROGRAMS, PROGRAMS",
+            "tests/test_tiles.py::test_programs_that_take_several_pieces",
+        ),
+        (
+            "images of a box not counted",
+            "(pixels // (TILES_Q * TILES_P)) * IMAGES",
+            "pixels // (TILES_Q * TILES_P)",
+            _boxes("five small images", "16x16x16.w4.s1.p1"),
+        ),
+        (
+            "misaligned activation not noticed",
+            "if unaligned(x, other):",
+            "if False:",
+            "tests/test_tiles.py::test_activation_that_no_descriptor_can_name",
+        ),
+        (
+            "odd image not refused",
+            "image.shape[2] % 2 or image.shape[3] % 2",
+            "False",
+            "tests/test_tiles.py::test_what_boxes_cannot_do_is_refused",
+        ),
+    ],
+    "kernels/boxes.py": [
+        (
+            "rows of a half image too short",
+            "stride * w * c, w * c, stride * c, 1",
+            "w * c, w * c, stride * c, 1",
+            _boxes("3x3 stride 2"),
+        ),
+        (
+            "box with pixels outside",
+            "(covered, halo, -q) < best",
+            "(-covered, halo, -q) < best",
+            "tests/test_boxes.py::test_box_covers_with_the_fewest_pixels",
+        ),
+    ],
+    "kernels/expand_shift.py": [
+        ("sign of the residual", "z += tl.load(residual,", "z -= tl.load(residual,", _stage("identity")),
+        (
+            "residual forgotten by a chunk",
+            "* K + offs_n[None, :]\n            z +=",
+            "* K + offs_n[None, :] - n\n            z +=",
+            _stage("ragged chunks"),
+        ),
+        ("last row unwritten", "mask_m = offs_m < M\n", "mask_m = offs_m < M - 1\n", _stage("identity")),
+        ("halo off by one above", "(h0 + r >= 0)", "(h0 + r >= 1)", _stage("identity")),
+        ("halo off by one at the right", "(w0 + s < W)", "(w0 + s <= W)", _stage("identity")),
+        ("3x3 not strided", "% P) * STRIDE - PAD_H", "% P) - PAD_H", _stage("stride 2, downsample")),
+        (
+            "ReLU behind the 3x3 forgotten",
+            "h2 = nan_relu(acc * scale[None, :] + shift[None, :])",
+            "h2 = (acc * scale[None, :] + shift[None, :])",
+            _stage("identity"),
+        ),
+        ("ReLU before the add", "        y = nan_relu(z).to(dtype)", "        y = z.to(dtype)", _stage("identity")),
+        ("ReLU of the reduce forgotten", "g = nan_relu(reduced", "g = (reduced", _stage("identity")),
+        (
+            "reduce of the last chunk only",
+            "reduced = tl.dot(y, w1, reduced,",
+            "reduced = tl.dot(y, w1,",
+            _stage("identity"),
+        ),
+        (
+            "downsample not strided",
+            "strided_rows(offs_m, H2, W2, P, Q, STRIDE2)",
+            "strided_rows(offs_m, H2, W2, P, Q, 1)",
+            _stage("stride 2, downsample"),
+        ),
+        (
+            "tail of the downsample's K not masked",
+            "(offs_k < C2 - c) if C2 % BLOCK_K != 0 else (offs_k < BLOCK_K)",
+            "offs_k < BLOCK_K",
+            _stage("stride 2, downsample"),
+        ),
+        (
+            "expand takes the 3x3's eps",
+            "mask_n, EPS3, ACC",
+            "mask_n, EPS, ACC",
+            "tests/test_expand_shift.py::test_every_norm_has_its_own_eps",
+        ),
+        (
+            "reduce takes the expand's eps",
+            "offs_g < G, EPS1, ACC",
+            "offs_g < G, EPS3, ACC",
+            "tests/test_expand_shift.py::test_every_norm_has_its_own_eps",
+        ),
+        (
+            "second shift forgotten",
+            "down * scale2[None, :] + shift2[None, :]",
+            "down * scale2[None, :]",
+            _stage("stride 2, downsample"),
+        ),
+        (
+            "32-bit rows of h",
+            "rows = ((offs_m // (P * Q)).to(tl.int64) * H",
+            "rows = ((offs_m // (P * Q)) * H",
+            _address("stage"),
+        ),
+        (
+            "32-bit residual",
+            "other_ptr + offs_m[:, None].to(tl.int64) * K",
+            "other_ptr + offs_m[:, None] * K",
+            _address("stage"),
+        ),
+        ("32-bit output", "y_ptr + offs_m[:, None].to(tl.int64) * K", "y_ptr + offs_m[:, None] * K", _address("stage")),
+        (
+            "32-bit next input",
+            "g_ptr + offs_m[:, None].to(tl.int64) * G",
+            "g_ptr + offs_m[:, None] * G",
+            _address("stage"),
+        ),
+    ],
+    "kernels/expand_shift_tma.py": [
+        ("box not moved by the tap", "q + (w >> HALF)", "q", _stage("identity", "16x16x16.w4.s1.c1.t1")),
+        ("parity of the row forgotten", "h & HALF, q", "0, q", _stage("stride 2, downsample", "16x16x16.w4.s1.c1.t1")),
+        (
+            "residual forgotten by a chunk",
+            "other_desc.load([i, p, 0, q, n])",
+            "other_desc.load([i, p, 0, q, 0])",
+            _stage("ragged chunks", "16x16x16.w4.s1.c1.t1"),
+        ),
+        (
+            "reduce of the last chunk only",
+            "reduced = tl.dot(y, w1.T, reduced,",
+            "reduced = tl.dot(y, w1.T,",
+            _stage("identity", "16x16x16.w4.s1.c1.t1"),
+        ),
+        (
+            "ReLU before the add",
+            "        y = nan_relu(z).to(dtype)",
+            "        y = z.to(dtype)",
+            _stage("identity", "16x16x16.w4.s1.c1.t1"),
+        ),
+        (
+            "tail of the downsample's K not masked",
+            "if C2 % BLOCK_K != 0:",
+            "if False:",
+            "tests/test_expand_shift.py::test_pixels_that_a_strided_downsample_skips_may_be_nan",
+        ),
+        (
+            "expand takes the 3x3's eps",
+            "mask_n, EPS3, ACC",
+            "mask_n, EPS, ACC",
+            "tests/test_expand_shift.py::test_every_norm_has_its_own_eps",
+        ),
+    ],
+    "kernels/stage.py": [
+        (
+            "odd image not noticed",
+            "bind_expand_shift_tma if tile.tma and not odd",
+            "bind_expand_shift_tma if tile.tma",
+            _stage("stride 2, downsample, odd image", "16x16x16.w4.s1.c1.t1"),
+        ),
+    ],
+    "kernels/stem.py": [
+        ("image not moved by the padding", "h = row % HEIGHT - TOP", "h = row % HEIGHT", _stem("7x7 of 3 channels")),
+        ("row of the filter skipped", "w_cols + r * TAPS", "w_cols", _stem("7x7 of 3 channels")),
+        (
+            "shared row of the tile above forgotten",
+            "    if first > 0:",
+            "    if first > 1 << 20:",
+            _stem("7x7 of 3 channels"),
+        ),
+        (
+            "row behind the last pooled",
+            "there = mask_q & (2 * i + 1 < P)",
+            "there = mask_q",
+            _stem("3x3 of 4 channels, no bias", "8x16"),
+        ),
+        (
+            "column in front of a pair forgotten",
+            "tl.gather(right, before, 0)",
+            "right",
+            _stem("7x7 of 3 channels"),
+        ),
+        (
+            "tiles of columns overlap too little",
+            "// tiles_q) * ROWS\n    q0 = (tl.program_id(1) % tiles_q) * (half - 1)",
+            "// tiles_q) * ROWS\n    q0 = (tl.program_id(1) % tiles_q) * half",
+            _stem("wider than a tile"),
+        ),
+        (
+            "window begins a column early",
+            "packed[:, :, int(odd) : s + int(odd), :c]",
+            "packed[:, :, :s, :c]",
+            _stem("7x7 of 3 channels"),
+        ),
+    ],
+    "kernels/epilogue.py": [
+        ("eps forgotten", "tl.sqrt(var + EPS)", "tl.sqrt(var)", _plain("eps 0.1")),
+        (
+            "convolution bias not scaled",
+            "shift = (shift - tl.load(mean",
+            "shift = shift + (-tl.load(mean",
+            _plain("bias norm relu"),
+        ),
+        (
+            "NaN dropped by the instruction",  # the interpreter keeps it all the same: only the machine code tells
+            "tl.PropagateNan.ALL",
+            "tl.PropagateNan.NONE",
+            "tests/test_codegen.py::test_gates_hold_and_nothing_is_worse_than_the_kept_table[sm_80]",
+        ),
+        (
+            "NaN dropped by a comparison",
+            "tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+            "tl.where(z > 0, z, 0.0)",
+            "tests/test_conv_bn_act.py::test_nan_in_x_reaches_its_neighbours_only[triton]",
+        ),
+        ("32-bit rows", "return offs_m.to(tl.int64)", "return offs_m", _address("residual[1]")),
+        ("32-bit strided rows", "(n.to(tl.int64) * H", "(n * H", _address("residual[2]")),
+    ],
+    "kernels/bn_act.py": [
+        (
+            "residual norm ignored",
+            "z += residual * scale2[None, :] + shift2[None, :]",
+            "z += residual",
+            "tests/test_bn_act.py::test_parity[residual norm-triton]",
+        ),
+        (
+            "residual norm takes the first's eps",
+            "mask_c, EPS2, ACC",
+            "mask_c, EPS, ACC",
+            "tests/test_bn_act.py::test_every_norm_has_its_own_eps",
+        ),
+        ("32-bit offsets", "offs_m[:, None].to(tl.int64) * C", "offs_m[:, None] * C", _address("bn_act")),
+    ],
+    "kernels/relu_backward.py": [
+        (
+            "gradient passes where the output is 0",
+            "y.to(ACC) <= 0.0,",
+            "y.to(ACC) < 0.0,",
+            "tests/test_relu_backward.py::test_zero_output_passes_nothing_and_nan_passes_all[triton]",
+        ),
+        (
+            "gradient stopped where the output is NaN",
+            "tl.where(y.to(ACC) <= 0.0, 0.0, dz.to(ACC))",
+            "tl.where(y.to(ACC) > 0.0, dz.to(ACC), 0.0)",
+            "tests/test_relu_backward.py::test_zero_output_passes_nothing_and_nan_passes_all[triton]",
+        ),
+        ("32-bit offsets", "offs_m[:, None].to(tl.int64) * C", "offs_m[:, None] * C", _address("relu_backward")),
+    ],
+}

@@ -1,0 +1,82 @@
+"""The tile of a convolution where none was measured."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_resblock.kernels.choice import CHIPS, candidates, chip_of, choose_tile, predicted_seconds
+from fused_resblock.kernels.cost import Gemm, resident_programs
+from fused_resblock.kernels.gpu import Gpu
+
+CHANNELS = st.integers(1, 2048)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 2**31),
+    n=CHANNELS,
+    k=CHANNELS,
+    taps=st.sampled_from([1, 3, 9, 49]),
+    itemsize=st.sampled_from([2, 4, 8]),
+    kind=st.sampled_from(["plain", "residual", "second"]),
+    tma=st.booleans(),
+    multiprocessors=st.integers(1, 200),
+    capability=st.sampled_from([75, 80, 86, 89, 90, 100, 103, 120]),
+)
+def test_choice_is_a_tile_that_the_kernel_takes(m, n, k, taps, itemsize, kind, tma, multiprocessors, capability):
+    gpu = Gpu(multiprocessors, capability)
+    second = Gemm(m, n, k, 1, m) if kind == "second" else None
+    gemm, residual = Gemm(m, n, k, taps, m), kind == "residual"
+    tile = choose_tile(gemm, itemsize, residual=residual, second=second, tma=tma, gpu=gpu)
+    for size in (tile.block_m, tile.block_n, tile.block_k):
+        assert size >= 16, "tl.dot takes no less"
+        assert size & (size - 1) == 0, "a power of two"
+    assert tile.block_k * itemsize <= 128 or tile.block_k == 16
+    assert taps == 1 or tile.persistent or tile.num_warps == 4, "pytorch#173068"
+    assert not tile.persistent or (tma and gpu.tma)
+    assert tile.split_k == 1 or (kind == "plain" and not tile.persistent)
+    assert resident_programs(tile, itemsize, chip_of(gpu).shared, residual=residual, second=second is not None)
+
+
+@pytest.mark.parametrize(
+    ("gemm", "tma", "expected"),
+    [
+        pytest.param(Gemm(128 * 56 * 56, 64, 64, 9, 128 * 56 * 56), False, (128, 64, 64, 1), id="3x3 of a full batch"),
+        pytest.param(Gemm(128 * 56 * 56, 256, 64, 1, 128 * 56 * 56), True, (256, 64, 64, 1), id="1x1 of a full batch"),
+        pytest.param(Gemm(1, 1, 1, 1, 1), False, (64, 16, 16, 1), id="one number"),
+    ],
+)
+def test_choice(gemm, tma, expected):
+    tile = choose_tile(gemm, 2, tma=tma)
+    assert (tile.block_m, tile.block_n, tile.block_k, tile.split_k) == expected
+
+
+def test_few_pixels_and_many_channels_split_the_loop():
+    """The last stage at batch 1: 8 programs would leave 124 multiprocessors idle."""
+    gemm = Gemm(49, 512, 512, 9, 49)
+    tile = choose_tile(gemm, 2)
+    assert tile.split_k > 1
+    assert gemm.pieces(tile) * tile.split_k > 32
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+def test_choice_has_the_least_predicted_time(capability):
+    gpu = Gpu(CHIPS[capability].multiprocessors, capability)
+    gemm = Gemm(128 * 28 * 28, 128, 128, 9, 128 * 28 * 28)
+    chip, best = chip_of(gpu), choose_tile(gemm, 2, tma=True, gpu=gpu)
+    fastest = predicted_seconds(gemm, 2, best, chip)
+    for tma in (False, gpu.tma):
+        for tile in candidates(gemm, 2, residual=False, second=False, tma=tma, gpu=gpu):
+            assert predicted_seconds(gemm, 2, tile, chip) >= fastest - 1e-8, tile
+
+
+def test_a_gpu_with_half_the_multiprocessors_has_half_the_rates():
+    whole, half = chip_of(Gpu(132, 90)), chip_of(Gpu(66, 90))
+    assert (half.dram, half.l2, half.matrix) == (whole.dram / 2, whole.l2 / 2, whole.matrix / 2)
+
+
+def test_a_chip_between_two_known_ones_counts_as_the_older():
+    assert chip_of(Gpu(148, 103)).name == "B200"
+    assert chip_of(Gpu(100, 75)).name == "A100"

@@ -1,0 +1,108 @@
+"""Tables of measured winners: how a convolution is named, what is read, what is refused, which entry counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.tables import Entry, StageEntry, case_name, nearest, read
+from fused_resblock.kernels.tiles import StageTile, Tile
+from fused_resblock.params import PLAIN, Conv, Epilogue
+
+TILE, STAGE = "128x64x64.w4.s3", "128x64x64.w8.s3.c2.t1"
+WINNER = {"dtype": "fp16", "case": "64-64.3x3.s1.g1.plain", "pixels": 3136, "backend": "triton", "tile": TILE}
+CONTENT = {
+    "gpu": "Test",
+    "capability": 90,
+    "multiprocessors": 132,
+    "winners": [WINNER, {**WINNER, "pixels": 100, "backend": "cudnn", "tile": None}],
+    "stages": [{"dtype": "fp16", "case": "c", "pixels": 5, "faster": True, "tile": STAGE}],
+}
+
+
+def write(folder, content) -> object:
+    file = folder / "table.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
+
+
+def test_read(tmp_path):
+    table = read(write(tmp_path, CONTENT))
+    assert (table.name, table.gpu) == ("Test", Gpu(132, 90))
+    entries = table.convolutions["fp16", "64-64.3x3.s1.g1.plain"]
+    assert entries == (Entry(3136, "triton", Tile.parse(TILE)), Entry(100, "cudnn", None))
+    assert table.stages["fp16", "c"] == (StageEntry(5, True, StageTile.parse(STAGE)),)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("{", id="half a file"),
+        pytest.param([], id="a list"),
+        pytest.param({}, id="nothing"),
+        pytest.param({**CONTENT, "winners": None}, id="no winners"),
+        pytest.param({**CONTENT, "winners": [{**WINNER, "backend": "tensorrt"}]}, id="unknown backend"),
+        pytest.param({**CONTENT, "winners": [{**WINNER, "tile": "128x64"}]}, id="no tile"),
+        pytest.param({**CONTENT, "winners": [{**WINNER, "tile": 5}]}, id="a number for a tile"),
+        pytest.param({**CONTENT, "winners": [{**WINNER, "pixels": 0}]}, id="no pixels"),
+        pytest.param({**CONTENT, "winners": [{**WINNER, "pixels": "many"}]}, id="pixels in words"),
+        pytest.param({**CONTENT, "multiprocessors": None}, id="no multiprocessors"),
+        pytest.param({**CONTENT, "stages": [{"dtype": "fp16"}]}, id="half a stage"),
+    ],
+)
+def test_what_is_no_table(tmp_path, content):
+    file = write(tmp_path, content)
+    with pytest.raises(ValueError, match=r"^config must be a table of tuned tiles, got .*table\.json: "):
+        read(file)
+
+
+def test_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"^config must be a table of tuned tiles, got .*none\.json"):
+        read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("conv", "other", "epilogue", "name"),
+    [
+        (Conv(torch.empty(64, 64, 3, 3), padding=(1, 1)), False, PLAIN, "64-64.3x3.s1.g1.plain"),
+        (Conv(torch.empty(256, 64, 1, 1)), True, PLAIN, "64-256.1x1.s1.g1.residual"),
+        (
+            Conv(torch.empty(32, 4, 3, 3), stride=(2, 1), dilation=(2, 2), groups=8),
+            False,
+            PLAIN,
+            "32-32.3x3.s2x1.d2.g8.plain",
+        ),
+        (
+            Conv(torch.empty(256, 64, 1, 1)),
+            True,
+            Epilogue(shortcut=Conv(torch.empty(256, 128, 1, 1), stride=(2, 2))),
+            "64-256.1x1.s1.g1.shortcut128.s2",
+        ),
+    ],
+)
+def test_names(conv, other, epilogue, name):
+    assert case_name(conv, torch.empty(1) if other else None, epilogue) == name
+
+
+@pytest.mark.parametrize(
+    ("pixels", "found"), [(100, 100), (150, 100), (250, 400), (1600, 400), (1601, None), (24, None)]
+)
+def test_nearest_within_a_factor_of_four(pixels, found):
+    entry = nearest([Entry(100, "triton", None), Entry(400, "triton", None)], pixels)
+    assert (entry and entry.pixels) == found
+
+
+@given(st.lists(st.integers(1, 10**9), max_size=5), st.integers(1, 10**9))
+def test_nearest_is_never_further_than_another(counts, pixels):
+    found = nearest([Entry(count, "triton", None) for count in counts], pixels)
+    near = [c for c in counts if c <= 4 * pixels and pixels <= 4 * c]
+    assert (found is None) == (not near)
+    if found is not None:
+        assert max(found.pixels / pixels, pixels / found.pixels) == min(max(c / pixels, pixels / c) for c in near)

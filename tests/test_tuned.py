@@ -1,0 +1,176 @@
+"""Measured winners in force: where tables come from, which one counts, what becomes of a tile that does not run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import FP16, FP32, ConvCase, conv_bn_act_reference, require
+from test_tables import CONTENT, WINNER, write
+
+pytest.importorskip("triton")
+
+import fused_resblock as frb
+from fused_resblock.backends import triton as triton_backend
+from fused_resblock.backends import tuned
+from fused_resblock.functional import conv_bn_act
+from fused_resblock.kernels import convolution
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.tables import Entry
+from fused_resblock.kernels.tiles import Tile
+from fused_resblock.params import PLAIN, Conv
+
+CONV = Conv(torch.empty(64, 64, 3, 3), padding=(1, 1))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No tables but the test's own, nothing warned of yet."""
+    monkeypatch.setattr(tuned, "_given", [])
+    monkeypatch.setattr(tuned, "_warned", set())
+    monkeypatch.delenv(tuned.FOLDER, raising=False)
+    tuned._of_folder.cache_clear()
+    yield
+    tuned._of_folder.cache_clear()
+    tuned.forget()
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """A machine with an H100, as far as tables can tell."""
+    monkeypatch.setattr(tuned, "_gpus", lambda: {Gpu(132, 90)})
+    monkeypatch.setattr(tuned, "gpu_of", lambda device: Gpu(132, 90))
+
+
+def on_gpu(images: int = 1, dtype: torch.dtype = FP16) -> SimpleNamespace:
+    """What `lookup` looks at of a tensor on a GPU."""
+    return SimpleNamespace(is_cuda=True, device="cuda:0", dtype=dtype, shape=(images, 64, 56, 56))
+
+
+def backend_of(images: int = 1) -> str | None:
+    entry = tuned.lookup(on_gpu(images), CONV, None, PLAIN)
+    return None if entry is None else entry.backend
+
+
+def test_load_config(tmp_path, h100):
+    assert backend_of() is None
+    assert frb.load_config(write(tmp_path, CONTENT)) == 1
+    assert backend_of() == "triton"
+    assert backend_of(images=64) is None  # too far from what was measured
+    assert tuned.lookup(on_gpu(dtype=FP32), CONV, None, PLAIN) is None
+    assert tuned.lookup(torch.empty(1, 64, 56, 56, dtype=FP16), CONV, None, PLAIN) is None  # on the CPU
+
+
+def test_a_later_table_goes_first_and_a_folder_is_read(tmp_path, h100):
+    frb.load_config(write(tmp_path, CONTENT))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder, {**CONTENT, "winners": [{**WINNER, "backend": "cudnn"}]})
+    frb.load_config(folder)
+    assert backend_of() == "cudnn"
+
+
+def test_folder_of_the_environment_variable(tmp_path, h100, monkeypatch):
+    write(tmp_path, CONTENT)
+    (tmp_path / "broken.json").write_text("{")
+    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="broken.json.*tiles are predicted instead"):
+        assert backend_of() == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend_of() == "triton"  # said once
+
+
+def test_table_of_another_gpu_is_not_used(tmp_path, monkeypatch, h100):
+    monkeypatch.setattr(tuned, "gpu_of", lambda device: Gpu(108, 80))
+    monkeypatch.setattr(tuned, "_gpus", lambda: {Gpu(108, 80)})
+    with pytest.warns(RuntimeWarning, match="tuned tiles of Test are not used: this machine has sm_80 with 108"):
+        frb.load_config(write(tmp_path, CONTENT))
+    assert backend_of() is None
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({**CONTENT, "winners": [{}]})])
+def test_a_malformed_table_changes_nothing(tmp_path, content, h100):
+    good = tmp_path / "good"
+    good.mkdir()
+    frb.load_config(write(good, CONTENT))
+    file = write(tmp_path, content)
+    with pytest.raises(ValueError, match="^config must be a table of tuned tiles, got "):
+        frb.load_config(file)
+    assert backend_of() == "triton"
+
+
+def test_a_folder_without_tables(tmp_path):
+    with pytest.raises(ValueError, match="^path must hold a table of tuned tiles, got "):
+        frb.load_config(tmp_path)
+
+
+@pytest.fixture
+def entry(monkeypatch):
+    """A function that puts an entry in force for every convolution."""
+
+    def put(entry: Entry) -> None:
+        monkeypatch.setattr(tuned, "lookup", lambda *args: entry)
+
+    return put
+
+
+def test_the_measured_tile_is_what_runs(entry, monkeypatch):
+    require("triton")
+    tile, seen = Tile(32, 16, 16, 4, 1), []
+    real = convolution.bind_convolution
+
+    def bind(*args):
+        seen.append(args[4:])
+        return real(*args)
+
+    monkeypatch.setattr(convolution, "bind_convolution", bind)
+    entry(Entry(70, "triton", tile))
+    args = ConvCase().build(FP32)
+    torch.testing.assert_close(conv_bn_act(**args, backend="triton"), conv_bn_act_reference(**args))
+    assert seen == [(tile,)]
+
+
+def test_a_measured_tile_that_the_kernel_refuses_is_not_used(entry):
+    """TMA cannot move 9 channels of fp32."""
+    require("triton")
+    entry(Entry(70, "triton", Tile(32, 16, 16, 4, 1, persistent=1)))
+    args = ConvCase(channels=9).build(FP32)
+    torch.testing.assert_close(conv_bn_act(**args, backend="triton"), conv_bn_act_reference(**args))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_measured_tile_that_does_not_run_gives_way_with_one_warning(entry, backend, monkeypatch):
+    require("triton")
+    monkeypatch.setenv("FUSED_RESBLOCK_BACKEND", "triton")
+    entry(Entry(70, "triton", Tile(32, 16, 16, 4, 1)))
+    args = ConvCase(channels=9).build(FP32)
+    real = convolution.bind_convolution
+
+    def bind(x, conv, other, epilogue, tile=None):
+        run = real(x, conv, other, epilogue, tile)
+
+        def fail(x, other):
+            raise RuntimeError("out of resource: shared memory")
+
+        return run if tile is None else fail
+
+    monkeypatch.setattr(convolution, "bind_convolution", bind)
+    expected = conv_bn_act_reference(**args)
+    with pytest.warns(RuntimeWarning, match="tuned tile 32x16x16.w4.s1 does not run here .*shared memory"):
+        torch.testing.assert_close(conv_bn_act(**args, backend=backend), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        torch.testing.assert_close(conv_bn_act(**args, backend=backend), expected)
+
+
+def test_out_of_memory_is_not_the_tiles_fault():
+    def full(x, other):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = triton_backend._guarded(full, "tile", lambda: pytest.fail("another tile would not help"))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(None, None)
