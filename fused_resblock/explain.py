@@ -12,7 +12,7 @@ from . import backends
 from .convert import blocks
 from .modules import FusedBlock
 from .plan import Plan
-from .stage import FusedStage
+from .stage import FusedStage, kernel_state
 from .stage import obstacle as stage_obstacle
 from .stem import FusedNetwork
 from .stem import obstacle as stem_obstacle
@@ -85,7 +85,8 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
                 yield PartReport(path, kinds, reason is None, reason or "one operation")
         elif isinstance(module, FusedStage):
             reason = stage_obstacle(module)  # type: ignore[arg-type]
-            yield PartReport(name, f"{len(module)} blocks", reason is None, reason or "one chain")  # type: ignore[arg-type]
+            said = reason or f"one chain{kernel_state(module)}"  # type: ignore[arg-type]
+            yield PartReport(name, f"{len(module)} blocks", reason is None, said)  # type: ignore[arg-type]
 
 
 def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:

@@ -11,6 +11,9 @@ Pair = tuple[int, int]
 #: an operation with its parameters bound: gives y for x and the other activation that it reads, if any
 Bound = Callable[[Tensor, Any], Tensor]
 
+#: one that gives two activations, the second of which may be None
+BoundPair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
 
 class BatchNorm(NamedTuple):
     """Inference batch norm: `weight * (x - mean) / sqrt(var + eps) + bias`, each tensor `[C]` and floating point.

@@ -16,6 +16,7 @@ from .backends.folding import keep
 from .params import Bound
 from .plan import Step
 from .runner import BoundStep, Runner
+from .tail import Tail, find_tails
 from .watch import Guard
 
 
@@ -63,7 +64,7 @@ def _reads(step: Step) -> list[int]:
     return [step.main.source] if other is None else [step.main.source, other]
 
 
-def _last_reads(blocks: Sequence[tuple[Runner, str]]) -> dict[int, int]:
+def last_reads(blocks: Sequence[tuple[Runner, str]]) -> dict[int, int]:
     """For each value of a chain the number of the last operation that reads it."""
     last, base, number = {}, 0, 0
     for runner, _ in blocks:
@@ -74,19 +75,104 @@ def _last_reads(blocks: Sequence[tuple[Runner, str]]) -> dict[int, int]:
     return last
 
 
-def _bind_step(step: BoundStep, values: Sequence[Any], backend: str, autocast: bool, other_dies: bool) -> Bound | None:
-    """A step's operation; `other_dies` says that nothing reads its other activation afterwards."""
-    if step.pool is not None:
-        pool = step.pool
-        return lambda x, _: backends.dense(pool(x))
-    arguments = step.arguments(values, autocast)
-    if arguments is None:
+class _Chain:
+    """A program in the making: the values computed so far, and the operations that computed them, one for each step.
+
+    Step number i gives value number i + 1.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[Runner, str]], x: Tensor, stage_kernel: bool | None) -> None:
+        self.dtype = dispatch.autocast_dtype(x)
+        self.values: list[Any] = [x if self.dtype is None else x.to(self.dtype)]
+        self.operations: list[Operation] = []
+        self._last_read = last_reads(blocks)
+        self._force = bool(stage_kernel)
+        self._tails = {} if stage_kernel is None else find_tails([r for r, _ in blocks], self._last_read)
+
+    def _dies(self, value: int) -> bool:
+        """Whether nothing reads a value after the next operation; x itself belongs to others."""
+        return value > 0 and self._last_read[value] == len(self.operations)
+
+    def _append(self, run: Bound, main: int, other: int, result: Any, also: int = 0) -> None:
+        dead = tuple(value for value in {main, other, also} if self._dies(value))
+        self.operations.append(Operation(run, main, other, len(self.values), dead))
+        self.values.append(result)
+        for value in dead:
+            self.values[value] = None
+
+    def step(self, step: BoundStep, base: int, backend: str) -> bool:
+        """Bind and run a step of the block whose input is value number `base`; False as `bind` gives None."""
+        reads = [base + value for value in _reads(step.step)]
+        main, other = reads[0], reads[1] if len(reads) > 1 else -1
+        run = self._bind(step, base, backend, main, other)
+        if run is None:
+            return False
+        self._append(run, main, other, run(self.values[main], self.values[other] if other >= 0 else None))
+        return True
+
+    def _bind(self, step: BoundStep, base: int, backend: str, main: int, other: int) -> Bound | None:
+        if step.pool is not None:
+            pool = step.pool
+            return lambda x, _: backends.dense(pool(x))
+        arguments = step.arguments(self.values[base:], self.dtype is not None)
+        if arguments is None:
+            return None
+        overwrite = step.step.residual is not None and step.step.residual_stride == 1 and other != main
+        return arguments.bind(backend, overwrite and self._dies(other))
+
+    def tail(self, base: int, backend: str) -> int:
+        """Bind and run a tail that begins with the next step, if one does; how many steps that is."""
+        number = len(self.operations)
+        tail = self._tails.get(number)
+        if tail is None:
+            return 0
+        main, pair = base + tail.conv.source, number + 1
+        h, other = self.values[main], self.values[tail.other]
+        run = _bind_tail(tail, h, other, backend, self.dtype is not None, self._force)
+        if run is None and tail.reduce is not None:  # the next block may begin with something else
+            tail = tail._replace(reduce=None)
+            run = _bind_tail(tail, h, other, backend, self.dtype is not None, self._force)
+        if run is None:
+            return 0
+        taken = 2 if tail.reduce is None else 3
+        self._last_read[pair] = number + taken - 1
+        y, g = result = run(h, other)
+        self._append(run, main, tail.other, result)
+        self._append(_first, pair, -1, y, also=tail.other)
+        if tail.reduce is not None:
+            self._append(_second, pair + 1, pair, g)
+        return taken
+
+
+def _first(pair: Any, _: Any) -> Any:
+    return pair[0]
+
+
+def _second(_: Any, pair: Any) -> Any:
+    return pair[1]
+
+
+def _bind_tail(tail: Tail, h: Tensor, other: Tensor, backend: str, autocast: bool, force: bool) -> Any:
+    """A tail as one operation that gives a pair, the block's output and the next reduce's; None if it is not one."""
+    conv, expand = tail.conv.tensors(h, autocast), tail.expand.weights()
+    shape = (h.shape[0], expand.weight.shape[0], *conv.output_size(*h.shape[2:]))
+    shortcut = None if tail.shortcut is None else tail.shortcut.tensors(other, autocast)
+    if shape != (tuple(other.shape) if shortcut is None else shortcut.output_shape(other)):
         return None
-    overwrite = other_dies and step.step.residual is not None and step.step.residual_stride == 1
-    return arguments.bind(backend, overwrite and step.step.residual != step.step.main.source)
+    reduce = None if tail.reduce is None else tail.reduce.weights()
+    channels = conv.weight.shape[0]
+    for layer in (expand,) if reduce is None else (expand, reduce):
+        weight = layer.weight
+        fits = weight.shape[1] == channels and weight.device == h.device
+        if not fits or (weight.dtype != h.dtype and not autocast):
+            return None  # the step itself says what is wrong
+        channels = weight.shape[0]
+    return backends.bind_expand_shift(h, conv, expand, other, shortcut, reduce, backend=backend, force=force)
 
 
-def bind(blocks: Sequence[tuple[Runner, str]], x: Tensor) -> tuple[Program, Tensor] | None:
+def bind(
+    blocks: Sequence[tuple[Runner, str]], x: Tensor, stage_kernel: bool | None = None
+) -> tuple[Program, Tensor] | None:
     """Bind the plans of consecutive blocks, the first of which reads `x`, and run them.
 
     A residual is summed in place where nothing reads it afterwards: inside of the chain nobody else can.
@@ -94,6 +180,8 @@ def bind(blocks: Sequence[tuple[Runner, str]], x: Tensor) -> tuple[Program, Tens
     Args:
         blocks: the runner of each block, and its backend's name or "auto".
         x: an input.
+        stage_kernel: whether the kernel of `kernels.expand_shift` takes what it can: nothing (None), what a table says
+            is faster so (False), or everything (True).
 
     Returns:
         The program and its result for x; None if the shapes are such that only the blocks' own forwards can say.
@@ -101,28 +189,19 @@ def bind(blocks: Sequence[tuple[Runner, str]], x: Tensor) -> tuple[Program, Tens
     Raises:
         TypeError, ValueError: if x does not fit the first block.
     """
-    dtype = dispatch.autocast_dtype(x)
-    last_read = _last_reads(blocks)
-    values: list[Tensor | None] = [x if dtype is None else x.to(dtype)]
-    operations: list[Operation] = []
+    chain = _Chain(blocks, x, stage_kernel)
+    base = 0
     for runner, backend in blocks:
-        base = len(values) - 1  # the block's value 0 is the one before it
-        runner.check(values[base], dtype is not None)  # type: ignore[arg-type]
-        values[0] = values[0] if base else backends.dense(values[0])  # type: ignore[arg-type]
+        runner.check(chain.values[base], chain.dtype is not None)
+        if base == 0:
+            chain.values[0] = backends.dense(chain.values[0])
         backend = backends.check_name(backend)
-        for step in runner.steps:
-            reads = [base + value for value in _reads(step.step)]
-            dead = tuple(v for v in set(reads) if v and last_read[v] == len(operations))
-            run = _bind_step(step, values[base:], backend, dtype is not None, reads[-1] in dead)
-            if run is None:
+        while len(chain.operations) < base + len(runner.steps):
+            step = runner.steps[len(chain.operations) - base]
+            if not chain.tail(base, backend) and not chain.step(step, base, backend):
                 return None
-            main, other = reads[0], reads[1] if len(reads) > 1 else -1
-            result = run(values[main], values[other] if other >= 0 else None)  # type: ignore[arg-type]
-            operations.append(Operation(run, main, other, len(values), dead))
-            values.append(result)
-            for value in dead:
-                values[value] = None
-    return Program(dtype, operations), result
+        base += len(runner.steps)
+    return Program(chain.dtype, chain.operations), chain.values[-1]
 
 
 class Programs:
@@ -157,13 +236,15 @@ class Programs:
         self._guard = guard_of_all
         self._programs[signature(x)] = program
 
-    def bind(self, blocks: Sequence[tuple[Runner, str]], x: Tensor, root: nn.Module) -> Tensor | None:
+    def bind(
+        self, blocks: Sequence[tuple[Runner, str]], x: Tensor, root: nn.Module, stage_kernel: bool | None = None
+    ) -> Tensor | None:
         """Bind a program for the blocks in `root`, keep it, and give its result for x.
 
         None as `bind` gives it, or if a parameter is no plain tensor.
         """
         tensors = [t for runner, _ in blocks for t in runner.parameters()]
-        found = bind(blocks, x) if dispatch.plain(tensors) else None
+        found = bind(blocks, x, stage_kernel) if dispatch.plain(tensors) else None
         if found is None:
             return None
         program, y = found

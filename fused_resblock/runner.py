@@ -37,7 +37,7 @@ class Arguments(NamedTuple):
         )
 
 
-class _BoundBranch:
+class BoundBranch:
     """The modules of a `Branch`."""
 
     def __init__(self, block: nn.Module, branch: Branch) -> None:
@@ -51,18 +51,26 @@ class _BoundBranch:
         """The norm's tensors as they are now."""
         return None if self.norm is None else BatchNorm.of(self.norm)
 
+    def weights(self) -> Conv:
+        """The branch's convolution with its tensors as they are now, whatever it will be called with."""
+        return Conv(self.conv.weight, self.conv.bias, self.batch_norm(), *self._geometry)  # type: ignore[union-attr, arg-type]
+
     def tensors(self, x: Tensor, autocast: bool) -> Conv:
         """The branch's convolution with its tensors as they are now.
 
         Raises:
-            ValueError: if the weight has another device or, outside autocast, another dtype than x.
+            ValueError: if the weight has another device, channel count or, outside autocast, another dtype than x.
         """
         weight: Any = self.conv.weight  # type: ignore[union-attr]
         if weight.dtype != x.dtype and not autocast:
             raise ValueError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
         if weight.device != x.device:
             raise ValueError(f"x must be on the weights' device {weight.device}, got {x.device}")
-        return Conv(weight, self.conv.bias, self.batch_norm(), *self._geometry)  # type: ignore[union-attr, arg-type]
+        conv = self.weights()
+        channels = weight.shape[1] * conv.groups
+        if x.shape[1] != channels:
+            raise ValueError(f"x must have the {channels} channels that a convolution's weight has, got {x.shape[1]}")
+        return conv
 
 
 class BoundStep:
@@ -70,8 +78,8 @@ class BoundStep:
 
     def __init__(self, block: nn.Module, step: Step) -> None:
         self.step = step
-        self.main = _BoundBranch(block, step.main)
-        self.shortcut = None if step.shortcut is None else _BoundBranch(block, step.shortcut)
+        self.main = BoundBranch(block, step.main)
+        self.shortcut = None if step.shortcut is None else BoundBranch(block, step.shortcut)
         self.pool = None if step.pool is None else block.get_submodule(step.pool)
         self.residual_norm = None if step.residual_norm is None else block.get_submodule(step.residual_norm)
 

@@ -7,14 +7,16 @@ is overwritten by the next block's sum.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, leaves
+from . import backends, dispatch, leaves
 from .modules import FusedBlock
-from .program import Programs
+from .program import Programs, last_reads
 from .swap import Swapped, register
+from .tail import Tail, find_tails
 from .watch import untraceable
 
 _programs: weakref.WeakKeyDictionary[FusedStage, Programs] = weakref.WeakKeyDictionary()
@@ -62,7 +64,7 @@ class FusedStage(Swapped):
         if not isinstance(x, Tensor) or obstacle(self):  # type: ignore[arg-type]
             return None
         blocks = [(block.runner(), block._fused_backend) for block in self.children()]  # type: ignore[operator]
-        return programs.bind(blocks, x, self)  # type: ignore[arg-type]
+        return programs.bind(blocks, x, self, self.__dict__.get("_fused_kernel", False))  # type: ignore[arg-type]
 
 
 class FusedSequential(FusedStage, nn.Sequential):
@@ -70,6 +72,36 @@ class FusedSequential(FusedStage, nn.Sequential):
 
 
 register(FusedStage, nn.Sequential, FusedSequential)
+
+
+def kernel_state(stage: nn.Sequential) -> str:
+    """In how many blocks of a chain the stage kernel was asked for and can run, and why not in others.
+
+    "" where it was not asked for: then a table decides, which depends on the input.
+    """
+    if not stage.__dict__.get("_fused_kernel"):
+        return ""
+    blocks: list[Any] = [(block.runner(), block._fused_backend) for block in stage.children()]  # type: ignore[operator]
+    tails = find_tails([runner for runner, _ in blocks], last_reads(blocks))
+    backend = backends.check_name(blocks[0][1])
+    obstacles = [_kernel_obstacle(tail, backend) for tail in tails.values()]
+    count = obstacles.count(None)
+    why = next((reason for reason in obstacles if reason is not None), "no 3x3 with an expand behind it")
+    return f", {count} of {len(blocks)} tails as one kernel" + (f": {why}" if count < len(blocks) else "")
+
+
+def _kernel_obstacle(tail: Tail, backend: str) -> str | None:
+    """Why the stage kernel does not run a tail; None when it does."""
+    conv, expand = tail.conv.weights(), tail.expand.weights()
+    shortcut = None if tail.shortcut is None else tail.shortcut.weights()
+    reduce = None if tail.reduce is None else tail.reduce.weights()
+    if backend not in ("auto", "triton"):
+        return f"the backend is {backend}"
+    weight = conv.weight
+    reason = backends.refusal("triton", backends.Problem(weight.device.type, weight.dtype))
+    if reason is not None or backends.triton.stage_refusal(conv, expand, shortcut, reduce) is None:
+        return reason
+    return backends.triton.stage_refusal(conv, expand, shortcut, None)
 
 
 def is_stage(module: nn.Module) -> bool:

@@ -83,6 +83,7 @@ class Guard:
             "_fused_plan",
             "_fused_backend",
             "_fused_length",
+            "_fused_kernel",
         )
         entries += [(m.__dict__, name) for m in modules for name in settings if name in m.__dict__]
         entries += [(m.__dict__, "training") for m in modules if all_modes or "eps" in m.__dict__]

@@ -68,6 +68,17 @@ def case_name(conv: Any, other: Any, epilogue: Any) -> str:
     return f"{c * conv.groups}-{k}.{r}x{s}.s{_pair(conv.stride)}{dilated}.g{conv.groups}.{kind}"
 
 
+def stage_name(conv: Any, expand: Any, shortcut: Any, reduce: Any) -> str:
+    """A block's tail and the next one's head as tables name it, such as `64-256.s1.residual.next64`.
+
+    Args:
+        conv, expand, shortcut, reduce: see `expand_shift.bind_expand_shift`; the last two may be None.
+    """
+    k, c = expand.weight.shape[:2]
+    kind = "residual" if shortcut is None else f"shortcut{shortcut.weight.shape[1]}"
+    return f"{c}-{k}.s{conv.stride[0]}.{kind}.{'last' if reduce is None else f'next{reduce.weight.shape[0]}'}"
+
+
 def _pair(value: tuple[int, int]) -> str:
     return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gpu import gpu_of
-from ..params import PLAIN, BatchNorm, Bound, Conv, Epilogue, output_size
+from ..params import PLAIN, BatchNorm, Bound, BoundPair, Conv, Epilogue, output_size
 from . import cudnn, eager, onednn, triton, tuned
 from .select import Choice, Problem, preference, select
 
@@ -32,6 +32,7 @@ __all__ = [
     "Problem",
     "bind_bn_act",
     "bind_conv_bn_act",
+    "bind_expand_shift",
     "bn_act",
     "check_name",
     "clear_caches",
@@ -146,6 +147,42 @@ def bind_conv_bn_act(
     if _ambiguous(x.shape) or _ambiguous(shape) or (other is not None and _ambiguous(other.shape)):
         return lambda x, other: dense(run(x, other))
     return run
+
+
+def bind_expand_shift(
+    h: Tensor,
+    conv: Conv,
+    expand: Conv,
+    other: Tensor,
+    shortcut: Conv | None,
+    reduce: Conv | None,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+) -> BoundPair | None:
+    """Bind a bottleneck's tail and the next one's first convolution as one kernel; see `kernels.expand_shift`.
+
+    Args:
+        h, other: channels_last examples of the 3x3's input, and of the residual or of the downsample branch's input.
+        conv, expand, shortcut, reduce: the convolutions with their norms; the last two may be None.
+        backend: a backend's name or "auto".
+        force: bind it wherever it can run, not only where a table says that it is faster than conv by conv.
+
+    Returns:
+        A function of h and other that gives the block's output and what the next convolution makes of it (None without
+        one); None where the convolutions have to run one by one.
+    """
+    y_shape = (h.shape[0], expand.weight.shape[0], *conv.output_size(*h.shape[2:]))
+    layers = [(h.shape, conv), (conv.output_shape(h), expand)]
+    layers += [(other.shape, shortcut)] if shortcut is not None else []
+    layers += [(y_shape, reduce)] if reduce is not None else []
+    if backend not in ("auto", "triton") or h.shape[0] == 0 or any(_ambiguous(shape) for shape, _ in layers):
+        return None
+    for shape, layer in layers:
+        problem = conv_problem(h.device, h.dtype, shape, layer.weight.shape, *layer[3:])
+        if refusal("triton", problem) is not None:
+            return None
+    return triton.bind_expand_shift(h, conv, expand, other, shortcut, reduce, force)
 
 
 def bind_bn_act(

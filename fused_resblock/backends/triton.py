@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..params import Affine, BatchNorm, Bound, Conv, Epilogue
+from ..params import PLAIN, Affine, BatchNorm, Bound, BoundPair, Conv, Epilogue
 from . import tuned
 from .folding import TensorCache, bypassed, scale_shift
 from .select import Problem
@@ -122,11 +122,58 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     return _guarded(bind_convolution(x, conv, other, epilogue, tile), str(tile), predicted)
 
 
-def _guarded(run: Bound, name: str, otherwise: Any) -> Bound:
-    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds."""
-    chosen: list[Bound] = []
+def stage_refusal(conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> str | None:
+    """Why no tail is made of these convolutions; None when one can be."""
+    from ..kernels.stage import refusal
 
-    def first(x: Tensor, other: Tensor | None) -> Tensor:
+    return refusal(conv, expand, shortcut, reduce)
+
+
+def bind_expand_shift(
+    h: Tensor, conv: Conv, expand: Conv, other: Tensor, shortcut: Conv | None, reduce: Conv | None, force: bool
+) -> BoundPair | None:
+    """See `backends.bind_expand_shift`."""
+    from ..kernels.gpu import gpu_of
+    from ..kernels.stage import bind_stage, choose_stage_tile
+    from ..kernels.tables import stage_name
+
+    if stage_refusal(conv, expand, shortcut, reduce) is not None:
+        return None
+    entry = tuned.lookup_stage(h, conv, stage_name(conv, expand, shortcut, reduce))
+    if not force and (entry is None or not entry.faster):
+        return None
+    tile = None if entry is None else entry.tile
+    if tile is None:
+        outputs = 0 if reduce is None else reduce.weight.shape[0]
+        tile = choose_stage_tile(
+            conv.weight.shape[0], outputs, h.element_size(), shortcut is not None, gpu_of(h.device)
+        )
+    if tile is None:
+        return None
+    layers = [None if layer is None else prepare(layer, h.dtype) for layer in (conv, expand, shortcut, reduce)]
+    run = bind_stage(h, *layers[:2], other, *layers[2:], tile)
+    return _guarded(run, str(tile), lambda: _apart(h, conv, expand, other, shortcut, reduce))
+
+
+def _apart(h: Tensor, conv: Conv, expand: Conv, other: Tensor, shortcut: Conv | None, reduce: Conv | None) -> BoundPair:
+    """What `bind_expand_shift` gives, conv by conv."""
+    inner = bind_conv_bn_act(h, conv, None, PLAIN, False)
+    example = inner(h, None)
+    outer = bind_conv_bn_act(example, expand, other, Epilogue(shortcut=shortcut), False)
+    last = None if reduce is None else bind_conv_bn_act(outer(example, other), reduce, None, PLAIN, False)
+
+    def run(h: Tensor, other: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = outer(inner(h, None), other)
+        return y, None if last is None else last(y, None)
+
+    return run
+
+
+def _guarded(run: Any, name: str, otherwise: Any) -> Any:
+    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds."""
+    chosen: list[Any] = []
+
+    def first(x: Tensor, other: Any) -> Any:
         if chosen:
             return chosen[0](x, other)
         try:

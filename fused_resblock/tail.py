@@ -1,0 +1,67 @@
+"""Where a bottleneck's tail and the next one's head can be one operation: 3x3, expand, add, ReLU, the next reduce.
+
+What `kernels.expand_shift` runs as one kernel are three steps of a chain of blocks, the last of which belongs to the
+next block. This finds them by the plans alone; whether the kernel takes their convolutions is asked of the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .runner import BoundBranch, BoundStep, Runner
+
+
+class Tail(NamedTuple):
+    """`y = relu(expand(relu(conv(h))) + (other | shortcut(other)))` and, unless `reduce` is None, `relu(reduce(y))`.
+
+    `other` is the number of the other activation among the chain's values.
+    """
+
+    conv: BoundBranch
+    expand: BoundBranch
+    other: int
+    shortcut: BoundBranch | None
+    reduce: BoundBranch | None
+
+
+def _plain(step: BoundStep) -> bool:
+    """Whether a step is a convolution, its norm and a ReLU, and nothing else."""
+    alone = step.step.residual is None and step.shortcut is None and step.pool is None
+    return alone and step.main.conv is not None and step.step.relu
+
+
+def _adds(step: BoundStep) -> bool:
+    """Whether a step is a convolution, its norm, the add of a plain residual or of a downsample branch, and a ReLU."""
+    if step.main.conv is None or not step.step.relu:
+        return False
+    if step.shortcut is not None:
+        return step.shortcut.conv is not None
+    return step.step.residual is not None and step.step.residual_stride == 1 and step.residual_norm is None
+
+
+def find_tails(runners: Sequence[Runner], last_read: Mapping[int, int]) -> dict[int, Tail]:
+    """The tails in a chain of blocks, by the number of their first step.
+
+    Args:
+        runners: of the blocks, each of which reads the result of the one before it.
+        last_read: for each value of the chain the number of the last step that reads it; see `program.bind`.
+    """
+    found, first, base = {}, 0, 0
+    for place, runner in enumerate(runners):
+        following = runners[place + 1].steps[0] if place + 1 < len(runners) else None
+        steps = runner.steps
+        if len(steps) >= 2 and _plain(steps[-2]) and _adds(steps[-1]):
+            conv, expand = steps[-2:]
+            inner = len(steps) - 1  # the value, within the block, between the two
+            source = expand.shortcut.source if expand.shortcut is not None else expand.step.residual
+            assert source is not None
+            alone = last_read[base + inner] == first + len(steps) - 1 and source != inner
+            if alone and expand.main.source == inner:
+                reads_y = following is not None and _plain(following) and following.main.source == 0
+                reduce = following.main if following is not None and reads_y else None
+                number = first + len(steps) - 2
+                found[number] = Tail(conv.main, expand.main, base + source, expand.shortcut, reduce)
+        first += len(steps)
+        base += len(steps)
+    return found

@@ -1,0 +1,235 @@
+"""Chains of bottlenecks whose tails and next heads run as one kernel: where they do, where not, and the same results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BF16, FP16, FP32, require
+from parity import assert_parity
+from torch import Tensor, nn
+
+import fused_resblock as frb
+from fused_resblock import stage as stages
+from fused_resblock.backends import triton, tuned
+from fused_resblock.kernels.tables import StageEntry
+from fused_resblock.kernels.tiles import StageTile
+from fused_resblock.models import randomize_norms
+from fused_resblock.params import Conv
+from fused_resblock.reference import BasicBlock, Bottleneck
+
+
+def downsample(inplanes: int, outplanes: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
+
+
+def first(inplanes: int = 32, stride: int = 2, **options) -> Bottleneck:
+    return Bottleneck(inplanes, 16, stride, downsample(inplanes, 64, stride), **options)
+
+
+def identity(**options) -> Bottleneck:
+    return Bottleneck(64, 16, **options)
+
+
+#: chains, and how many of their blocks end in the kernel
+CHAINS = {
+    "layer": (lambda: [first(), identity(), identity()], 3),
+    "identity blocks": (lambda: [identity(), identity()], 2),
+    "no stride": (lambda: [first(stride=1), identity()], 2),
+    "mixed kinds": (lambda: [BasicBlock(64, 64), identity(), BasicBlock(64, 64), identity()], 2),
+    "basic blocks": (lambda: [BasicBlock(64, 64), BasicBlock(64, 64)], 0),
+    "dilation": (lambda: [identity(dilation=2), identity()], 1),
+    "groups": (lambda: [identity(groups=2, base_width=32), identity(groups=2, base_width=32)], 0),
+    "12 channels": (lambda: [Bottleneck(48, 12), Bottleneck(48, 12)], 0),
+    "other widths": (lambda: [Bottleneck(64, 16), Bottleneck(64, 16, base_width=128), Bottleneck(64, 16)], 3),
+}
+PARAMS = [pytest.param(*chain, id=name) for name, chain in CHAINS.items()]
+X = torch.randn(2, 64, 6, 4, generator=torch.Generator().manual_seed(1))
+
+
+def chain(make) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_norms(nn.Sequential(*make())).eval()
+
+
+def image_for(model: nn.Module) -> Tensor:
+    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    return torch.randn(2, channels, 6, 4, generator=torch.Generator().manual_seed(1))
+
+
+def merged(fused: nn.Module) -> int:
+    """How many operations of the chain's last program are the kernel."""
+    (program,) = stages._programs[fused]._programs.values()
+    return sum(operation.run.__qualname__ == "_first" for operation in program._operations)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d)[6:]) for d in (FP32, FP16, BF16)])
+@pytest.mark.parametrize(("make", "count"), PARAMS)
+def test_parity(make, count, dtype):
+    require("triton", dtype)
+    reference = chain(make).to(dtype)
+    fused = frb.fuse(reference, backend="triton", stages="kernel", strict=True)
+    x = image_for(reference).to(dtype)
+    with torch.no_grad():
+        y = fused(x)
+        assert torch.equal(fused(x), y)
+        exact = chain(make).to(dtype).double()(x.double())
+        slack = 8.0 if dtype == BF16 else 2.0  # the interpreter truncates to bf16 where a GPU rounds
+        assert_parity(y, reference(x), exact, what="y", floor=1e-6, slack=slack)
+    assert merged(fused) == count
+
+
+def test_off_unless_a_table_says_so(monkeypatch):
+    require("triton")
+    reference = chain(CHAINS["layer"][0])
+    x = image_for(reference)
+    asked, answers = [], {"64": None}
+
+    def lookup(h, conv, case):
+        asked.append(case)
+        return answers["64"]
+
+    monkeypatch.setattr(tuned, "lookup_stage", lookup)
+    tile = StageTile(32, 16, 16, 4, 1, 1)
+    for answer, count in ((None, 0), (StageEntry(48, False, tile), 0), (StageEntry(48, True, tile), 3)):
+        answers["64"] = answer
+        fused = frb.fuse(reference, backend="triton")
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+        assert merged(fused) == count
+    assert set(asked) == {
+        "16-64.s2.shortcut32.next16",
+        "16-64.s1.residual.next16",
+        "16-64.s1.residual.last",
+        "16-64.s2.shortcut32.last",
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_other_backends_run_conv_by_conv(backend):
+    reference = chain(CHAINS["layer"][0])
+    fused = frb.fuse(reference, backend=backend, stages="kernel")
+    x = image_for(reference)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+    if backend == "eager":
+        assert merged(fused) == 0
+
+
+def replaced(block: nn.Module) -> None:
+    block.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False).requires_grad_(False)
+
+
+CHANGES = {
+    "nothing": lambda b: None,
+    "weights in place": lambda b: b.conv2.weight.data.mul_(2),
+    "statistics": lambda b: b.bn3.running_mean.add_(1),
+    "hook on a convolution": lambda b: b.conv2.register_forward_hook(lambda m, a, y: y * 2),
+    "hook on the block": lambda b: b.register_forward_hook(lambda m, a, y: y * 2),
+    "train mode": lambda b: b.train(),
+    "grouped convolution": replaced,
+    "stride": lambda b: setattr(b.conv2, "dilation", (2, 2)) or setattr(b.conv2, "padding", (2, 2)),
+    "forward overridden": lambda b: setattr(b, "forward", lambda x: x * 3),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in CHANGES.items()])
+def test_change_of_one_block(change, place):
+    require("triton")
+    reference = chain(CHAINS["identity blocks"][0])
+    fused = frb.fuse(reference, backend="triton", stages="kernel")
+    results = []
+    with torch.no_grad():
+        fused(X)
+        for module in (fused, reference):
+            torch.manual_seed(3)
+            with torch.enable_grad():
+                change(module[place])
+            results.append(module(X))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conv3", "conv1"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "device"])
+def test_weights_that_do_not_fit_raise_what_they_raise_alone(name, change):
+    require("triton")
+    fused = frb.fuse(chain(CHAINS["identity blocks"][0]), backend="triton", stages="kernel")
+    conv = getattr(fused[1], name)
+    weight = conv.weight.detach()
+    changed = {"shape": weight[:, :8], "dtype": weight.double(), "device": weight.to("meta")}[change]
+    conv.weight = nn.Parameter(changed)
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        fused(X)
+
+
+def test_a_tile_that_does_not_run_gives_way(monkeypatch):
+    require("triton")
+    from fused_resblock.kernels import stage as kernels
+
+    def bind(*args):
+        def fail(h, other):
+            raise RuntimeError("out of resource: shared memory")
+
+        return fail
+
+    monkeypatch.setattr(kernels, "bind_stage", bind)
+    monkeypatch.setattr(tuned, "_warned", set())
+    reference = chain(CHAINS["layer"][0])
+    fused = frb.fuse(reference, backend="triton", stages="kernel")
+    x = image_for(reference)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="does not run here"):
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_and_train_mode_run_block_by_block():
+    reference = chain(CHAINS["identity blocks"][0])
+    fused = frb.fuse(reference, backend="triton", stages="kernel")
+    for module in (reference, fused):
+        module(X).sum().backward()
+    for ours, theirs in zip(fused.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.train()(X), reference.train()(X), rtol=1e-4, atol=1e-4)
+
+
+def test_unfuse_and_state_dict():
+    reference = chain(CHAINS["layer"][0])
+    fused = frb.fuse(reference, stages="kernel")
+    assert fused.state_dict().keys() == reference.state_dict().keys()
+    restored = frb.unfuse(fused)
+    assert type(restored) is nn.Sequential
+    assert "_fused_kernel" not in restored.__dict__
+
+
+def test_explain_says_where_the_kernel_runs():
+    require("triton")
+    whole = frb.fuse(chain(CHAINS["layer"][0]), backend="triton", stages="kernel")
+    assert [part.reason for part in frb.explain(whole).parts] == ["one chain, 3 of 3 tails as one kernel"]
+    apart = frb.fuse(chain(CHAINS["groups"][0]), backend="triton", stages="kernel")
+    (part,) = frb.explain(apart).parts
+    assert part.reason == "one chain, 0 of 2 tails as one kernel: the 3x3 changes the channel count or is grouped"
+    basic = frb.fuse(chain(CHAINS["basic blocks"][0]), backend="triton", stages="kernel")
+    assert "an expand or reduce is no plain 1x1" in frb.explain(basic).parts[0].reason
+    assert [part.reason for part in frb.explain(frb.fuse(chain(CHAINS["layer"][0]))).parts] == ["one chain"]
+
+
+@pytest.mark.parametrize("value", ["yes", 2, None])
+def test_bad_option(value):
+    with pytest.raises(ValueError, match='^stages must be True, False or "kernel", got '):
+        frb.fuse(chain(CHAINS["layer"][0]), stages=value)
+
+
+def test_refusal_is_the_kernels():
+    conv = Conv(torch.empty(16, 16, 3, 3), padding=(1, 1), dilation=(2, 2))
+    assert "dilated" in triton.stage_refusal(conv, Conv(torch.empty(64, 16, 1, 1)), None, None)
+
+
+def test_float64():
+    require("triton")
+    reference = chain(CHAINS["layer"][0])
+    x = image_for(reference)
+    reference, x = reference.double(), x.double()
+    fused = frb.fuse(reference, backend="triton", stages="kernel")
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), reference(x))
+    assert merged(fused) == 0, "float64 has no tile"
