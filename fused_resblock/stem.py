@@ -137,12 +137,16 @@ def _bind(x: Tensor, chain: tuple[nn.Module, ...]) -> tuple[Program, list[Tensor
     dtype = dispatch.autocast_dtype(x)
     example = backends.dense(x if dtype is None else x.to(dtype))
     backend = backends.check_name(first.__dict__["_fused_backend"])
+    tensors = [t for t in conv.tensors() if t is not None]
+    settings = () if pool is None else (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+    whole = backends.bind_stem(example, conv, relu, settings, backend=backend) if settings else None
+    if whole is not None:
+        return Program(dtype, [Operation(whole, 0, -1, 1, ())]), tensors
     run = backends.bind_conv_bn_act(example, conv, None, Epilogue(relu=relu), backend=backend)
     operations = [Operation(run, 0, -1, 1, ())]
-    if pool is not None:
-        settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    if settings:
         operations.append(Operation(lambda y, _: torch.max_pool2d(y, *settings), 1, -1, 2, (1,)))
-    return Program(dtype, operations), [t for t in conv.tensors() if t is not None]
+    return Program(dtype, operations), tensors
 
 
 def find_stems(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> list[tuple[str, tuple[str, ...]]]:

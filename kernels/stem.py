@@ -21,7 +21,8 @@ from .launch import Launch, accumulator, dot_precision, interpreted
 from .tiles import StemTile
 
 LANES = 4  # channels of the copy
-POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+#: kernel size, stride, padding, dilation and ceil_mode of the max-pool
+POOL = (3, 2, 1, 1, False)
 
 
 @triton.jit
@@ -158,10 +159,10 @@ def refusal(conv, relu: bool, pool) -> str | None:
     Args:
         conv: a `fused_resblock.params.Conv`.
         relu: whether a ReLU stands between norm and pool.
-        pool: a mapping with the settings of the max-pool.
+        pool: kernel size, stride, padding, dilation and ceil_mode of the max-pool, each a number or a pair.
     """
     k, c, r, s = conv.weight.shape
-    if any(pool.get(name) not in (value, (value, value)) for name, value in POOL.items()) or pool.get("ceil_mode"):
+    if any(given not in (value, (value, value), [value, value]) for given, value in zip(pool, POOL, strict=True)):
         return "not a 3x3 max-pool of stride 2"
     if not relu:
         return "no ReLU in front of the pool"

@@ -23,13 +23,15 @@ from fused_resblock.reference import BasicBlock
 class Network(nn.Module):
     """A stem, two blocks and a classifier; the stem's settings are the tests'."""
 
-    def __init__(self, channels: int = 3, kernel: int = 7, pool: nn.Module | None = None, **conv) -> None:
+    def __init__(
+        self, channels: int = 3, kernel: int = 7, pool: nn.Module | None = None, width: int = 8, **conv
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 8, kernel, **{"stride": 2, "padding": kernel // 2, "bias": False, **conv})
-        self.bn1, self.relu = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(channels, width, kernel, **{"stride": 2, "padding": kernel // 2, "bias": False, **conv})
+        self.bn1, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if pool is None else pool
-        self.layer1 = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8))
-        self.fc = nn.Linear(8, 5)
+        self.layer1 = nn.Sequential(BasicBlock(width, width), BasicBlock(width, width))
+        self.fc = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -57,8 +59,20 @@ SETTINGS = {
     "dilated pool": {"pool": nn.MaxPool2d(2, 1, 0, dilation=2)},
     "bias and groups": {"channels": 4, "bias": True, "groups": 2},
     "1 channel": {"channels": 1},
+    "16 channels": {"width": 16},
+    "16 channels with a bias": {"width": 16, "bias": True, "kernel": 5},
     "same padding": {"stride": 1, "padding": "same"},
 }
+
+
+@pytest.mark.parametrize(("width", "operations"), [(8, 2), (16, 1)])
+def test_one_kernel_where_there_is_one(width, operations):
+    require("triton")
+    fused = frb.fuse(network(width=width), backend="triton")
+    with torch.no_grad():
+        fused(torch.randn(1, 3, 20, 20))
+    (program,) = stems._programs[fused.maxpool][1]._programs.values()
+    assert len(program._operations) == operations
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -98,19 +98,25 @@ def test_all_below_zero_gives_zero():
     assert not run(x, conv).any()
 
 
+def test_settings_in_pairs():
+    layer = Conv(torch.empty(16, 3, 7, 7), stride=(2, 2), padding=(3, 3))
+    assert refusal(layer, True, ((3, 3), [2, 2], (1, 1), 1, False)) is None
+
+
 @pytest.mark.parametrize(
     ("conv", "relu", "pool", "word"),
     [
-        ({}, True, {"kernel_size": 2}, "max-pool"),
-        ({}, True, {"ceil_mode": True}, "max-pool"),
-        ({}, False, {}, "no ReLU"),
-        ({"stride": (1, 1)}, True, {}, "stride 2"),
-        ({"dilation": (2, 2)}, True, {}, "stride 2"),
-        ({"weight": torch.empty(16, 5, 3, 3)}, True, {}, "4 channels"),
-        ({"weight": torch.empty(24, 3, 3, 3)}, True, {}, "output channels"),
-        ({"weight": torch.empty(16, 3, 17, 3)}, True, {}, "wider than 15"),
+        ({}, True, (2, 2, 1, 1, False), "max-pool"),
+        ({}, True, (3, (2, 1), 1, 1, False), "max-pool"),
+        ({}, True, (3, 2, 1, 1, True), "max-pool"),
+        ({}, False, POOL, "no ReLU"),
+        ({"stride": (1, 1)}, True, POOL, "stride 2"),
+        ({"dilation": (2, 2)}, True, POOL, "stride 2"),
+        ({"weight": torch.empty(16, 5, 3, 3)}, True, POOL, "4 channels"),
+        ({"weight": torch.empty(24, 3, 3, 3)}, True, POOL, "output channels"),
+        ({"weight": torch.empty(16, 3, 17, 3)}, True, POOL, "wider than 15"),
     ],
 )
 def test_refusals(conv, relu, pool, word):
     layer = Conv(torch.empty(16, 3, 7, 7), stride=(2, 2), padding=(3, 3))._replace(**conv)
-    assert word in refusal(layer, relu, {**POOL, **pool})
+    assert word in refusal(layer, relu, pool)

@@ -33,6 +33,7 @@ __all__ = [
     "bind_bn_act",
     "bind_conv_bn_act",
     "bind_expand_shift",
+    "bind_stem",
     "bn_act",
     "check_name",
     "clear_caches",
@@ -183,6 +184,26 @@ def bind_expand_shift(
         if refusal("triton", problem) is not None:
             return None
     return triton.bind_expand_shift(h, conv, expand, other, shortcut, reduce, force)
+
+
+def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], *, backend: str = "auto") -> Bound | None:
+    """Bind a convolution, its norm, a ReLU and a max-pool as one kernel; see `kernels.stem`.
+
+    Args:
+        x: a channels_last example of the image.
+        conv: the convolution with its norm.
+        relu: whether there is a ReLU.
+        pool: the max-pool's kernel size, stride, padding, dilation and ceil_mode.
+        backend: a backend's name or "auto".
+
+    Returns:
+        A function of the image; None where the pool has to be an operation of its own.
+    """
+    problem = conv_problem(x.device, x.dtype, x.shape, conv.weight.shape, *conv[3:])
+    if backend not in ("auto", "triton") or x.shape[0] == 0 or refusal("triton", problem) is not None:
+        return None
+    run = triton.bind_stem(x, conv, relu, pool, measured=backend == "auto")
+    return None if run is None else (lambda x, other: dense(run(x, other)))
 
 
 def bind_bn_act(

@@ -169,6 +169,27 @@ def _apart(h: Tensor, conv: Conv, expand: Conv, other: Tensor, shortcut: Conv | 
     return run
 
 
+def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured: bool) -> Bound | None:
+    """See `backends.bind_stem`; `measured` asks whether a table knows something faster."""
+    from ..kernels.stem import bind_stem as bind
+    from ..kernels.stem import pack_weight, refusal
+
+    if refusal(conv, relu, pool) is not None:
+        return None
+    entry = tuned.lookup(x, conv, None, PLAIN, suffix=".pool") if measured else None
+    if entry is not None and entry.backend != "triton":
+        return None
+    odd = bool(conv.padding[1] % 2)
+
+    def pack() -> Tensor:
+        return pack_weight(conv.weight.detach().to(x.dtype), odd)
+
+    packed = _weights.get((conv.weight,), ("stem", x.dtype, odd), pack)
+    norm = affine(conv.norm, conv.bias, x.dtype)
+    bias = None if isinstance(norm, Affine) else conv.bias
+    return bind(x, conv._replace(bias=bias, norm=norm), packed)
+
+
 def _guarded(run: Any, name: str, otherwise: Any) -> Any:
     """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds."""
     chosen: list[Any] = []

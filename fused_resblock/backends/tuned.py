@@ -101,12 +101,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
 
 
-def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue) -> Entry | None:
-    """What was measured for a convolution on x's GPU, None if nothing was that is near enough."""
+def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, suffix: str = "") -> Entry | None:
+    """What was measured for a convolution on x's GPU, None if nothing was that is near enough.
+
+    `suffix` tells a convolution apart that something else follows, such as ".pool".
+    """
     if not x.is_cuda:
         return None
     n, _, p, q = conv.output_shape(x)
-    key = dtype_name(x.dtype), case_name(conv, other, epilogue)
+    key = dtype_name(x.dtype), case_name(conv, other, epilogue) + suffix
     return _first(x, "convolutions", key, n * p * q)
 
 
