@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fused_resblock.kernels.choice import choose_tile, predicted_seconds
-from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost
+from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost, expand_shift_cost
 from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.stage import choose_stage_tile
+from fused_resblock.kernels.stage import predicted_seconds as stage_seconds
+from fused_resblock.kernels.tiles import Tile
 from fused_resblock.table import format_table
 
 from .shapes import ConvShape, basic_shapes, bottleneck_shapes
@@ -36,12 +39,19 @@ DEPTHS = {
 
 @dataclass(frozen=True)
 class Floors:
-    """Seconds: of eager, of per-conv fusion, of a whole block as one kernel, and predicted for our kernels."""
+    """Seconds: of eager, of per-conv fusion, of blocks whose tails and next heads are one kernel (`stage`), and of
+    whole blocks as one kernel; and predicted for our kernels, conv by conv, and with the stage kernel where it wins.
+
+    Where no tail can be made, `stage` is `per_conv` and `ours_stage` is `ours`. A stage's blocks each hold the next
+    one's head.
+    """
 
     eager: float
     per_conv: float
+    stage: float
     whole: float
     ours: float
+    ours_stage: float
 
     def __add__(self, other: Floors) -> Floors:
         return Floors(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -60,35 +70,84 @@ def second_of(shape: ConvShape, batch: int) -> Gemm | None:
     return Gemm(m, shape.out_channels, shape.shortcut, 1, m) if shape.shortcut else None
 
 
-def floors_of(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> Floors:
-    """The floors of one block, given its convolutions in order."""
+def predicted_of(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings) -> float:
+    """What a convolution should take in our kernels with the tile that is chosen for it."""
+    gemm, second = gemm_of(shape, batch), second_of(shape, batch)
+    tile = _tile(shape, batch, itemsize, chip)
+    return predicted_seconds(gemm, itemsize, tile, chip, residual=shape.residual, second=second)
+
+
+def _tile(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings) -> Tile:
+    gemm, second = gemm_of(shape, batch), second_of(shape, batch)
+    gpu = Gpu(chip.multiprocessors)
+    return choose_tile(gemm, itemsize, residual=shape.residual, second=second, tma=True, gpu=gpu)
+
+
+def floors_of(
+    shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings, following: ConvShape | None = None
+) -> Floors:
+    """The floors of one block, given its convolutions in order.
+
+    Args:
+        following: the next block's reduce, None for the block that ends a stage.
+    """
     eager = per_conv = ours = 0.0
+    of_convs: list[tuple[float, float]] = []  # the floor and the prediction of each
     first, last = shapes[0], shapes[-1]
     flops = 0
     for shape in shapes:
         gemm, second = gemm_of(shape, batch), second_of(shape, batch)
-        tile = choose_tile(
-            gemm, itemsize, residual=shape.residual, second=second, tma=True, gpu=Gpu(chip.multiprocessors)
-        )
+        tile = _tile(shape, batch, itemsize, chip)
         fused = conv_bn_act_cost(gemm, itemsize, tile, residual=shape.residual, second=second)
-        ours += predicted_seconds(gemm, itemsize, tile, chip, residual=shape.residual, second=second)
+        mine = predicted_of(shape, batch, itemsize, chip)
+        ours += mine
         flops += fused.flops
         elements = gemm.m * gemm.n
         plain = conv_bn_act_cost(gemm, itemsize, tile)
         norm = elementwise_cost(elements, itemsize, 1)
+        before = per_conv
         if second is None:
             per_conv += fused.floor(chip)
         else:  # conv by conv, the branch is written by one kernel and read by the other as its residual
             branch = conv_bn_act_cost(second, itemsize, tile)
             per_conv += branch.floor(chip) + conv_bn_act_cost(gemm, itemsize, tile, residual=True).floor(chip)
             eager += branch.floor(chip) + norm.floor(chip)
+        of_convs.append((per_conv - before, mine))
         eager += plain.floor(chip) + norm.floor(chip) * 2  # batch norm, ReLU
         if shape is last:
             eager += elementwise_cost(elements, itemsize, 2).floor(chip)  # add
     x = batch * first.channels * first.size**2 * itemsize
     y = batch * last.out_channels * last.out_size**2 * itemsize
     weights = sum(s.out_channels * (s.channels // s.groups * s.kernel**2 + s.shortcut) for s in shapes) * itemsize
-    return Floors(eager, per_conv, Cost(x + y + weights, 0, flops).floor(chip), ours)
+    whole = Cost(x + y + weights, 0, flops).floor(chip)
+    tail = tail_of(shapes, batch, itemsize, chip, following)
+    if tail is None:
+        return Floors(eager, per_conv, per_conv, whole, ours, ours)
+    # what begins a stage has a head of its own; that of others is in the block before
+    head = of_convs[0] if first.name.endswith("first.reduce") else (0.0, 0.0)
+    next_head = 0.0 if following is None else predicted_of(following, batch, itemsize, chip)
+    apart = head[1] + of_convs[1][1] + of_convs[2][1] + next_head
+    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, min(head[1] + tail[1], apart))
+
+
+def tail_of(
+    shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings, following: ConvShape | None
+) -> tuple[float, float] | None:
+    """Floor and prediction of a bottleneck's 3x3 and expand, with the next block's reduce, as one kernel.
+
+    None where there is no such kernel: for BasicBlocks, and where a tile would not fit the registers.
+    """
+    if len(shapes) != 3 or shapes[1].groups > 1:
+        return None
+    conv, expand = (gemm_of(shape, batch) for shape in shapes[1:])
+    second = second_of(shapes[2], batch)
+    reduce = None if following is None else gemm_of(following, batch)
+    outputs = 0 if reduce is None else reduce.n
+    tile = choose_stage_tile(conv.n, outputs, itemsize, second is not None, Gpu(chip.multiprocessors))
+    if tile is None:
+        return None
+    cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
+    return cost.floor(chip), stage_seconds(conv, expand, itemsize, tile, chip, second=second, reduce=reduce)
 
 
 def blocks_of(kind: str) -> dict[str, list[ConvShape]]:
@@ -105,13 +164,19 @@ def network_floors(
     """A network's body (its four stages): the sum, and (block, how many of it, floors of one)."""
     kind, depths = DEPTHS[name]
     blocks = blocks_of(kind)
-    rows, total = [], Floors(0, 0, 0, 0)
+    rows, total = [], Floors(0, 0, 0, 0, 0, 0)
     for stage, depth in enumerate(depths, 1):
         first = f"l{stage}.first" in blocks
-        for block, count in ((f"l{stage}.first", int(first)), (f"l{stage}", depth - int(first))):
-            if count:
-                floors = floors_of(blocks[block], batch, itemsize, chip)
-                rows.append((block, count, floors))
+        same = depth - int(first)
+        for block, count, last in (
+            (f"l{stage}.first", int(first), same == 0),
+            (f"l{stage}", same - 1, False),
+            (f"l{stage}", min(1, same), True),
+        ):
+            if count > 0:
+                following = None if last else blocks[f"l{stage}"][0]
+                floors = floors_of(blocks[block], batch, itemsize, chip, following)
+                rows.append((block + ".last" * last, count, floors))
                 for _ in range(count):
                     total += floors
     return total, rows
@@ -151,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             micros = [round(1e6 * value, 1) for value in vars(floors).values()]
             rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, "not measured"])
     headers = ["chip", "network", "batch", "itemsize", "block", "count"]
-    headers += ["eager_us", "per_conv_us", "whole_us", "predicted_us", "measured_us"]
+    headers += ["eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us", "measured_us"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([headers, *rows])

@@ -7,6 +7,7 @@ from .convert import fuse, unfuse
 from .explain import BlockReport, Explanation, explain
 from .graphs import Captured, capture
 from .modules import FusedBasicBlock, FusedBlock, FusedBottleneck, FusedPreActBottleneck, FusedResidualBlock
+from .tuning import tune
 from .version import __version__
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "load_config",
     "models",
     "reference",
+    "tune",
     "unfuse",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `fused-resblock demo | explain | doctor`, also `python -m fused_resblock`."""
+"""The command line: `fused-resblock demo | explain | tune | doctor`, also `python -m fused_resblock`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,37 @@ def _prepare_explain(args: argparse.Namespace) -> Callable[[], int]:
     return job
 
 
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet50", metavar="NAME", help="a network of fused_resblock.models")
+    parser.add_argument("--batch", type=int, default=32, help="images; serves a quarter to four times as many")
+    parser.add_argument("--size", type=int, default=224, help="rows and columns of an image")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--out", metavar="FILE.json", help="the table; it is gone on with if it exists")
+
+
+def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
+    import torch
+
+    from . import models, tune
+
+    if args.model not in models.ARCHITECTURES:
+        raise ValueError(f"model must be one of {', '.join(models.ARCHITECTURES)}, got {args.model!r}")
+    for name in ("batch", "size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune must have a CUDA device, got none")
+
+    def job() -> int:
+        dtype = getattr(torch, args.dtype)
+        model = models.build(args.model).eval().to("cuda", dtype)
+        x = torch.randn(args.batch, 3, args.size, args.size, device="cuda", dtype=dtype)
+        print(f"written to {tune(model, x, out=args.out)}")
+        return 0
+
+    return job
+
+
 def _prepare_doctor(args: argparse.Namespace) -> Callable[[], int]:
     from . import doctor
 
@@ -58,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="fused-resblock", description="Fused residual blocks for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fused_resblock {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,explain,doctor}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,explain,tune,doctor}")
 
     demo = commands.add_parser("demo", help="compare eager and fused networks on sample images")
     command.add_arguments(demo)
@@ -67,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="show what is fused in a network, by which backend, and why")
     _add_explain(explain)
     explain.set_defaults(prepare=_prepare_explain)
+
+    tune = commands.add_parser("tune", help="search the fastest tiles for a network on this machine's GPU")
+    _add_tune(tune)
+    tune.set_defaults(prepare=_prepare_tune)
 
     doctor = commands.add_parser("doctor", help="show versions, hardware and usable backends")
     doctor.set_defaults(prepare=_prepare_doctor)

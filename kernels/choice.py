@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 from .cost import (
     LATENCY,
@@ -111,8 +112,7 @@ def predicted_seconds(
     return seconds
 
 
-@lru_cache(maxsize=4096)
-def choose_tile(
+def ranked(
     gemm: Gemm,
     itemsize: int,
     *,
@@ -120,8 +120,8 @@ def choose_tile(
     second: Gemm | None = None,
     tma: bool = False,
     gpu: Gpu | None = None,
-) -> Tile:
-    """Pick the tile of a convolution.
+) -> list[Tile]:
+    """The candidates for a convolution, the one with the least predicted time first.
 
     Args:
         gemm: the convolution.
@@ -144,4 +144,10 @@ def choose_tile(
         loading = resident * (tile.num_stages - 1) * (tile.block_m + tile.block_n)
         return round(seconds * 1e8), not tile.persistent, -loading
 
-    return min(tiles, key=order)
+    return sorted(tiles, key=order)
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(gemm: Gemm, itemsize: int, **options: Any) -> Tile:
+    """The first of `ranked`."""
+    return ranked(gemm, itemsize, **options)[0]

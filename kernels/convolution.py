@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .choice import choose_tile
+from typing import Any
+
+from .choice import choose_tile, ranked
 from .conv_bn_act import bind_conv_bn_act
 from .conv_tma import bind_conv_tma
 from .conv_tma import refusal as tma_refusal
@@ -23,15 +25,27 @@ def gemms_of(x, conv, epilogue) -> tuple[Gemm, Gemm | None]:
     return gemm, None if branch is None else Gemm(m, k, branch.weight.shape[1], 1, m)
 
 
-def choose(x, conv, other, epilogue, gpu: Gpu) -> Tile:
-    """The tile with the least predicted time."""
+def _options(x, conv, other, epilogue, gpu: Gpu) -> dict[str, Any]:
+    """What `choice.ranked` asks of a convolution."""
     gemm, second = gemms_of(x, conv, epilogue)
-    residual = other is not None and second is None
     probe = Tile(64, min(64, gemm.n // gemm.groups), 64, 4, 2, persistent=1)
     tma = gpu.tma and tma_refusal(x, conv, other, epilogue, probe) is None
-    tile = choose_tile(gemm, x.element_size(), residual=residual, second=second, tma=tma, gpu=gpu)
+    residual = other is not None and second is None
+    return {"gemm": gemm, "itemsize": x.element_size(), "residual": residual, "second": second, "tma": tma, "gpu": gpu}
+
+
+def likely_tiles(x, conv, other, epilogue, gpu: Gpu) -> list[Tile]:
+    """The tiles that the kernels take, the one with the least predicted time first."""
+    tiles = ranked(**_options(x, conv, other, epilogue, gpu))
+    return [t for t in tiles if not t.persistent or tma_refusal(x, conv, other, epilogue, t) is None]
+
+
+def choose(x, conv, other, epilogue, gpu: Gpu) -> Tile:
+    """The tile with the least predicted time."""
+    options = _options(x, conv, other, epilogue, gpu)
+    tile = choose_tile(**options)
     if tile.persistent and tma_refusal(x, conv, other, epilogue, tile) is not None:  # a piece over a group's edge
-        tile = choose_tile(gemm, x.element_size(), residual=residual, second=second, tma=False, gpu=gpu)
+        tile = choose_tile(**{**options, "tma": False})
     return tile
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .choice import chip_of
+from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
 from .expand_shift_tma import bind_expand_shift_tma
 from .gpu import Gpu
 from .tiles import StageTile
 
-__all__ = ["bind_stage", "choose_stage_tile", "refusal"]
+__all__ = ["bind_stage", "choose_stage_tile", "predicted_seconds", "refusal"]
 
 #: the largest tiles that compile without a spill (`make codegen`), by (TMA, width of the 3x3, downsample branch):
 #: block_m, block_n, warps
@@ -54,6 +55,44 @@ def choose_stage_tile(width: int, outputs: int, itemsize: int, second: bool, gpu
         block_m, block_n, warps = 64, 32, 4 if known == 64 else 8
         stages, chunk_stages = 2, 1 if itemsize == 4 and known == 128 else 2
     return StageTile(block_m, block_n, min(width, 128 // itemsize), warps, stages, chunk_stages, gpu.tma)
+
+
+def predicted_seconds(
+    conv: Gemm,
+    expand: Gemm,
+    itemsize: int,
+    tile: StageTile,
+    chip: Ceilings,
+    *,
+    second: Gemm | None = None,
+    reduce: Gemm | None = None,
+) -> float:
+    """What a tail should take with a tile on a chip; arguments are those of `cost.expand_shift_cost`."""
+    cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
+    outputs = 0 if reduce is None else reduce.n
+    branch = 0 if second is None else second.k
+    rate = chip.multiprocessors / chip.l2, 2 * chip.multiprocessors / chip.matrix
+    taps = conv.taps * -(-conv.k // tile.block_k)
+    loaded = (tile.block_m + conv.n) * tile.block_k * itemsize
+    tap = max(
+        LATENCY / max(0.7, tile.tap_stages - 1),
+        loaded * rate[0],
+        tile.block_m * conv.n * tile.block_k * rate[1],
+    )
+    chunks = -(-expand.n // tile.block_n)
+    loaded = (conv.n + outputs + branch + tile.block_m) * tile.block_n * itemsize
+    chunk = max(
+        LATENCY / max(0.7, tile.chunk_stages - 1),
+        loaded * rate[0],
+        tile.block_m * tile.block_n * (conv.n + outputs + branch) * rate[1],
+    )
+    # a thread's share of the 3x3's result, of the next reduce's sums and of a chunk's, and addresses
+    threads = 32 * tile.num_warps
+    chunk_sums = (1 if second is None else 2) * tile.block_n
+    registers = tile.block_m * (conv.n // 2 + outputs + chunk_sums) // threads + 40
+    resident = max(1, 65536 // (-(-registers // 8) * 8 * threads))
+    programs = -(-conv.m // tile.block_m)
+    return predicted(cost, programs, resident, chip, step_seconds=taps * tap + chunks * chunk)
 
 
 def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile):

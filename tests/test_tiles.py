@@ -28,7 +28,7 @@ CASES = {
     "exactly one tile": ConvCase(batch=2, channels=16, out_channels=16, size=(4, 4)),
     "one pixel": ConvCase(batch=1, size=(1, 1), residual=1),
 }
-BLOCKS = [(16, 16, 16), (32, 16, 32), (16, 64, 16), (64, 32, 16), (128, 16, 64), (16, 128, 128), (128, 128, 64)]
+BLOCKS = [(16, 16, 16), (32, 16, 32), (64, 32, 16), (16, 128, 128), (128, 128, 64)]
 TILES = [Tile(*blocks, num_warps=4, num_stages=1) for blocks in BLOCKS]
 SPLIT = [Tile(32, 16, 16, 4, 1, split) for split in (2, 3, 16)]  # as many as steps, fewer, more
 #: what TMA takes: channels that are multiples of 16 bytes, even images at stride 2
@@ -46,7 +46,7 @@ BOXES = {
     "one pixel": ConvCase(batch=1, channels=16, out_channels=16, size=(1, 1), residual=1),
     "five small images": ConvCase(batch=5, channels=16, out_channels=16, size=(3, 2)),
 }
-PERSISTENT = [Tile(*blocks, 4, 1, persistent=1) for blocks in ((16, 16, 16), (32, 16, 32), (64, 16, 16), (128, 16, 64))]
+PERSISTENT = [Tile(*blocks, 4, 1, persistent=1) for blocks in ((16, 16, 16), (32, 16, 32), (128, 16, 64))]
 
 
 def arguments(args: dict) -> tuple:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..harness import parity
 from ..shapes import ConvShape
-from . import space
+from . import space, tails
 from .compiling import Job
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
@@ -150,12 +150,13 @@ def run(context: Context) -> int:
     table = records(context)
     check_elementwise(context, table)
     check_tiles(context, table)
+    tails.check(context, table, verdict)
     faults = [
         f"{row['kernel']} {row['dtype']} {row['case']}: {row['status']} {row['note']}"
         for row in table.rows(tile="")
         if row["status"] != "ok"
     ]
-    faults += shipped_faults(context, table)
+    faults += shipped_faults(context, table) + tails.shipped_faults(context, table)
     for fault in faults:
         context.log(f"NOT RIGHT {fault}")
     return int(bool(faults))

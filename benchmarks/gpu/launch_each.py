@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from fused_resblock.backends.triton import prepare
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.convolution import bind_convolution
+from fused_resblock.kernels.gpu import gpu_of
 from fused_resblock.kernels.relu_backward import relu_backward
+from fused_resblock.kernels.stage import choose_stage_tile
+from fused_resblock.kernels.stem import bind_stem, pack_weight
 
 from ..shapes import ConvShape, basic_shapes, bottleneck_shapes
 from .operations import build
+from .tails import TailShape, bound
+from .tails import shapes as tail_shapes
 
 BATCH = 32
 #: odd sizes: masks of pixels, channels and taps all matter
@@ -28,12 +34,18 @@ TINY = (
 )
 
 
+TINY_TAILS = (TailShape("tiny", 16, 5, outputs=16), TailShape("tiny.first", 32, 3, 2, 24, 16))
+
+
 def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and launch: the ResNet-50 and ResNet-18 convolutions at batch 32 in fp16, then the elementwise kernels."""
     shapes = TINY if tiny else (*bottleneck_shapes(), *basic_shapes())
     dtype, batch = (torch.float32, 3) if device == "cpu" else (torch.float16, 3 if tiny else BATCH)
     for shape in shapes:
         yield shape.name, lambda shape=shape: _fused(shape, batch, dtype, device)
+    for tail in TINY_TAILS if tiny else tail_shapes(False):
+        yield f"tail.{tail.name}", lambda tail=tail: _tail(tail, batch, dtype, device)
+    yield "stem", lambda: _stem(*((3, 40) if tiny else (batch, 224)), dtype, device)
     operation = build(
         ConvShape("pixels", 24, 24, 9) if tiny else ConvShape("pixels", 256, 256, 56), batch, dtype, device
     )
@@ -48,10 +60,30 @@ def _fused(shape: ConvShape, batch: int, dtype: torch.dtype, device: str) -> tor
     return bind_convolution(*operation.prepared())(operation.x, operation.other)
 
 
+def _tail(shape: TailShape, batch: int, dtype: torch.dtype, device: str) -> object:
+    """A tail on the stage kernel, with the tile that ships."""
+    asked = shape.build(batch, dtype, device)
+    h, other = asked.inputs()
+    second = asked.epilogue.shortcut
+    tile = choose_stage_tile(shape.width, shape.outputs, dtype.itemsize, second is not None, gpu_of(h.device))
+    return None if tile is None else bound(asked, tile)(h, other)
+
+
+def _stem(batch: int, size: int, dtype: torch.dtype, device: str) -> object:
+    """The stem of a ResNet."""
+    operation = build(ConvShape("stem", 3, 64, size, 7, 2), batch, dtype, device)
+    packed = pack_weight(operation.conv.weight, True)
+    return bind_stem(operation.x, prepare(operation.conv, dtype), packed)(operation.x)
+
+
 def names() -> list[str]:
-    """The launches of a profiled run, in order, without making any tensors."""
+    """The launches of a profiled run, in order, without making any tensors.
+
+    The stem's kernel comes after one that copies the image.
+    """
     convolutions = [shape.name for shape in (*bottleneck_shapes(), *basic_shapes())]
-    return [*convolutions, "bn_act.residual", "relu_backward"]
+    tails = [f"tail.{shape.name}" for shape in tail_shapes(False)]
+    return [*convolutions, *tails, "stem.pack", "stem", "bn_act.residual", "relu_backward"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -93,8 +93,8 @@ def _compiled(model: nn.Module, x: Tensor, mode: str | None) -> Call:
     return compiled
 
 
-def _fused(model: nn.Module, x: Tensor, backend: str) -> Call:
-    return frb.fuse(model, backend=backend)
+def _fused(model: nn.Module, x: Tensor, backend: str, stages: bool | str = True) -> Call:
+    return frb.fuse(model, backend=backend, stages=stages)
 
 
 #: group -> provider -> makes the callable for a model in eval mode and its input
@@ -105,6 +105,7 @@ GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
         "cudnn": partial(_fused, backend="cudnn"),
         "fused": partial(_fused, backend="auto"),
         "triton": partial(_fused, backend="triton"),
+        "stages": partial(_fused, backend="triton", stages="kernel"),
     },
     "compile": {
         "eager": lambda model, x: model,

@@ -81,10 +81,7 @@ class Operation:
 
     def prepared(self) -> tuple[Tensor, Conv, Tensor | None, Epilogue]:
         """The arguments as the Triton backend hands them to its kernels: norms formed, small groups joined."""
-        epilogue = self.epilogue
-        if epilogue.shortcut is not None:
-            epilogue = epilogue._replace(shortcut=triton.prepare(epilogue.shortcut, self.x.dtype))
-        return self.x, triton.prepare(self.conv, self.x.dtype, triton.joined_groups(self.conv)), self.other, epilogue
+        return triton.prepared(self.x, self.conv, self.other, self.epilogue)
 
     def bind(self, tile: Tile) -> Bound:
         """The Triton kernel that the tile is for, with the parameters bound."""

@@ -35,12 +35,15 @@ def text(context: Context) -> str:
     """The summary of everything in the folder that belongs to this GPU, these versions and this commit."""
     rates = read_json(context.folder / "ceilings.json")
     verdicts, times = check.records(context), tune.records(context)
-    kernels = [row for row in verdicts.rows() if row["kernel"] in ("conv_bn_act", "bn_act", "relu_backward")]
+    kernels = [
+        row for row in verdicts.rows() if row["kernel"] in ("conv_bn_act", "bn_act", "relu_backward", "expand_shift")
+    ]
     others = [row for row in verdicts.rows() if row not in kernels]
     winners = read_json(context.folder / "tiles.json").get("winners", [])
     by_backend: dict[str, int] = {}
     for winner in winners:
         by_backend[winner["backend"]] = by_backend.get(winner["backend"], 0) + 1
+    stages = read_json(context.folder / "tiles.json").get("stages", [])
     stamp = context.stamp
     lines = [
         f"{stamp['gpu']}, driver {stamp.get('driver')}, torch {stamp.get('torch')}, Triton {stamp.get('triton')}, "
@@ -52,6 +55,7 @@ def text(context: Context) -> str:
         f"kernels and tiles checked: {_counts(verdicts.count('status', kernels))}",
         f"tests, memory check, CUDA graph: {_counts(verdicts.count('status', others))}",
         f"convolutions tuned: {len(times.rows(status='tuned'))}; fastest: {_counts(by_backend)}",
+        f"stage kernel faster than conv by conv: {sum(row['faster'] for row in stages)} of {len(stages)} tails timed",
         f"launches profiled: {len(profile.records(context).rows(status='ok'))}",
         "",
         "fp16, channels_last, median ms:",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resblock.backends import cudnn
+from fused_resblock.backends import cudnn, tuned
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.tables import BACKENDS
 from fused_resblock.kernels.tiles import Tile
@@ -16,7 +16,7 @@ from fused_resblock.params import Bound, Epilogue
 
 from ..harness import Spread, parity
 from ..shapes import ConvShape
-from . import check, space
+from . import check, space, tails
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
 from .operations import DTYPES, Operation, build, precision
@@ -153,10 +153,10 @@ def write_winners(context: Context, table: Records) -> int:
     """Write the fastest of each case to tiles.json; how many there are."""
     shapes = {space.key_of(shape): shape for shape in check.shapes(context)}
     best: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
-    for row in table.rows(status="ok"):
+    for row in (row for row in table.rows(status="ok") if row["case"] in shapes):
         by_backend = best.setdefault((row["dtype"], row["case"], row["batch"]), {})
         before = by_backend.get(row["backend"])
-        if row["case"] in shapes and (before is None or float(row["median_us"]) < float(before["median_us"])):
+        if before is None or float(row["median_us"]) < float(before["median_us"]):
             by_backend[row["backend"]] = row
     winners = []
     for (dtype, case, batch), rows in best.items():
@@ -179,7 +179,7 @@ def write_winners(context: Context, table: Records) -> int:
         marks = {name: context.stamp.get(name) for name in ("gpu", "driver", "torch", "triton", "commit", "date")}
         gpu = context.device.gpu
         head = {**marks, "capability": gpu.capability, "multiprocessors": gpu.multiprocessors}
-        write_json(context.folder / "tiles.json", {**head, "winners": winners})
+        write_json(context.folder / "tiles.json", {**head, "winners": winners, "stages": tails.winners(context, table)})
     return len(winners)
 
 
@@ -218,5 +218,8 @@ def run(context: Context) -> int:
             context.log(f"tune: {dtype} {case} batch {batch}: out of memory")
             context.device.free()
     left = sum(not table.done(dtype, space.key_of(shape), batch, "all", "") for dtype, batch, shape in todo)
+    if write_winners(context, table) and context.device.torch_name == "cuda":
+        tuned.load_config(context.folder / "tiles.json")  # a tail is held against its convolutions' fastest tiles
+    left += tails.tune(context, verdicts, table)
     context.log(f"tune: {write_winners(context, table)} winners" + (f"; {left} cases left" if left else ""))
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.gpu import gpu_of
 from ..params import PLAIN, BatchNorm, Bound, BoundPair, Conv, Epilogue, output_size
-from . import cudnn, eager, onednn, triton, tuned
+from . import asked, cudnn, eager, onednn, triton, tuned
 from .select import Choice, Problem, preference, select
 
 Shape = Sequence[int]
@@ -30,6 +30,7 @@ __all__ = [
     "BACKENDS",
     "Choice",
     "Problem",
+    "bind_apart",
     "bind_bn_act",
     "bind_conv_bn_act",
     "bind_expand_shift",
@@ -141,6 +142,7 @@ def bind_conv_bn_act(
     shape = conv.output_shape(x)
     if x.shape[0] == 0:
         return lambda x, _: torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    asked.note(x, (conv,), other, epilogue)
     problem = conv_problem(x.device, x.dtype, x.shape, conv.weight.shape, *conv[3:])
     entry = tuned.lookup(x, conv, other, epilogue) if backend == "auto" else None
     module = BACKENDS[resolve(backend, problem, None if entry is None else entry.backend).backend]
@@ -183,7 +185,32 @@ def bind_expand_shift(
         problem = conv_problem(h.device, h.dtype, shape, layer.weight.shape, *layer[3:])
         if refusal("triton", problem) is not None:
             return None
-    return triton.bind_expand_shift(h, conv, expand, other, shortcut, reduce, force)
+    asked.note(h, (conv, expand, reduce), other, Epilogue(shortcut=shortcut))
+    apart = partial(bind_apart, backend=backend)
+    return triton.bind_expand_shift(h, conv, expand, other, shortcut, reduce, force, apart)
+
+
+def bind_apart(
+    h: Tensor,
+    conv: Conv,
+    expand: Conv,
+    other: Tensor,
+    shortcut: Conv | None,
+    reduce: Conv | None,
+    *,
+    backend: str = "auto",
+) -> BoundPair:
+    """What `bind_expand_shift` gives, conv by conv."""
+    inner = bind_conv_bn_act(h, conv, backend=backend)
+    example = inner(h, None)
+    outer = bind_conv_bn_act(example, expand, other, Epilogue(shortcut=shortcut), backend=backend)
+    last = None if reduce is None else bind_conv_bn_act(outer(example, other), reduce, backend=backend)
+
+    def run(h: Tensor, other: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = outer(inner(h, None), other)
+        return y, None if last is None else last(y, None)
+
+    return run
 
 
 def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], *, backend: str = "auto") -> Bound | None:

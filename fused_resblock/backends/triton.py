@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,25 +102,28 @@ def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
     return conv._replace(weight=weight, bias=bias, norm=norm, groups=conv.groups // joined)
 
 
-def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
-    """See `backends.bind_conv_bn_act`.
+def prepared(
+    x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue
+) -> tuple[Tensor, Conv, Tensor | None, Epilogue]:
+    """The arguments of an operation as the kernels take them.
 
     Small groups are joined into larger ones with zeros between them, so that the matrix units have full tiles.
     """
+    if epilogue.shortcut is not None:
+        epilogue = epilogue._replace(shortcut=prepare(epilogue.shortcut, x.dtype))
+    return x, prepare(conv, x.dtype, joined_groups(conv)), other, epilogue
+
+
+def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
+    """See `backends.bind_conv_bn_act`."""
     from ..kernels.convolution import bind_convolution, usable
 
     entry = tuned.lookup(x, conv, other, epilogue)
-    if epilogue.shortcut is not None:
-        epilogue = epilogue._replace(shortcut=prepare(epilogue.shortcut, x.dtype))
-    conv = prepare(conv, x.dtype, joined_groups(conv))
-    tile = usable(entry, x, conv, other, epilogue)
-
-    def predicted() -> Bound:
-        return bind_convolution(x, conv, other, epilogue)
-
+    arguments = prepared(x, conv, other, epilogue)
+    tile = usable(entry, *arguments)
     if tile is None:
-        return predicted()
-    return _guarded(bind_convolution(x, conv, other, epilogue, tile), str(tile), predicted)
+        return bind_convolution(*arguments)
+    return _guarded(bind_convolution(*arguments, tile), str(tile), lambda: bind_convolution(*arguments))
 
 
 def stage_refusal(conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> str | None:
@@ -130,9 +134,16 @@ def stage_refusal(conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv 
 
 
 def bind_expand_shift(
-    h: Tensor, conv: Conv, expand: Conv, other: Tensor, shortcut: Conv | None, reduce: Conv | None, force: bool
+    h: Tensor,
+    conv: Conv,
+    expand: Conv,
+    other: Tensor,
+    shortcut: Conv | None,
+    reduce: Conv | None,
+    force: bool,
+    apart: Callable[..., BoundPair],
 ) -> BoundPair | None:
-    """See `backends.bind_expand_shift`."""
+    """See `backends.bind_expand_shift`; `apart` binds the same conv by conv."""
     from ..kernels.gpu import gpu_of
     from ..kernels.stage import bind_stage, choose_stage_tile
     from ..kernels.tables import stage_name
@@ -152,21 +163,7 @@ def bind_expand_shift(
         return None
     layers = [None if layer is None else prepare(layer, h.dtype) for layer in (conv, expand, shortcut, reduce)]
     run = bind_stage(h, *layers[:2], other, *layers[2:], tile)
-    return _guarded(run, str(tile), lambda: _apart(h, conv, expand, other, shortcut, reduce))
-
-
-def _apart(h: Tensor, conv: Conv, expand: Conv, other: Tensor, shortcut: Conv | None, reduce: Conv | None) -> BoundPair:
-    """What `bind_expand_shift` gives, conv by conv."""
-    inner = bind_conv_bn_act(h, conv, None, PLAIN, False)
-    example = inner(h, None)
-    outer = bind_conv_bn_act(example, expand, other, Epilogue(shortcut=shortcut), False)
-    last = None if reduce is None else bind_conv_bn_act(outer(example, other), reduce, None, PLAIN, False)
-
-    def run(h: Tensor, other: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = outer(inner(h, None), other)
-        return y, None if last is None else last(y, None)
-
-    return run
+    return _guarded(run, str(tile), lambda: apart(h, conv, expand, other, shortcut, reduce))
 
 
 def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured: bool) -> Bound | None:

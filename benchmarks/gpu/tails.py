@@ -1,0 +1,259 @@
+"""The stage kernel: every tail of ResNet-50's blocks checked with every tile, and timed against conv by conv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resblock import backends
+from fused_resblock.backends import triton
+from fused_resblock.backends.asked import Asked
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.stage import bind_stage, choose_stage_tile
+from fused_resblock.kernels.tables import stage_name
+from fused_resblock.kernels.tiles import StageTile
+from fused_resblock.params import BatchNorm, Conv, Epilogue
+
+from ..harness import Spread
+from .context import Context
+from .device import Broken, first_line, is_broken, is_out_of_memory
+from .operations import DTYPES, precision
+from .records import Records
+
+#: how much less time than conv by conv the stage kernel has to take to be used
+MARGIN = 0.98
+ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class TailShape:
+    """A tail: channels of the 3x3, output rows, its stride, the downsample branch's channels (or 0), the next reduce's.
+
+    The block's output has four times the channels of the 3x3.
+    """
+
+    name: str
+    width: int
+    size: int
+    stride: int = 1
+    second: int = 0
+    outputs: int = 0
+
+    def build(self, batch: int, dtype: torch.dtype, device: str) -> Asked:
+        """The tail with random weights as large as keep activations standard normal."""
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            fan_in = size[1] * size[2] * size[3]
+            t = torch.randn(size, generator=generator, device=device).mul_(fan_in**-0.5).to(dtype)
+            return t.to(memory_format=torch.channels_last)
+
+        def conv(k: int, c: int, size: int, stride: int = 1) -> Conv:
+            low = torch.tensor((-0.5, 0.5, 0.5, -0.5), device=device)[:, None]
+            vectors = torch.rand(4, k, generator=generator, device=device) + low
+            norm = BatchNorm(*vectors.to(dtype).unbind())
+            return Conv(normal(k, c, size, size), None, norm, (stride, stride), (size // 2, size // 2))
+
+        k, large = 4 * self.width, self.size * self.stride
+        shortcut = conv(k, self.second, 1, self.stride) if self.second else None
+        layers = [conv(self.width, self.width, 3, self.stride), conv(k, self.width, 1)]
+        layers += [conv(self.outputs, k, 1)] if self.outputs else []
+        other = (batch, self.second, large, large) if self.second else (batch, k, self.size, self.size)
+        return Asked(
+            (batch, self.width, large, large),
+            other,
+            dtype,
+            torch.device(device),
+            tuple(layers),
+            Epilogue(1, None, shortcut),
+        )
+
+    def case(self) -> str:
+        """As tables name it."""
+        asked = self.build(1, torch.float16, "meta")
+        return stage_name(*asked.layers[:2], asked.epilogue.shortcut, asked.reduce)
+
+    def key(self) -> str:
+        """As tables name it, and its image size."""
+        return f"{self.case()}.{self.size}px"
+
+
+def shapes(quick: bool) -> list[TailShape]:
+    """The tails of ResNet-50's first three stages; the last one's channels do not fit a tile."""
+    if quick:
+        return [TailShape("tiny", 16, 5, outputs=16), TailShape("tiny.first", 16, 4, 2, 24)]
+    found = []
+    for stage, (width, size) in enumerate(((64, 56), (128, 28), (256, 14)), 1):
+        stride, second = (1, 64) if stage == 1 else (2, 2 * width)
+        found.append(TailShape(f"l{stage}.first", width, size, stride, second, width))
+        found.append(TailShape(f"l{stage}", width, size, outputs=width))
+        found.append(TailShape(f"l{stage}.last", width, size))
+    return found
+
+
+def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
+    """The tile that ships and its neighbours; the one that ships comes first."""
+    item = DTYPES[dtype][0].itemsize
+    shipped = choose_stage_tile(shape.width, shape.outputs, item, bool(shape.second), gpu)
+    if shipped is None:
+        return []
+    found = [shipped]
+    for block_m, block_n, warps in ((64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8), (64, 64, 8)):
+        for tap_stages, chunk_stages in ((3, 2), (4, 2), (2, 1)) if item == 2 else ((2, 2), (2, 1)):
+            for tma in (True, False) if gpu.tma else (False,):
+                tile = StageTile(block_m, block_n, shipped.block_k, warps, tap_stages, chunk_stages, tma)
+                accumulators = block_m * max(shape.width, shape.outputs, 64) // (32 * warps)
+                if accumulators <= 128 and tile not in found:
+                    found.append(tile)
+    return found
+
+
+def _joined(pair: tuple[Tensor, Tensor | None] | Sequence[Tensor]) -> Tensor:
+    """Both outputs as one, along their channels."""
+    return torch.cat([t for t in pair if t is not None], 1)
+
+
+def bound(asked: Asked, tile: StageTile) -> Callable[[Tensor, Any], tuple[Tensor, Tensor | None]]:
+    """The kernel that a tile is for."""
+    sizes = asked.size, asked.other_size or ()
+    h, other = (torch.empty(size, dtype=asked.dtype, device=asked.device) for size in sizes)
+    layers = (*asked.layers[:2], asked.epilogue.shortcut, asked.reduce)
+    conv, expand, shortcut, reduce = (None if layer is None else triton.prepare(layer, asked.dtype) for layer in layers)
+    run = bind_stage(h, conv, expand, other, shortcut, reduce, tile)
+    return run  # type: ignore[no-any-return]
+
+
+def check(context: Context, table: Records, verdict: Callable[..., dict[str, object]]) -> None:
+    """Check every tile of every tail that is not on record."""
+    device, batch = context.device, 2 if context.quick else 16
+    dtypes = ("ieee",) if context.quick else ("fp16", "bf16", "tf32")
+    for dtype, shape in ((d, s) for d in dtypes for s in shapes(context.quick)):
+        todo = [t for t in _tiles(context, shape, dtype) if not table.done("expand_shift", dtype, shape.key(), str(t))]
+        if not todo:
+            continue
+        with precision(dtype) as kind, torch.no_grad():
+            asked = shape.build(batch, kind, device.torch_name)
+            x, other = asked.inputs()
+            same = _joined(asked.plain(x, other))
+            exact = _joined(asked.plain(x.double(), None if other is None else other.double()))
+            for tile in todo:
+                if not context.deadline.allows():
+                    return
+                try:
+                    row = verdict(lambda t=tile: _joined(bound(asked, t)(x, other)), same, exact, device.synchronize)  # noqa: B023
+                except RuntimeError as error:
+                    row = {"status": "error", "note": first_line(error)}
+                    device.free()
+                table.add(kernel="expand_shift", dtype=dtype, case=shape.key(), tile=str(tile), **row)
+                if row["status"] == "crash":
+                    raise Broken(f"expand_shift {dtype} {shape.key()} {tile}: {row['note']}")
+    context.log(f"check: stage kernel: {table.count('status', table.rows(kernel='expand_shift'))}")
+
+
+def _tiles(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
+    if context.quick:
+        return [StageTile(16, 16, 16, 4, 1, 1, tma) for tma in (True, False)]
+    return tiles(shape, dtype, context.device.gpu)
+
+
+def shipped_faults(context: Context, table: Records) -> list[str]:
+    """The tiles that ship and are not right."""
+    faults = []
+    for row in table.rows(kernel="expand_shift"):
+        shape = next((s for s in shapes(context.quick) if s.key() == row["case"]), None)
+        ships = shape is not None and row["tile"] == str(next(iter(_tiles(context, shape, row["dtype"])), None))
+        if ships and row["status"] != "ok":
+            faults.append(f"expand_shift {row['dtype']} {row['case']} {row['tile']}: {row['status']} {row['note']}")
+    return faults
+
+
+def plan(quick: bool) -> Iterator[tuple[str, int, TailShape]]:
+    """What is timed: dtype, batch, tail."""
+    for dtype, batches in (("ieee", (2,)),) if quick else (("fp16", (128, 32)), ("bf16", (128,))):
+        yield from ((dtype, batch, shape) for batch in batches for shape in shapes(quick))
+
+
+def tune(context: Context, verdicts: Records, table: Records) -> int:
+    """Time what is not timed yet: the right tiles, and conv by conv; how many tails are left."""
+    left = 0
+    for dtype, batch, shape in plan(context.quick):
+        key = {"dtype": dtype, "case": shape.key(), "batch": batch}
+        if table.done(dtype, shape.key(), batch, "tail", ""):
+            continue
+        if not context.deadline.allows(5):
+            left += 1
+            continue
+        rows = verdicts.rows(kernel="expand_shift", dtype=dtype, case=shape.key(), status="ok")
+        told = {}
+        with precision(dtype) as kind, torch.no_grad():
+            try:
+                asked = shape.build(batch, kind, context.device.torch_name)
+                x, other = asked.inputs()
+                assert other is not None
+                layers = (x, *asked.layers[:2], other, asked.epilogue.shortcut, asked.reduce)
+                ways: dict[tuple[str, str], Callable[[], Any]] = {("apart", ""): lambda: backends.bind_apart(*layers)}  # type: ignore[arg-type]  # noqa: B023
+                for row in rows:
+                    ways["stage", row["tile"]] = lambda r=row: bound(asked, StageTile.parse(r["tile"]))  # noqa: B023
+                for (backend, tile), bind in ways.items():
+                    us = _time(context, bind, x, other)
+                    status = {"status": "failed", "note": us} if isinstance(us, str) else {"status": "ok", **us}
+                    table.add(**key, backend=backend, tile=tile, **status)
+                    if not isinstance(us, str):
+                        told[f"{backend} {tile}".strip()] = us["median_us"]
+                table.add(**key, backend="tail", tile="", status="tuned")
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                table.add(**key, backend="tail", tile="", status="oom", note=first_line(error))
+                context.device.free()
+        best = ", ".join(f"{name} {us:.1f}" for name, us in sorted(told.items(), key=lambda item: item[1])[:3])
+        context.log(f"tune: {dtype} {shape.key()} batch {batch}: {best} us")
+    return left
+
+
+def _time(context: Context, bind: Callable[[], Any], x: Tensor, other: Tensor) -> dict[str, float] | str:
+    """The spread of a way's times in microseconds, or why it has none."""
+    try:
+        run = bind()
+        run(x, other)
+        spread = Spread.of(context.device.times([lambda: run(x, other)], context.rounds(ROUNDS)))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if is_broken(error):
+            raise Broken(first_line(error)) from error
+        return first_line(error)
+    return {
+        "median_us": 1e3 * spread.median_ms,
+        "p20_us": 1e3 * spread.p20_ms,
+        "p80_us": 1e3 * spread.p80_ms,
+        "rounds": spread.rounds,
+    }
+
+
+def winners(context: Context, table: Records) -> list[dict[str, Any]]:
+    """For each tail that was timed whether the stage kernel is faster, and its fastest tile: rows of a table."""
+    found = []
+    for dtype, batch, shape in plan(context.quick):
+        rows = table.rows(dtype=dtype, case=shape.key(), batch=str(batch), status="ok")
+        times = {(row["backend"], row["tile"]): float(row["median_us"]) for row in rows if row["median_us"]}
+        stage = {tile: us for (backend, tile), us in times.items() if backend == "stage"}
+        apart = times.get(("apart", ""))
+        if apart is None or not stage:
+            continue
+        tile = min(stage, key=stage.__getitem__)
+        found.append(
+            {
+                "dtype": dtype,
+                "case": shape.case(),
+                "pixels": batch * shape.size**2,
+                "faster": stage[tile] < MARGIN * apart,
+                "tile": tile,
+                "us": {"stage": stage[tile], "apart": apart},
+            }
+        )
+    return found

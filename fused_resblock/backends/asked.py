@@ -1,0 +1,101 @@
+"""What a forward asked of the kernels: the operations that `tune` searches tiles for, with tensors to try them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..params import PLAIN, BatchNorm, Conv, Epilogue
+from . import eager
+
+
+class Asked(NamedTuple):
+    """A fused convolution; or, with three or four layers, a bottleneck's tail and the next one's head.
+
+    Attributes:
+        size: of x, `[N, C, H, W]`.
+        other_size: of the residual or of the shortcut's input, or None.
+        dtype, device: of both.
+        layers: the convolution; or the 3x3, the expand and, unless it is None, the next reduce.
+        epilogue: behind the convolution, or behind the expand.
+    """
+
+    size: tuple[int, ...]
+    other_size: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    layers: tuple[Conv, ...]
+    epilogue: Epilogue
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether it is a tail, and no single convolution."""
+        return len(self.layers) > 1
+
+    @property
+    def reduce(self) -> Conv | None:
+        """The next block's first convolution, of a tail that has it."""
+        return self.layers[2] if len(self.layers) > 2 else None
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Random activations: standard normal, channels_last."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def normal(size: Sequence[int] | None) -> Tensor | None:
+            if size is None:
+                return None
+            t = torch.randn(tuple(size), generator=generator, device=self.device).to(self.dtype)
+            return t.contiguous(memory_format=torch.channels_last)
+
+        x = normal(self.size)
+        assert x is not None
+        return x, normal(self.other_size)
+
+    def plain(self, x: Tensor, other: Tensor | None) -> tuple[Tensor, ...]:
+        """What torch makes of it, in x's dtype."""
+        first, *rest = (_in(conv, x.dtype) for conv in self.layers)
+        branch = self.epilogue.shortcut
+        epilogue = self.epilogue._replace(shortcut=None if branch is None else _in(branch, x.dtype))
+        if not rest:
+            return (eager.conv_bn_act(x, first, other, epilogue),)
+        y = eager.conv_bn_act(eager.conv_bn_act(x, first, None, PLAIN), rest[0], other, epilogue)
+        return (y, *(eager.conv_bn_act(y, conv, None, PLAIN) for conv in rest[1:]))
+
+
+def _in(conv: Conv, dtype: torch.dtype) -> Conv:
+    """A convolution with its weight in a dtype, and in float64 its norm, too."""
+    norm = conv.norm
+    if norm is not None and dtype == torch.float64:
+        mean, var, weight, bias = (None if v is None else v.to(dtype) for v in norm[:4])
+        norm = BatchNorm(mean, var, weight, bias, norm.eps)  # type: ignore[arg-type]
+    return conv._replace(
+        weight=conv.weight.to(dtype), bias=None if conv.bias is None else conv.bias.to(dtype), norm=norm
+    )
+
+
+_recorded: ContextVar[list[Asked] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Asked]]:
+    """Within this context every operation that is bound is noted in the list."""
+    found: list[Asked] = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
+def note(x: Tensor, layers: Sequence[Conv | None], other: Tensor | None, epilogue: Epilogue) -> None:
+    """Note an operation, if this is within `recording`."""
+    found = _recorded.get()
+    if found is not None:
+        size = None if other is None else tuple(other.shape)
+        kept = tuple(layer for layer in layers if layer is not None)
+        found.append(Asked(tuple(x.shape), size, x.dtype, x.device, kept, epilogue))

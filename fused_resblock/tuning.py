@@ -1,0 +1,273 @@
+"""The fastest tile of every convolution of a model on this machine's GPU, searched offline: `tune`.
+
+For each distinct convolution that the fused model runs on an example, the tiles of least predicted time are compiled,
+held against PyTorch's result, and timed beside cuDNN and eager; the winners go into a table (`kernels.tables`). None of
+this happens unless it is asked for, and never inside of a CUDA graph's capture.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, machine
+from .backends import asked, tuned
+from .backends.asked import Asked
+from .convert import blocks, fuse
+from .kernels import tables
+from .kernels.gpu import gpu_of
+from .modules import FusedBlock
+
+#: tiles that are tried for a convolution
+TRIED = 16
+#: milliseconds in which a way is warmed up, and timed
+WARM_UP, MEASURE = 5, 25
+#: how much less time than conv by conv the stage kernel has to take
+MARGIN = 0.98
+#: images whose results are checked
+CHECKED = 4
+
+Ways = Mapping[str, Callable[[], Any]]
+
+
+def available() -> bool:
+    """Whether this machine has a GPU to tune for."""
+    return torch.cuda.is_available()
+
+
+def median_us(call: Callable[[], Any]) -> float:
+    """The median time of a call on the GPU, with L2 flushed before each."""
+    from triton.testing import do_bench
+
+    return 1e3 * float(do_bench(call, warmup=WARM_UP, rep=MEASURE, return_mode="median"))
+
+
+def tune(
+    model: nn.Module, example: Tensor, *, out: str | os.PathLike[str] | None = None, progress: bool = True
+) -> Path:
+    """Search the fastest tiles for a model's convolutions and write them to a table.
+
+    What the table holds already, measured with these versions, is not measured again: the search can be interrupted at
+    any time and goes on where it was. At its end the table is in force; another process takes it by `load_config`, or
+    with `FUSED_RESBLOCK_CONFIG_DIR` naming its folder.
+
+    Args:
+        model: in eval mode, on a CUDA device. If it has no fused blocks yet, a fused copy is tuned.
+        example: an input; tuned is for its batch, image size and dtype, and what is found serves up to four times as
+            many pixels and down to a quarter.
+        out: the table's file; None for one named after the GPU in `FUSED_RESBLOCK_CONFIG_DIR`, or else in the current
+            folder.
+        progress: whether to show a progress bar (if tqdm is installed).
+
+    Returns:
+        The table's path.
+
+    Raises:
+        TypeError: if model is no `nn.Module` or example no tensor.
+        ValueError: if the model is in train mode, on another device than example or without residual blocks, or `out`
+            is another GPU's table, or none at all.
+        RuntimeError: if there is no CUDA device, or a CUDA graph is being captured.
+    """
+    _check(model, example)
+    table = _Table(_path(out, example.device), example.device)
+    if not any(isinstance(module, FusedBlock) for module in model.modules()):
+        if next(blocks(model), None) is None:
+            raise ValueError("model must hold residual blocks, got none")
+        model = fuse(model)
+    todo = [found for found in _asked(model, example) if not table.knows(found)]
+    convolutions, tails = ([f for f in todo if f.is_tail == which] for which in (False, True))
+    with torch.no_grad(), _bar(len(todo), progress) as bar:
+        for found in convolutions:
+            table.add(found, convolution_winner(found))
+            bar.update()
+        tuned.load_config(table.write())  # a tail is held against its convolutions with their best tiles
+        for found in tails:
+            table.add(found, tail_winner(found))
+            bar.update()
+    tuned.load_config(table.write())
+    return table.path
+
+
+def _check(model: nn.Module, example: Tensor) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example must be a tensor, got {type(example).__name__}")
+    if not available():
+        raise RuntimeError("tune must have a CUDA device, got none")
+    if example.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune must not be called within the capture of a CUDA graph")
+    if any(module.training for module in model.modules()):
+        raise ValueError("model must be in eval mode, got train mode: call model.eval()")
+    elsewhere = {t.device for t in (*model.parameters(), *model.buffers())} - {example.device}
+    if elsewhere:
+        raise ValueError(f"example must be on the model's device {min(map(str, elsewhere))}, got {example.device}")
+
+
+def _path(out: str | os.PathLike[str] | None, device: torch.device) -> Path:
+    if out is not None:
+        return Path(out)
+    return Path(os.environ.get(tuned.FOLDER) or ".") / f"{re.sub('[^a-z0-9]+', '-', _gpu_name(device).lower())}.json"
+
+
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _asked(model: nn.Module, example: Tensor) -> list[Asked]:
+    """The distinct operations of a forward; all is bound anew, so that each is seen."""
+    backends.clear_caches()
+    with torch.no_grad(), asked.recording() as found:
+        model(example)
+    return list({_key(one): one for one in found}.values())
+
+
+def _bar(total: int, progress: bool) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _NoBar()
+    return tqdm(total=total, unit="operation", disable=not progress)
+
+
+class _NoBar:
+    """What a progress bar is without tqdm."""
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
+
+
+def _key(found: Asked) -> tuple[str, str, int]:
+    """An operation as tables name it: dtype, case and output pixels."""
+    first, *rest = found.layers
+    n, _, h, w = found.size
+    p, q = first.output_size(h, w)
+    if rest:
+        case = tables.stage_name(first, rest[0], found.epilogue.shortcut, found.reduce)
+    else:
+        case = tables.case_name(first, found.other_size, found.epilogue)
+    return tuned.dtype_name(found.dtype), case, n * p * q
+
+
+def convolution_winner(found: Asked) -> dict[str, Any]:
+    """The fastest backend of a convolution, and the fastest tile: what a table's row holds besides its key."""
+    from .kernels.convolution import bind_convolution, likely_tiles
+
+    x, other = found.inputs()
+    (conv,) = found.layers
+    arguments = backends.triton.prepared(x, conv, other, found.epilogue)
+    ways: dict[str, Callable[[], Any]] = {}
+    for tile in likely_tiles(*arguments, gpu_of(x.device))[:TRIED]:
+        ways[str(tile)] = lambda tile=tile: bind_convolution(*arguments, tile)  # type: ignore[misc]
+    for name in ("cudnn", "eager"):
+        module = backends.BACKENDS[name]
+        if module.unavailable() is None:
+            ways[name] = lambda m=module: m.bind_conv_bn_act(x, conv, other, found.epilogue, False)  # type: ignore[misc]
+    times = _times(found, ways, x, other)
+    tiles = {name: us for name, us in times.items() if name not in backends.BACKENDS}
+    best = {name: us for name, us in times.items() if name in backends.BACKENDS}
+    tile = min(tiles, key=tiles.__getitem__, default=None)
+    if tile is not None:
+        best["triton"] = tiles[tile]
+    return {"backend": min(best, key=best.__getitem__, default="eager"), "tile": tile, "us": best}
+
+
+def tail_winner(found: Asked) -> dict[str, Any]:
+    """Whether a tail is faster as one kernel than conv by conv, and the tile: a row besides its key."""
+    h, other = found.inputs()
+    conv, expand = found.layers[:2]
+    layers = (h, conv, expand, other, found.epilogue.shortcut, found.reduce)
+    ways = {
+        "stage": lambda: backends.bind_expand_shift(*layers, force=True),  # type: ignore[arg-type]
+        "apart": lambda: backends.bind_apart(*layers),  # type: ignore[arg-type]
+    }
+    times = _times(found, ways, h, other)
+    faster = "stage" in times and times["stage"] < MARGIN * times.get("apart", float("inf"))
+    return {"faster": faster, "tile": None, "us": times}
+
+
+def _times(found: Asked, ways: Ways, x: Tensor, other: Tensor | None) -> dict[str, float]:
+    """The median of each way that compiles, runs and is right, in microseconds."""
+    few = x[:CHECKED], None if other is None else other[:CHECKED]
+    same = found.plain(*few)
+    exact = found.plain(*(None if t is None else t.double() for t in few))  # type: ignore[arg-type]
+    times = {}
+    for name, bind in ways.items():
+        try:
+            run = bind()
+            if run is None or not _right(run(x, other), same, exact):
+                continue
+            times[name] = median_us(lambda run=run: run(x, other))  # type: ignore[misc]
+        except Exception:  # the compiler, the loader, the driver and memory fail in ways of their own: it is not used
+            continue
+    return times
+
+
+def _right(result: Any, same: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
+    """Whether a result's root mean square error is at most twice torch's own."""
+    outputs = [y for y in (result if isinstance(result, tuple) else (result,)) if y is not None]
+    for y, theirs, truth in zip(outputs, same, exact, strict=True):
+        ours, own = ((t[:CHECKED].double() - truth).square().mean().sqrt() for t in (y, theirs))
+        if not ours <= 2 * own + 1e-6 * truth.abs().max():
+            return False
+    return True
+
+
+class _Table:
+    """A table that is being made, kept on disk after each row."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, gpu = path, gpu_of(device)
+        self._head = {
+            "gpu": _gpu_name(device),
+            **{name: machine.stamp().get(name) for name in ("driver", "torch", "triton", "fused_resblock", "commit")},
+            "date": datetime.date.today().isoformat(),
+            "capability": gpu.capability,
+            "multiprocessors": gpu.multiprocessors,
+        }
+        self._rows: dict[str, list[dict[str, Any]]] = {"winners": [], "stages": []}
+        if path.exists():
+            known = tables.read(path)
+            if known.gpu != gpu:
+                raise ValueError(f"out must be a table of {self._head['gpu']}, got {path} of {known.name}")
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if all(data.get(name) == self._head[name] for name in ("torch", "triton")):
+                self._rows = {name: data.get(name, []) for name in self._rows}
+
+    def knows(self, found: Asked) -> bool:
+        """Whether an operation is in the table."""
+        key = _key(found)
+        return any((row["dtype"], row["case"], row["pixels"]) == key for row in self._rows[_kind(found)])
+
+    def add(self, found: Asked, winner: dict[str, Any]) -> None:
+        """Add an operation's winner, and write."""
+        dtype, case, pixels = _key(found)
+        self._rows[_kind(found)].append({"dtype": dtype, "case": case, "pixels": pixels, **winner})
+        self.write()
+
+    def write(self) -> Path:
+        """Replace the file; a reader sees the old one or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self._head, **self._rows}, indent=1)
+        part = self.path.with_suffix(".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self.path)
+        return self.path
+
+
+def _kind(found: Asked) -> str:
+    return "stages" if found.is_tail else "winners"

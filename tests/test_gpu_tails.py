@@ -1,0 +1,87 @@
+"""The GPU runner's part for the stage kernel, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stand_in_device import StandIn
+
+from benchmarks.gpu import check, launch_each, tails, tune
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.deadline import Deadline
+from benchmarks.gpu.records import read_json
+from benchmarks.shapes import ConvShape
+from fused_resblock import machine
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.stage import refusal
+from fused_resblock.kernels.tables import read
+
+
+@pytest.fixture
+def context(tmp_path, monkeypatch):
+    """A quick run of one convolution and the tiny tails."""
+    monkeypatch.setattr(machine, "stamp", dict)
+    monkeypatch.setattr(check, "check_elementwise", lambda *args: None)
+    monkeypatch.setattr(check, "shapes", lambda context: [ConvShape("tiny", 16, 16, 4, 3, residual=True)])
+    stamp = {"commit": "abc", "driver": "1", "torch": "2.11", "triton": "3.6"}
+    return Context(StandIn(), tmp_path, Deadline(1000), quick=True, stamp=stamp)
+
+
+def test_tails_of_the_network():
+    shapes = tails.shapes(quick=False)
+    assert [shape.name for shape in shapes][:3] == ["l1.first", "l1", "l1.last"]
+    assert shapes[0].case() == "64-256.s1.shortcut64.next64"
+    assert shapes[3].case() == "128-512.s2.shortcut256.next128"
+    for shape in shapes:
+        asked = shape.build(1, torch.float16, "meta")
+        assert refusal(*asked.layers[:2], asked.epilogue.shortcut, asked.reduce) is None
+        for dtype in ("fp16", "tf32"):
+            for capability in (80, 90):
+                found = tails.tiles(shape, dtype, Gpu(132, capability))
+                assert len(found) == len(set(found))
+                assert (len(found) > 1) == (dtype == "fp16" or shape.width < 256)
+
+
+def test_every_tile_is_judged_and_the_run_resumes(context):
+    verdicts = check.records(context)
+    tails.check(context, verdicts, check.verdict)
+    rows = verdicts.rows(kernel="expand_shift")
+    assert len(rows) == 4
+    assert {row["status"] for row in rows} == {"ok"}
+    tails.check(context, verdicts, check.verdict)
+    assert len(verdicts.rows(kernel="expand_shift")) == 4
+    assert tails.shipped_faults(context, verdicts) == []
+
+
+def test_a_wrong_tile_that_ships_fails_the_check(context, monkeypatch):
+    right = tails.bound
+
+    def wrong(asked, tile):
+        run = right(asked, tile)
+        return lambda h, other: tuple(None if t is None else t + tile.tma for t in run(h, other))
+
+    monkeypatch.setattr(tails, "bound", wrong)
+    verdicts = check.records(context)
+    tails.check(context, verdicts, check.verdict)
+    assert len(verdicts.rows(kernel="expand_shift", status="wrong")) == 2
+    faults = tails.shipped_faults(context, verdicts)
+    assert len(faults) == 2
+    assert all("t1" in fault for fault in faults)
+
+
+def test_tuned_tails_are_in_the_table(context):
+    assert check.run(context) == 0
+    assert tune.run(context) == 0
+    table = read(context.folder / "tiles.json")
+    assert {case for _, case in table.stages} == {shape.case() for shape in tails.shapes(quick=True)}
+    for row in read_json(context.folder / "tiles.json")["stages"]:
+        assert row["faster"] == (row["us"]["stage"] < tails.MARGIN * row["us"]["apart"])
+    timed = context.device.timed
+    tune.run(context)
+    assert context.device.timed == timed
+
+
+def test_tails_and_stem_are_launched(capsys):
+    assert launch_each.main(["--tiny", "--device", "cpu"]) == 0
+    assert "10 kernels launched" in capsys.readouterr().out
+    assert len(launch_each.names()) == len(set(launch_each.names()))

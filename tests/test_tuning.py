@@ -1,0 +1,157 @@
+"""`tune` on a machine whose GPU is the interpreter: what it asks for, what it writes, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+
+import pytest
+import torch
+from cases import require
+from torch import nn
+
+pytest.importorskip("triton")
+
+import fused_resblock as frb
+from fused_resblock import tuning
+from fused_resblock.backends import tuned
+from fused_resblock.kernels import tables
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.models import randomize_norms
+from fused_resblock.reference import Bottleneck
+
+X = torch.randn(2, 64, 6, 4, generator=torch.Generator().manual_seed(0))
+CASES = {"64-16.1x1.s1.g1.plain", "16-16.3x3.s1.g1.plain", "16-64.1x1.s1.g1.residual"}
+TAILS = {"16-64.s1.residual.next16", "16-64.s1.residual.last"}
+
+
+@pytest.fixture(autouse=True)
+def machine_with_a_gpu(monkeypatch):
+    """Few tiles, a clock that ticks, and no tables but the test's own."""
+    require("triton")
+    ticks = count(1)
+    monkeypatch.setenv("FUSED_RESBLOCK_BACKEND", "triton")
+    monkeypatch.delenv(tuned.FOLDER, raising=False)
+    monkeypatch.setattr(tuning, "available", lambda: True)
+    monkeypatch.setattr(tuning, "TRIED", 2)
+    monkeypatch.setattr(tuned, "_given", [])
+    monkeypatch.setattr(tuned, "_gpus", lambda: {Gpu()})
+
+    def median_us(call):
+        call()
+        return float(next(ticks))
+
+    monkeypatch.setattr(tuning, "median_us", median_us)
+    yield
+    tuned.forget()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_norms(nn.Sequential(Bottleneck(64, 16), Bottleneck(64, 16))).eval()
+
+
+def rows(path, kind: str = "winners") -> dict[str, dict]:
+    return {row["case"]: row for row in json.loads(path.read_text())[kind]}
+
+
+def test_every_distinct_operation_gets_a_row(tmp_path):
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    table = tables.read(path)
+    assert table.gpu == Gpu()
+    assert {case for _, case in table.convolutions} == CASES
+    assert {case for _, case in table.stages} == TAILS
+    for row in rows(path).values():
+        assert row["pixels"] == 48
+        assert row["backend"] == min(row["us"], key=row["us"].__getitem__)
+        assert row["us"].keys() == {"triton", "eager"}
+        assert row["us"]["triton"] == min(row["us"].values())  # the clock ticks: who came first
+    assert all(row["us"].keys() == {"stage", "apart"} and row["faster"] for row in rows(path, "stages").values())
+
+
+def test_the_table_is_in_force_afterwards(tmp_path):
+    frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    (table,) = {id(t.convolutions): t for t in tuned._given[:1]}.values()
+    assert {case for _, case in table.convolutions} == CASES
+
+
+def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    path, real, calls = tmp_path / "t.json", tuning.convolution_winner, []
+
+    def interrupted(found):
+        calls.append(found)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(found)
+
+    monkeypatch.setattr(tuning, "convolution_winner", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        frb.tune(network(), X, out=path, progress=False)
+    assert len(rows(path)) == 1
+    frb.tune(network(), X, out=path, progress=False)
+    assert rows(path).keys() == CASES
+    assert len(calls) == 4
+    frb.tune(network(), X, out=path, progress=False)
+    assert len(calls) == 4
+
+
+def test_other_versions_are_measured_again(tmp_path):
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "triton": "3.0", "winners": data["winners"][:1], "stages": []}))
+    frb.tune(network(), X, out=path, progress=False)
+    assert rows(path).keys() == CASES
+
+
+def test_a_wrong_way_is_never_a_winner(tmp_path, monkeypatch):
+    from fused_resblock.kernels import convolution
+
+    real = convolution.bind_convolution
+
+    def wrong(*args):
+        run = real(*args)
+        return lambda x, other: run(x, other) + 1 if len(args) > 4 else run(x, other)
+
+    monkeypatch.setattr(convolution, "bind_convolution", wrong)
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    assert all(row["backend"] == "eager" and row["tile"] is None for row in rows(path).values())
+
+
+def test_a_way_that_fails_is_left_out(tmp_path, monkeypatch):
+    def fail(call):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(tuning, "median_us", fail)
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    assert all(row["backend"] == "eager" and row["us"] == {} for row in rows(path).values())
+    assert not any(row["faster"] for row in rows(path, "stages").values())
+
+
+def test_where_the_table_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
+    assert frb.tune(frb.fuse(network(), stages=False), X, progress=False) == tmp_path / "cpu.json"
+    assert rows(tmp_path / "cpu.json", "stages") == {}
+
+
+def test_bad_arguments(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match=r"^model must be an nn\.Module, got str"):
+        frb.tune("resnet50", X)
+    with pytest.raises(TypeError, match="^example must be a tensor, got list"):
+        frb.tune(network(), [1])
+    with pytest.raises(ValueError, match="^model must be in eval mode"):
+        frb.tune(network().train(), X)
+    with pytest.raises(ValueError, match="^example must be on the model's device cpu, got meta"):
+        frb.tune(network(), X.to("meta"))
+    with pytest.raises(ValueError, match="^model must hold residual blocks, got none"):
+        frb.tune(nn.Conv2d(64, 64, 1).eval(), X, out=tmp_path / "t.json")
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    with pytest.raises(ValueError, match="^config must be a table of tuned tiles, got "):
+        frb.tune(network(), X, out=bad)
+    head = {"gpu": "A100", "capability": 80, "multiprocessors": 108, "winners": []}
+    bad.write_text(json.dumps(head))
+    with pytest.raises(ValueError, match=r"^out must be a table of cpu, got .*bad\.json of A100"):
+        frb.tune(network(), X, out=bad)
+    monkeypatch.setattr(tuning, "available", lambda: False)
+    with pytest.raises(RuntimeError, match="^tune must have a CUDA device, got none"):
+        frb.tune(network(), X)
