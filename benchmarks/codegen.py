@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.kernels.stage import bind_stage, choose_stage_tile
+from fused_resblock.kernels.stage import bind_stage, candidates
 from fused_resblock.kernels.stem import bind_stem, pack_weight
 from fused_resblock.kernels.tiles import Tile
 from fused_resblock.params import Affine, Conv
@@ -112,30 +112,27 @@ def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
             ("second", 64 if width == 64 else 2 * width, 2),
         ):
             stride = 1 if width == 64 else stride
-            tile = choose_stage_tile(width, width if case != "last" else 0, dtype.itemsize, bool(second), gpu)
-            if tile is None:
-                continue
+            for tile in candidates(width, width if case != "last" else 0, dtype.itemsize, bool(second), gpu):
 
-            def launch(width=width, size=size, case=case, second=second, stride=stride, tile=tile) -> Any:
-                k, large = 4 * width, size * stride
-                h = _meta(128, width, large, large, dtype=dtype)
-                branch = _conv(k, second, 1, stride, dtype) if second else None
-                other = (
-                    _meta(128, second, large, large, dtype=dtype) if second else _meta(128, k, size, size, dtype=dtype)
+                def launch(width=width, size=size, case=case, second=second, stride=stride, tile=tile) -> Any:
+                    k, large = 4 * width, size * stride
+                    h = _meta(128, width, large, large, dtype=dtype)
+                    branch = _conv(k, second, 1, stride, dtype) if second else None
+                    channels, rows = (second, large) if second else (k, size)
+                    other = _meta(128, channels, rows, rows, dtype=dtype)
+                    reduce = None if case == "last" else _conv(width, k, 1, 1, dtype)
+                    layers = _conv(width, width, 3, stride, dtype), _conv(k, width, 1, 1, dtype)
+                    return bind_stage(h, *layers, other, branch, reduce, tile)(h, other)
+
+                yield Job(
+                    gpu.capability,
+                    name,
+                    "expand_shift_tma" if tile.tma else "expand_shift",
+                    f"{width}.{case}",
+                    str(tile),
+                    launch,
+                    tma=tile.tma,
                 )
-                reduce = None if case == "last" else _conv(width, k, 1, 1, dtype)
-                layers = _conv(width, width, 3, stride, dtype), _conv(k, width, 1, 1, dtype)
-                return bind_stage(h, *layers, other, branch, reduce, tile)(h, other)
-
-            yield Job(
-                gpu.capability,
-                name,
-                "expand_shift_tma" if tile.tma else "expand_shift",
-                f"{width}.{case}",
-                str(tile),
-                launch,
-                tma=tile.tma,
-            )
 
 
 def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Job]:

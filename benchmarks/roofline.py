@@ -19,7 +19,7 @@ from pathlib import Path
 from fused_resblock.kernels.choice import choose_tile, predicted_seconds
 from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost, expand_shift_cost
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.stage import choose_stage_tile
+from fused_resblock.kernels.stage import TailGemms, choose_stage_tile
 from fused_resblock.kernels.stage import predicted_seconds as stage_seconds
 from fused_resblock.kernels.tiles import Tile
 from fused_resblock.table import format_table
@@ -142,12 +142,12 @@ def tail_of(
     conv, expand = (gemm_of(shape, batch) for shape in shapes[1:])
     second = second_of(shapes[2], batch)
     reduce = None if following is None else gemm_of(following, batch)
-    outputs = 0 if reduce is None else reduce.n
-    tile = choose_stage_tile(conv.n, outputs, itemsize, second is not None, Gpu(chip.multiprocessors))
+    gemms = TailGemms(conv, expand, second, reduce)
+    tile = choose_stage_tile(gemms, itemsize, Gpu(chip.multiprocessors))
     if tile is None:
         return None
     cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
-    return cost.floor(chip), stage_seconds(conv, expand, itemsize, tile, chip, second=second, reduce=reduce)
+    return cost.floor(chip), stage_seconds(gemms, itemsize, tile, chip)
 
 
 def blocks_of(kind: str) -> dict[str, list[ConvShape]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from .choice import chip_of
 from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
@@ -9,29 +12,59 @@ from .expand_shift_tma import bind_expand_shift_tma
 from .gpu import Gpu
 from .tiles import StageTile
 
-__all__ = ["bind_stage", "choose_stage_tile", "predicted_seconds", "refusal"]
+__all__ = ["TailGemms", "bind_stage", "candidates", "choose_stage_tile", "gemms_of", "predicted_seconds", "refusal"]
 
-#: the largest tiles that compile without a spill (`make codegen`), by (TMA, width of the 3x3, downsample branch):
+#: tiles that compile without a spill (`make codegen`), by (TMA, width of the 3x3, downsample branch):
 #: block_m, block_n, warps
 TILES = {
-    (True, 64, False): (128, 64, 8),
-    (True, 64, True): (64, 64, 4),
-    (True, 128, False): (128, 32, 8),
-    (True, 128, True): (64, 32, 4),
-    (True, 256, False): (128, 32, 8),
-    (True, 256, True): (64, 32, 8),
-    (False, 64, False): (128, 32, 8),
-    (False, 64, True): (64, 32, 4),
-    (False, 128, False): (64, 32, 4),
-    (False, 128, True): (64, 32, 8),
-    (False, 256, False): (64, 64, 8),
-    (False, 256, True): (64, 32, 8),
+    (True, 64, False): ((128, 64, 8),),
+    (True, 64, True): ((64, 64, 4),),
+    (True, 128, False): ((128, 32, 8),),
+    (True, 128, True): ((64, 32, 4),),
+    (True, 256, False): ((128, 32, 8),),
+    (True, 256, True): ((64, 32, 8),),
+    (False, 64, False): ((128, 32, 8),),
+    (False, 64, True): ((64, 32, 4),),
+    (False, 128, False): ((64, 32, 4),),
+    (False, 128, True): ((64, 32, 8),),
+    (False, 256, False): ((64, 64, 8),),
+    (False, 256, True): ((64, 32, 8),),
+}
+#: on sm_90, whose matrix units read both operands from shared memory, in fp16 and bf16 these fit as well
+MORE = {
+    (64, False): ((256, 64, 16), (64, 64, 4)),
+    (64, True): ((128, 32, 8),),
+    (128, False): ((128, 64, 16), (64, 32, 4)),
+    (128, True): ((128, 32, 8),),
 }
 SMALL_SHARED = 100 << 10  # shared memory of GeForce and workstation chips, where the widest tiles are too large
 
 
-def choose_stage_tile(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) -> StageTile | None:
-    """The tile for a width of the 3x3, or None where no kernel is right for it.
+class TailGemms(NamedTuple):
+    """The convolutions of a tail as GEMMs; see `cost.expand_shift_cost`."""
+
+    conv: Gemm
+    expand: Gemm
+    second: Gemm | None
+    reduce: Gemm | None
+
+
+def gemms_of(size: Sequence[int], conv, expand, shortcut, reduce) -> TailGemms:
+    """The GEMMs of a tail, given the size `[N, C, H, W]` of its input and its convolutions."""
+    n, c, h, w = size
+    p, q = conv.output_size(h, w)
+    m, k = n * p * q, expand.weight.shape[0]
+    taps = conv.weight.shape[2] * conv.weight.shape[3]
+    return TailGemms(
+        Gemm(m, conv.weight.shape[0], c, taps, n * h * w),
+        Gemm(m, k, expand.weight.shape[1], 1, m),
+        None if shortcut is None else Gemm(m, k, shortcut.weight.shape[1], 1, m),
+        None if reduce is None else Gemm(m, reduce.weight.shape[0], k, 1, m),
+    )
+
+
+def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) -> list[StageTile]:
+    """The tiles for a width of the 3x3; none where no kernel is right for it.
 
     Args:
         width: channels of the 3x3.
@@ -43,31 +76,38 @@ def choose_stage_tile(width: int, outputs: int, itemsize: int, second: bool, gpu
     known = max(64, 1 << (max(width, outputs) - 1).bit_length())
     widest = {2: 256, 4: 128}.get(itemsize, 0)  # more TF32 operands than that do not fit the registers
     if known > widest:
-        return None
-    block_m, block_n, warps = TILES[gpu.tma, known, second]
+        return []
+    blocks = TILES[gpu.tma, known, second]
     stages, chunk_stages = (3 if itemsize == 2 else 2), 2
-    if gpu.capability // 10 == 10:  # all accumulators pass through registers
+    if gpu.capability == 90 and itemsize == 2:
+        blocks += MORE.get((known, second), ())
+    elif gpu.capability // 10 == 10:  # all accumulators pass through registers
         if known == 256:
-            block_m, block_n, warps = 64, 64, 8
+            blocks = ((64, 64, 8),)
         elif second and itemsize == 4:
-            block_m, block_n, warps = 64, 32, 4
+            blocks = ((64, 32, 4),)
     elif chip_of(gpu).shared <= SMALL_SHARED and (known == 256 or itemsize == 4):
-        block_m, block_n, warps = 64, 32, 4 if known == 64 else 8
+        blocks = ((64, 32, 4 if known == 64 else 8),)
         stages, chunk_stages = 2, 1 if itemsize == 4 and known == 128 else 2
-    return StageTile(block_m, block_n, min(width, 128 // itemsize), warps, stages, chunk_stages, gpu.tma)
+    block_k = min(width, 128 // itemsize)
+    return [StageTile(m, n, block_k, warps, stages, chunk_stages, gpu.tma) for m, n, warps in blocks]
 
 
-def predicted_seconds(
-    conv: Gemm,
-    expand: Gemm,
-    itemsize: int,
-    tile: StageTile,
-    chip: Ceilings,
-    *,
-    second: Gemm | None = None,
-    reduce: Gemm | None = None,
-) -> float:
-    """What a tail should take with a tile on a chip; arguments are those of `cost.expand_shift_cost`."""
+def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | None:
+    """The candidate with the least predicted time, or None where there is none."""
+    outputs = 0 if gemms.reduce is None else gemms.reduce.n
+    tiles = candidates(gemms.conv.n, outputs, itemsize, gemms.second is not None, gpu)
+    chip = chip_of(gpu)
+
+    def seconds(tile: StageTile) -> float:
+        return predicted_seconds(gemms, itemsize, tile, chip)
+
+    return min(tiles, key=seconds, default=None)
+
+
+def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
+    """What a tail should take with a tile on a chip."""
+    conv, expand, second, reduce = gemms
     cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
     outputs = 0 if reduce is None else reduce.n
     branch = 0 if second is None else second.k

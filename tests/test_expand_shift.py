@@ -9,8 +9,10 @@ from conv_cases import named
 from parity import assert_parity
 from stage_cases import Stage, StageCase
 
+from benchmarks.gpu.tails import TailShape
+from fused_resblock.kernels.choice import chip_of
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.stage import bind_stage, choose_stage_tile, refusal
+from fused_resblock.kernels.stage import bind_stage, candidates, choose_stage_tile, predicted_seconds, refusal
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import Conv
 
@@ -148,13 +150,30 @@ def test_channels_that_no_tile_holds_are_refused(width, expanded, second):
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("width", [16, 32, 64, 128, 256, 512])
-def test_chosen_tile(width, itemsize, capability):
+def test_candidates(width, itemsize, capability):
     for second in (False, True):
-        tile = choose_stage_tile(width, width, itemsize, second, Gpu(132, capability))
-        if width > 256:
-            assert tile is None
-        if tile is not None:
+        tiles = candidates(width, width, itemsize, second, Gpu(132, capability))
+        assert len(set(tiles)) == len(tiles)
+        assert bool(tiles) == (width <= (256 if itemsize == 2 else 128))
+        for tile in tiles:
             assert tile.tma == (capability >= 90)
             assert tile.block_k <= width
             assert tile.block_m * max(width, 64) // (32 * tile.num_warps) <= 128, "accumulators of the 3x3"
-    assert width > 128 or tile is not None
+
+
+def test_choice_is_the_fastest_by_prediction():
+    """A full batch takes the largest tile, one image a small one that leaves fewer multiprocessors idle."""
+    chosen = {}
+    for images in (1, 128):
+        asked = TailShape("l1", 64, 56, outputs=64).build(images, FP16, "meta")
+        gemms, gpu = asked.gemms(), Gpu()
+        tile = choose_stage_tile(gemms, 2, gpu)
+        times = [predicted_seconds(gemms, 2, t, chip_of(gpu)) for t in candidates(64, 64, 2, False, gpu)]
+        assert predicted_seconds(gemms, 2, tile, chip_of(gpu)) == min(times)
+        chosen[images] = tile.block_m
+    assert chosen[1] < chosen[128]
+
+
+def test_no_candidate_no_tile():
+    asked = TailShape("l4", 512, 7, outputs=512).build(1, FP16, "meta")
+    assert choose_stage_tile(asked.gemms(), 2, Gpu()) is None

@@ -27,6 +27,7 @@ from benchmarks.gpu import (
     space,
     steps,
     summary,
+    tails,
     tune,
     verify,
 )
@@ -65,7 +66,8 @@ def context(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_tiles(monkeypatch):
-    """One shape, in fp32 alone, and no elementwise kernels."""
+    """One shape, in fp32 alone, no elementwise kernels and no tails."""
+    monkeypatch.setattr(tails, "shapes", lambda quick: [])
     monkeypatch.setattr(check, "check_elementwise", lambda *args: None)
     monkeypatch.setattr(check, "shapes", lambda context: [ConvShape("tiny", 16, 16, 4, 3, residual=True)])
     monkeypatch.setattr(check, "DTYPES", {"ieee": operations.DTYPES["ieee"]})

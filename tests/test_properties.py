@@ -172,7 +172,7 @@ def check(function: Any, reference: Any, case: Any, backend: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@bounded(50)
+@bounded(40)
 @given(case=conv_cases(), call=calls, data=st.data())
 def test_conv_bn_act(backend, case, call, data):
     dtype = data.draw(st.sampled_from(dtypes_of(backend)))

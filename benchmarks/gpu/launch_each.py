@@ -64,8 +64,7 @@ def _tail(shape: TailShape, batch: int, dtype: torch.dtype, device: str) -> obje
     """A tail on the stage kernel, with the tile that ships."""
     asked = shape.build(batch, dtype, device)
     h, other = asked.inputs()
-    second = asked.epilogue.shortcut
-    tile = choose_stage_tile(shape.width, shape.outputs, dtype.itemsize, second is not None, gpu_of(h.device))
+    tile = choose_stage_tile(asked.gemms(), dtype.itemsize, gpu_of(h.device))
     return None if tile is None else bound(asked, tile)(h, other)
 
 

@@ -54,7 +54,7 @@ def text(context: Context) -> str:
     lines += [
         f"kernels and tiles checked: {_counts(verdicts.count('status', kernels))}",
         f"tests, memory check, CUDA graph: {_counts(verdicts.count('status', others))}",
-        f"convolutions tuned: {len(times.rows(status='tuned'))}; fastest: {_counts(by_backend)}",
+        f"convolutions tuned: {len(times.rows(status='tuned', backend='all'))}; fastest: {_counts(by_backend)}",
         f"stage kernel faster than conv by conv: {sum(row['faster'] for row in stages)} of {len(stages)} tails timed",
         f"launches profiled: {len(profile.records(context).rows(status='ok'))}",
         "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ class Asked(NamedTuple):
     def reduce(self) -> Conv | None:
         """The next block's first convolution, of a tail that has it."""
         return self.layers[2] if len(self.layers) > 2 else None
+
+    def gemms(self) -> Any:
+        """The GEMMs of a tail, as `kernels.stage.choose_stage_tile` takes them."""
+        from ..kernels.stage import gemms_of
+
+        return gemms_of(self.size, *self.layers[:2], self.epilogue.shortcut, self.reduce)
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """Random activations: standard normal, channels_last."""

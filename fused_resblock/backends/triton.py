@@ -145,7 +145,7 @@ def bind_expand_shift(
 ) -> BoundPair | None:
     """See `backends.bind_expand_shift`; `apart` binds the same conv by conv."""
     from ..kernels.gpu import gpu_of
-    from ..kernels.stage import bind_stage, choose_stage_tile
+    from ..kernels.stage import bind_stage, choose_stage_tile, gemms_of
     from ..kernels.tables import stage_name
 
     if stage_refusal(conv, expand, shortcut, reduce) is not None:
@@ -155,10 +155,8 @@ def bind_expand_shift(
         return None
     tile = None if entry is None else entry.tile
     if tile is None:
-        outputs = 0 if reduce is None else reduce.weight.shape[0]
-        tile = choose_stage_tile(
-            conv.weight.shape[0], outputs, h.element_size(), shortcut is not None, gpu_of(h.device)
-        )
+        gemms = gemms_of(h.shape, conv, expand, shortcut, reduce)
+        tile = choose_stage_tile(gemms, h.element_size(), gpu_of(h.device))
     if tile is None:
         return None
     layers = [None if layer is None else prepare(layer, h.dtype) for layer in (conv, expand, shortcut, reduce)]
