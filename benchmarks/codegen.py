@@ -2,7 +2,8 @@
 
 `python -m benchmarks.codegen` needs no GPU. It writes one row a kernel to `benchmarks/results/codegen.csv`, which is
 kept, so that a diff shows what a change did to the machine code; `--check` compares with the kept file and fails on a
-broken gate or on anything that became worse.
+broken gate or on anything that became worse. `--triton 3.6.0` does it with another release, from its wheel, into a
+table of its own.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from fused_resblock.params import Affine, Conv
 from .gpu import space
 from .gpu.operations import build
 from .offline import CHIPS, compiling_for, inspect
+from .other_triton import run_with
 from .shapes import ConvShape, all_shapes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 BATCHES = (1, 32, 128)
 RESULTS = Path(__file__).parent / "results" / "codegen.csv"
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 KEY = ("capability", "dtype", "kernel", "case", "tile")
 
 
@@ -224,6 +227,12 @@ def worse(row: dict[str, Any], kept: dict[str, str]) -> list[str]:
     ]
 
 
+def table_of(version: str) -> Path:
+    """The kept table of a Triton: the pinned one's has no version in its name."""
+    pins = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").split() if "==" in line)
+    return RESULTS if version == pins.get("triton") else RESULTS.with_name(f"codegen-triton-{version}.csv")
+
+
 def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     """The rows of a kept table by their key; empty where there is none."""
     if not path.is_file():
@@ -238,8 +247,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, action="append", choices=tuple(CHIPS), help="default: all")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")
     parser.add_argument("--check", action="store_true", help="write nothing; compare with the kept table")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.csv")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the kept table of this Triton")
+    parser.add_argument("--triton", metavar="VERSION|WHEEL", help="compile with another release of Triton")
     args = parser.parse_args(argv)
+    if args.triton is not None:
+        given = list(sys.argv[1:] if argv is None else argv)
+        place = next(i for i, word in enumerate(given) if word.startswith("--triton"))
+        del given[place : place + (1 if "=" in given[place] else 2)]
+        try:
+            return run_with(args.triton, "benchmarks.codegen", given)
+        except ValueError as error:
+            parser.error(str(error))
+    args.out = args.out or table_of(triton.__version__)
     kept, faults, rows = read(args.out), [], []
     for job, facts in compile_all(args.capability or tuple(CHIPS), args.dtype or tuple(DTYPES)):
         row = {"triton": triton.__version__, **facts}

@@ -1,48 +1,78 @@
 """Write the measured tables into the README: `python -m benchmarks.readme_tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is one of `TABLES`. The figures come
-from `cpu*.csv` (`python -m benchmarks.bench_cpu`) and `demo.json` (`python -m fused_resblock demo --json FILE`) in
-`benchmarks/results/`; what neither of them holds reads "not measured".
+from files in `benchmarks/results/`: `cpu*.csv` (`python -m benchmarks.bench_cpu`), `demo.json` (`python -m
+fused_resblock demo --json FILE`), `roofline.csv` (`python -m benchmarks.roofline`), `codegen.csv` (`python -m
+benchmarks.codegen`) and `*/bench.csv` (`make gpu`). What none of them holds reads "not measured".
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import results, tables
+from . import gpu_tables, results, tables
 from .results import Row
 
 README = Path(__file__).parent.parent / "README.md"
-TABLES: dict[str, Callable[[list[Row], dict[str, Any]], str]] = {
-    "cpu": lambda rows, demo: tables.latency(rows),
-    "goals": lambda rows, demo: tables.judged(rows),
-    "fuse": lambda rows, demo: tables.fusing(rows),
-    "memory": lambda rows, demo: tables.memory(rows),
-    "demo": lambda rows, demo: tables.demo(demo),
-    "digits": lambda rows, demo: tables.digits(demo),
+
+
+class Sources(NamedTuple):
+    """What a folder of results holds; empty where there is nothing."""
+
+    rows: list[Row]
+    demo: dict[str, Any]
+    roofline: list[dict[str, str]]
+    codegen: list[dict[str, str]]
+    gpu: list[dict[str, str]]
+
+
+TABLES: dict[str, Callable[[Sources], str]] = {
+    "cpu": lambda s: tables.latency(s.rows),
+    "goals": lambda s: tables.judged(s.rows),
+    "fuse": lambda s: tables.fusing(s.rows),
+    "memory": lambda s: tables.memory(s.rows),
+    "demo": lambda s: tables.demo(s.demo),
+    "digits": lambda s: tables.digits(s.demo),
+    "roofline": lambda s: gpu_tables.roofline(s.roofline),
+    "codegen": lambda s: gpu_tables.codegen(s.codegen),
+    "gpu": lambda s: gpu_tables.networks(s.gpu),
 }
 _OPEN = re.compile(r"^<!-- table:(?P<name>.*?) -->$")
 _CLOSE = "<!-- /table -->"
 
 
-def load(folder: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Read every result in a folder: the rows of its `cpu*.csv` by name, and `demo.json`; empty where there is none.
+def load(folder: Path) -> Sources:
+    """Read every result in a folder.
 
     Raises:
         ValueError: if a CSV file has other columns, or the JSON is none.
     """
     rows = [row for file in sorted(folder.glob("cpu*.csv")) for row in results.read(file)]
     demo = folder / "demo.json"
-    return rows, json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {}
+    return Sources(
+        rows,
+        json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {},
+        _csv(folder / "roofline.csv"),
+        _csv(folder / "codegen.csv"),
+        [row for file in sorted(folder.glob("*/bench.csv")) for row in _csv(file)],
+    )
 
 
-def fill(text: str, rows: list[Row], demo: dict[str, Any]) -> str:
+def _csv(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def fill(text: str, sources: Sources) -> str:
     """Put the tables between their markers; everything else stays as it is.
 
     Raises:
@@ -58,7 +88,7 @@ def fill(text: str, rows: list[Row], demo: dict[str, Any]) -> str:
             opened = marker["name"]
             if opened not in TABLES:
                 raise ValueError(f"table must be one of {', '.join(TABLES)}, got {opened!r} in line {number}")
-            lines += [line, "", TABLES[opened](rows, demo), ""]
+            lines += [line, "", TABLES[opened](sources), ""]
         elif line == _CLOSE:
             opened = ""
         if not opened:
@@ -81,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         old = args.readme.read_text(encoding="utf-8")
-        new = fill(old, *load(args.results))
+        new = fill(old, load(args.results))
     except (OSError, ValueError) as error:
         print(f"readme_tables: error: {error}", file=sys.stderr)
         return 2

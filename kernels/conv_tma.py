@@ -146,7 +146,7 @@ def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
     return None
 
 
-def bind_conv_tma(x, conv, other, epilogue, tile: Tile):
+def bind_conv_tma(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = False):
     """Prepare `_conv_tma_kernel` for parameters and shapes; arguments and result are those of `bind_conv_bn_act`.
 
     A call with an activation that is no multiple of 16 bytes into its memory runs `conv_bn_act`.
@@ -154,6 +154,7 @@ def bind_conv_tma(x, conv, other, epilogue, tile: Tile):
     Args:
         x, conv, other, epilogue: see `bind_conv_bn_act`; `refusal` must be None.
         tile: its `persistent` is at least 1.
+        overwrite: write the result over a residual.
     """
     n, channels, h, w = x.shape
     k, c, r, s = conv.weight.shape
@@ -195,11 +196,12 @@ def bind_conv_tma(x, conv, other, epilogue, tile: Tile):
     shape = conv.output_shape(x)
     dtype, device = x.dtype, x.device
     other_block = tile.block_n if branch is None else block_k
+    in_place = overwrite and other is not None and branch is None
 
     def run(x, other):
         if unaligned(x, other):
             return by_pointers(x, other)
-        y = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+        y = other if in_place else torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
         launch(
             image_box(x, size, conv.stride[0], box, block_k),
             None if other is None else image_box(other, size2, stride2, box, other_block),

@@ -49,15 +49,18 @@ def choose(x, conv, other, epilogue, gpu: Gpu) -> Tile:
     return tile
 
 
-def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None):
+def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None, *, overwrite: bool = False):
     """Prepare a convolution on the kernel that the tile is for; arguments and result are those of `bind_conv_bn_act`.
 
     Args:
         tile: None for the one that `choose` picks.
+        overwrite: the result may be written over a residual; only `conv_tma`, which reads each piece of it once and
+            before it writes that piece, does so.
     """
     tile = tile or choose(x, conv, other, epilogue, gpu_of(x.device))
-    bind = bind_conv_tma if tile.persistent else bind_conv_bn_act
-    return bind(x, conv, other, epilogue, tile)
+    if tile.persistent:
+        return bind_conv_tma(x, conv, other, epilogue, tile, overwrite=overwrite)
+    return bind_conv_bn_act(x, conv, other, epilogue, tile)
 
 
 def usable(entry: Entry | None, x, conv, other, epilogue) -> Tile | None:

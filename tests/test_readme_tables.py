@@ -161,7 +161,10 @@ def test_the_demo_is_read_from_its_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- table:gpus -->\n<!-- /table -->", "table must be one of cpu, goals, fuse, memory, demo, digits, got"),
+        (
+            "<!-- table:gpus -->\n<!-- /table -->",
+            "table must be one of cpu, goals, fuse, memory, demo, digits, roofline, codegen, gpu, got",
+        ),
         ("<!-- table:cpu -->\n", "got no <!-- /table --> after table:cpu"),
         ("a\n<!-- /table -->\n", "got <!-- /table --> in line 2"),
         ("<!-- table:cpu -->\n<!-- table:demo -->\n<!-- /table -->", "got <!-- table:demo --> in line 2"),

@@ -123,6 +123,27 @@ def test_programs_that_take_several_pieces(monkeypatch):
     check(ConvCase(channels=16, out_channels=48, size=(9, 9)).build(FP32), Tile(16, 16, 16, 4, 1, persistent=1))
 
 
+def test_a_dead_residual_is_overwritten():
+    """Piece by piece, with more pieces than programs, and a box with pixels outside."""
+    require("triton")
+    args = ConvCase(channels=16, out_channels=48, size=(9, 7), residual=1).build(FP32)
+    x, conv, other, epilogue = arguments(args)
+    kept = other.clone(memory_format=torch.channels_last)
+    run = bind_convolution(x, conv, other, epilogue, PERSISTENT[0], overwrite=True)
+    y = run(x, kept)
+    assert y.data_ptr() == kept.data_ptr()
+    assert_parity(y, conv_bn_act_reference(**args), conv_bn_act_reference(**cast(args, FP64)), what="y")
+
+
+def test_a_shortcuts_input_is_not_overwritten():
+    require("triton")
+    args = BOXES["1x1 shortcut"].build(FP32)
+    x, conv, other, epilogue = arguments(args)
+    before = other.clone()
+    bind_convolution(x, conv, other, epilogue, PERSISTENT[0], overwrite=True)(x, other)
+    assert torch.equal(other, before)
+
+
 def test_activation_that_no_descriptor_can_name():
     """Four bytes into its memory: the plain kernel takes the call."""
     require("triton")

@@ -123,9 +123,9 @@ def test_the_measured_tile_is_what_runs(entry, monkeypatch):
     tile, seen = Tile(32, 16, 16, 4, 1), []
     real = convolution.bind_convolution
 
-    def bind(*args):
+    def bind(*args, **options):
         seen.append(args[4:])
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(convolution, "bind_convolution", bind)
     entry(Entry(70, "triton", tile))
@@ -150,8 +150,8 @@ def test_a_measured_tile_that_does_not_run_gives_way_with_one_warning(entry, bac
     args = ConvCase(channels=9).build(FP32)
     real = convolution.bind_convolution
 
-    def bind(x, conv, other, epilogue, tile=None):
-        run = real(x, conv, other, epilogue, tile)
+    def bind(x, conv, other, epilogue, tile=None, **options):
+        run = real(x, conv, other, epilogue, tile, **options)
 
         def fail(x, other):
             raise RuntimeError("out of resource: shared memory")

@@ -108,8 +108,8 @@ def test_a_wrong_way_is_never_a_winner(tmp_path, monkeypatch):
 
     real = convolution.bind_convolution
 
-    def wrong(*args):
-        run = real(*args)
+    def wrong(*args, **options):
+        run = real(*args, **options)
         return lambda x, other: run(x, other) + 1 if len(args) > 4 else run(x, other)
 
     monkeypatch.setattr(convolution, "bind_convolution", wrong)

@@ -122,8 +122,9 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     arguments = prepared(x, conv, other, epilogue)
     tile = usable(entry, *arguments)
     if tile is None:
-        return bind_convolution(*arguments)
-    return _guarded(bind_convolution(*arguments, tile), str(tile), lambda: bind_convolution(*arguments))
+        return bind_convolution(*arguments, overwrite=overwrite)
+    run = bind_convolution(*arguments, tile, overwrite=overwrite)
+    return _guarded(run, str(tile), lambda: bind_convolution(*arguments))
 
 
 def stage_refusal(conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> str | None:

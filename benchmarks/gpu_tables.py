@@ -1,0 +1,66 @@
+"""The README's tables on GPUs: what was predicted, what was compiled, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from .tables import NOT_MEASURED, markdown
+
+Rows = Sequence[Mapping[str, str]]
+#: columns of a GPU's table, by the providers of `benchmarks.gpu.networks`
+PROVIDERS = ("eager", "folded", "cudnn", "compile", "max-autotune", "fused", "stages")
+
+
+def _ms(us: str) -> str:
+    return f"{float(us) / 1e3:.2f}"
+
+
+def roofline(rows: Rows) -> str:
+    """The bodies of the networks: floors of three ways to fuse, and what our kernels should take."""
+    bodies = [row for row in rows if row["block"] == "body"]
+    if not bodies:
+        return NOT_MEASURED
+    first = bodies[0]
+    columns = ("eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us")
+    headers = ["network", "floor of eager", "of conv by conv", "of stages", "of whole blocks"]
+    headers += ["predicted, conv by conv", "predicted, with stages", "measured"]
+    lines = [[row["network"], *(_ms(row[c]) for c in columns), row["measured_us"]] for row in bodies]
+    told = f"{first['chip']}, batch {first['batch']}, {8 * int(first['itemsize'])}-bit elements, milliseconds."
+    return f"{told}\n\n{markdown(headers, lines, numbers=7)}"
+
+
+def _largest(rows: Iterable[Mapping[str, str]], column: str) -> int:
+    return max(int(row[column]) for row in rows)
+
+
+def codegen(rows: Rows) -> str:
+    """Per chip: kernels compiled, the most registers, spills."""
+    if not rows:
+        return NOT_MEASURED
+    lines = []
+    for capability in sorted({int(row["capability"]) for row in rows}):
+        of_chip = [row for row in rows if int(row["capability"]) == capability]
+        spilling = sum(int(row["local"]) > 0 or int(row["stack"]) > 0 for row in of_chip)
+        registers, shared = _largest(of_chip, "registers"), _largest(of_chip, "shared")
+        lines.append([f"sm_{capability}", len(of_chip), registers, f"{shared / 1024:.0f}", spilling])
+    headers = ["chip", "kernels and tiles", "most registers", "most shared memory KiB", "with spills"]
+    return f"Triton {rows[0]['triton']}.\n\n{markdown(headers, lines, numbers=4)}"
+
+
+def networks(rows: Rows) -> str:
+    """Per GPU and versions: median milliseconds of every provider, as CUDA graphs."""
+    timed = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]
+    if not timed:
+        return NOT_MEASURED
+    text = []
+    for marks in dict.fromkeys((row["gpu"], row["torch"], row["triton"], row["commit"]) for row in timed):
+        own = [row for row in timed if (row["gpu"], row["torch"], row["triton"], row["commit"]) == marks]
+        cells: dict[tuple[str, str, str], dict[str, str]] = {}
+        for row in own:
+            line = cells.setdefault((row["network"], row["part"], row["batch"]), {})
+            line[row["provider"].removesuffix("+graph")] = f"{float(row['median_ms']):.3f}"
+        lines = [[*key, *(line.get(name, NOT_MEASURED) for name in PROVIDERS)] for key, line in cells.items()]
+        gpu, torch, triton, commit = marks
+        head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. fp16, CUDA graphs, median milliseconds."
+        text.append(f"{head}\n\n{markdown(['network', 'part', 'batch', *PROVIDERS], lines, numbers=8)}")
+    return "\n\n".join(text)

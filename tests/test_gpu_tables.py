@@ -1,0 +1,58 @@
+"""The README's tables on GPUs, from the rows that the commands write."""
+
+from __future__ import annotations
+
+from benchmarks.gpu_tables import codegen, networks, roofline
+
+ROOF = {
+    "chip": "H100",
+    "network": "resnet50",
+    "batch": "128",
+    "itemsize": "2",
+    "block": "body",
+    "eager_us": "6850.7",
+    "per_conv_us": "2623.9",
+    "stage_us": "1797.7",
+    "whole_us": "1567.1",
+    "predicted_us": "3855.4",
+    "predicted_stage_us": "3371.4",
+    "measured_us": "not measured",
+}
+
+
+def test_roofline_shows_bodies_in_milliseconds():
+    text = roofline([{**ROOF, "block": "l1"}, ROOF])
+    assert text.startswith("H100, batch 128, 16-bit elements")
+    assert text.splitlines()[-1] == "| resnet50 | 6.85 | 2.62 | 1.80 | 1.57 | 3.86 | 3.37 | not measured |"
+    assert len(text.splitlines()) == 5
+
+
+def test_codegen_counts_spills():
+    row = {"triton": "3.7.1", "capability": "90", "registers": "128", "shared": "65536", "local": "0", "stack": "0"}
+    text = codegen([row, {**row, "registers": "255", "local": "4"}, {**row, "capability": "80"}])
+    assert text.splitlines()[-2:] == ["| sm_80 | 1 | 128 | 64 | 0 |", "| sm_90 | 2 | 255 | 64 | 1 |"]
+
+
+def test_networks_by_gpu():
+    row = {
+        "gpu": "H100",
+        "torch": "2.11",
+        "triton": "3.6",
+        "commit": "abc",
+        "network": "resnet50",
+        "part": "whole",
+        "batch": "128",
+        "status": "ok",
+        "provider": "fused+graph",
+        "median_ms": "2.5",
+    }
+    eager, failed = {**row, "provider": "eager"}, {**row, "provider": "cudnn+graph", "status": "failed"}
+    text = networks([row, eager, failed, {**row, "provider": "eager+graph", "median_ms": "6"}])
+    assert "H100, torch 2.11, Triton 3.6, commit abc" in text
+    absent = "not measured"
+    cells = ["resnet50", "whole", "128", "6.000", absent, absent, absent, absent, "2.500", absent]
+    assert text.splitlines()[-1] == f"| {' | '.join(cells)} |"
+
+
+def test_nothing_was_measured():
+    assert roofline([]) == networks([]) == codegen([]) == "not measured"
