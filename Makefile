@@ -4,7 +4,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help venv demo test lint format bench-cpu readme codegen roofline mutants clean
+.PHONY: help venv demo test lint format bench-cpu readme plots codegen roofline mutants clean
 .PHONY: gpu gpu-check gpu-tune gpu-bench gpu-profile gpu-install
 
 help:
@@ -13,7 +13,7 @@ help:
 	@echo "make lint       ruff and mypy; make format repairs what ruff can"
 	@echo "make codegen    compile every kernel for six chips without a GPU; make roofline predicts their time"
 	@echo "make mutants    put faults into copies of the library, one by one: the tests must notice each"
-	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md"
+	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md, make plots draws them"
 	@echo "make gpu        check, tune, measure and profile on an NVIDIA GPU, with python3's own torch (OUT=folder)"
 	@echo "                gpu-check, gpu-tune, gpu-bench, gpu-profile are its steps; each goes on where it was stopped"
 	@echo "make clean      remove .venv, caches and build output"
@@ -46,6 +46,9 @@ bench-cpu: $(STAMP)
 
 readme: $(STAMP)
 	$(PY) -m benchmarks.readme_tables $(ARGS)
+
+plots: $(STAMP)
+	$(PY) -m benchmarks.plots $(ARGS)
 
 mutants: $(STAMP)
 	$(PY) tests/mutants.py $(ARGS)

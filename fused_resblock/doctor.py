@@ -9,11 +9,18 @@ from dataclasses import replace
 import torch
 
 from . import backends, machine
+from .backends import tuned
 from .table import format_table
 from .version import __version__
 
 _PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy")
-_VARIABLES = ("FUSED_RESBLOCK_BACKEND", "TRITON_INTERPRET", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")
+_VARIABLES = (
+    "FUSED_RESBLOCK_BACKEND",
+    "FUSED_RESBLOCK_CONFIG_DIR",
+    "TRITON_INTERPRET",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+)
 #: allocators that keep freed memory by themselves
 _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
@@ -47,6 +54,15 @@ def _backends() -> str:
         reason = backend.unavailable()
         rows.append([name, "yes" if reason is None else "no", reason or ""])
     return format_table(["backend", "usable", "why not"], rows)
+
+
+def _tuned() -> str:
+    """The tables of measured winners."""
+    rows = [
+        [table.name, f"sm_{table.gpu.capability}", len(table.convolutions), "yes" if here else "no: another GPU's"]
+        for table, here in tuned.known()
+    ]
+    return format_table(["tuned tiles of", "chip", "convolutions", "used"], rows or [["none: predicted", "", "", ""]])
 
 
 def _choices(backend: str) -> str:
@@ -102,7 +118,7 @@ def run() -> int:
     except (ValueError, RuntimeError) as error:
         print(f"\nPROBLEM: {error}")
         return 1
-    print(f"\n{_choices(backend)}")
+    print(f"\n{_choices(backend)}\n\n{_tuned()}")
     for hint in hints():
         print(f"\nHint: {hint}.")
     return 0

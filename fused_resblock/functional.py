@@ -42,7 +42,8 @@ def conv_bn_act(
         bias: `[K]` or None.
         norm: mean, var, gamma and beta `[K]` each and eps; statistics take no gradient.
         stride, padding, dilation: of both axes, or a pair (rows, columns).
-        groups: must divide C and K.
+        groups: must divide C and K. Groups of few channels may be computed together, the others with weight 0: a NaN or
+            an infinity in one then reaches its neighbours.
         residual: `[N, K, H2, W2]` with `ceil(H2 / t) = P` and `ceil(W2 / t) = Q`, of x's dtype; or None.
         residual_stride: t, the step at which the residual is read in place.
         shortcut: a 1x1 convolution with its own norm that joins the same output, instead of a residual.

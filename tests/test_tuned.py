@@ -14,6 +14,7 @@ from test_tables import CONTENT, WINNER, write
 pytest.importorskip("triton")
 
 import fused_resblock as frb
+from fused_resblock import doctor
 from fused_resblock.backends import triton as triton_backend
 from fused_resblock.backends import tuned
 from fused_resblock.functional import conv_bn_act
@@ -71,6 +72,13 @@ def test_a_later_table_goes_first_and_a_folder_is_read(tmp_path, h100):
     write(folder, {**CONTENT, "winners": [{**WINNER, "backend": "cudnn"}]})
     frb.load_config(folder)
     assert backend_of() == "cudnn"
+
+
+def test_doctor_lists_the_tables(tmp_path, h100, capsys):
+    frb.load_config(write(tmp_path, CONTENT))
+    doctor.run()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["Test", "sm_90", "1", "yes"] in lines
 
 
 def test_folder_of_the_environment_variable(tmp_path, h100, monkeypatch):

@@ -88,10 +88,16 @@ def _of_folder(folder: str) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def _tables(gpu: Gpu) -> Iterator[Table]:
+def known() -> list[tuple[Table, bool]]:
+    """Every table that was found, those that go first in front, and whether it is of a GPU in this machine."""
     folder = os.environ.get(FOLDER)
     asked = _of_folder(folder) if folder else ()
-    yield from (table for table in (*_given, *asked, *_of_folder(str(CONFIGS))) if table.gpu == gpu)
+    here = _gpus()
+    return [(table, table.gpu in here) for table in (*_given, *asked, *_of_folder(str(CONFIGS)))]
+
+
+def _tables(gpu: Gpu) -> Iterator[Table]:
+    yield from (table for table, _ in known() if table.gpu == gpu)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

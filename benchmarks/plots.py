@@ -1,0 +1,133 @@
+"""Pictures of the results: `python -m benchmarks.plots`, into `benchmarks/results/`.
+
+`cpu.png` shows the latency of every provider on the CPU, `roofline.png` the floors and predictions for the blocks and
+bodies on a GPU, `gpu.png` what was measured there. A picture is drawn only where there are results for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import results
+from .readme_tables import Sources, load
+from .results import Row
+
+#: provider or floor -> colour; what is ours is the strongest
+COLOURS = {
+    "eager": "#9aa5b1",
+    "compile": "#e0a458",
+    "fused": "#1b6ca8",
+    "stages": "#0b3c5d",
+    "cudnn": "#7fb069",
+    "floor, conv by conv": "#cfd8dc",
+    "floor, stages": "#b0bec5",
+    "predicted, conv by conv": "#1b6ca8",
+    "predicted, with stages": "#0b3c5d",
+}
+Bars = Mapping[str, Mapping[str, float]]  # label of a group -> name of a bar -> value
+
+
+def draw(panels: Mapping[str, Bars], unit: str, title: str, file: Path) -> None:
+    """Write a picture of grouped horizontal bars, one panel a title; absent bars stay empty."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for bars in panels.values() for group in bars.values() for name in group))
+    rows = max(len(bars) for bars in panels.values())
+    figure = Figure(figsize=(6.5 * len(panels), 1.8 + rows * (0.2 + 0.17 * len(names))), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes: Any = None
+    for axes, (panel, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        height = 0.8 / len(names)
+        for place, name in enumerate(names):
+            known = [(row, group[name]) for row, group in enumerate(bars.values()) if name in group]
+            offset = (place - (len(names) - 1) / 2) * height
+            drawn = axes.barh(
+                [row + offset for row, _ in known],
+                [value for _, value in known],
+                height,
+                color=COLOURS.get(name, "#c0c0c0"),
+                label=name,
+            )
+            axes.bar_label(
+                drawn,
+                [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for _, value in known],
+                padding=2,
+                fontsize=6,
+            )
+        axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.12, y=0.02)
+        axes.set_xlabel(unit)
+        axes.set_title(panel, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def cpu(rows: Sequence[Row]) -> tuple[dict[str, Bars], str] | None:
+    """Latency by batch: a panel for one image, and one for the largest batch; with the machine."""
+    timed = [row for row in rows if row.benchmark == "latency" and row.median_ms is not None]
+    if not timed:
+        return None
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in timed:
+        panel = panels.setdefault(f"batch {row.batch}", {})
+        panel.setdefault(f"{row.network} {row.part} {row.dtype}", {})[row.provider] = row.median_ms or 0.0
+    last = timed[-1]
+    return dict(panels), f"{last.cpu}, {last.threads} threads, torch {last.torch}"
+
+
+def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None:
+    """ResNet-50's blocks, and the bodies of all networks."""
+    if not rows:
+        return None
+    columns = {
+        "floor, conv by conv": "per_conv_us",
+        "floor, stages": "stage_us",
+        "predicted, conv by conv": "predicted_us",
+        "predicted, with stages": "predicted_stage_us",
+    }
+
+    def bars(row: Mapping[str, str]) -> dict[str, float]:
+        return {name: float(row[column]) for name, column in columns.items()}
+
+    blocks = {row["block"]: bars(row) for row in rows if row["network"] == "resnet50" and row["block"] != "body"}
+    bodies = {row["network"]: bars(row) for row in rows if row["block"] == "body"}
+    title = f"Not measured: floors and predictions. {rows[0]['chip']}, batch {rows[0]['batch']}"
+    return {"blocks of resnet50": blocks, "whole bodies": bodies}, title
+
+
+def gpu(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None:
+    """Networks as CUDA graphs, a panel a batch."""
+    timed = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]
+    if not timed:
+        return None
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in timed:
+        panel = panels.setdefault(f"batch {row['batch']}", {})
+        name = row["provider"].removesuffix("+graph")
+        panel.setdefault(f"{row['network']} {row['part']}", {})[name] = float(row["median_ms"])
+    return dict(panels), f"{timed[-1]['gpu']}, torch {timed[-1]['torch']}, Triton {timed[-1]['triton']}, fp16"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw what there are results for, and say which pictures were written."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    sources: Sources = load(args.results)
+    pictures = {"cpu": (cpu(sources.rows), "ms (median)"), "gpu": (gpu(sources.gpu), "ms (median)")}
+    pictures["roofline"] = roofline(sources.roofline), "us"
+    for name, (found, unit) in pictures.items():
+        if found is not None:
+            panels, title = found
+            draw(panels, unit, title, args.results / f"{name}.png")
+            print(f"wrote {args.results / name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
