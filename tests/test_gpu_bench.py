@@ -1,0 +1,120 @@
+"""The GPU runner's tuning and benchmarks on a machine without a GPU: what is right is timed, memory may run out."""
+
+from pathlib import Path
+
+import torch
+from gpu_fixtures import block, context, few_tiles, one_thread, small_bench
+
+from benchmarks.gpu import (
+    bench,
+    check,
+    networks,
+    operations,
+    space,
+    tune,
+)
+from benchmarks.gpu.deadline import Deadline
+from benchmarks.gpu.records import read_json
+from benchmarks.shapes import ConvShape
+from fused_resblock.kernels.tables import read
+
+ROOT = Path(__file__).parents[1]
+
+
+# tune
+
+
+def test_tune_needs_a_check(context):
+    assert tune.run(context) == 1
+    assert "run the step check first" in (context.folder / "gpu.log").read_text()
+
+
+def test_tune_writes_winners_and_resumes(context, few_tiles):
+    check.run(context)
+    assert tune.run(context) == 0
+    (winner,) = read_json(context.folder / "tiles.json")["winners"]
+    assert winner["backend"] in winner["us"]
+    shape = check.shapes(context)[0]
+    (entry,) = read(context.folder / "tiles.json").convolutions["ieee", space.case_of(shape)]
+    assert (entry.pixels, entry.backend, str(entry.tile)) == (2 * 4 * 4, winner["backend"], winner["tile"])
+    assert {row["status"] for row in tune.records(context).rows(backend="cudnn")} == {"failed"}  # there is none here
+    timed = context.device.timed
+    tune.run(context)
+    assert context.device.timed == timed
+
+
+def test_tune_goes_on_after_memory_runs_out(context, few_tiles, monkeypatch):
+    check.run(context)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(context.device, "times", full)
+    assert tune.run(context) == 0
+    (row,) = tune.records(context).rows(backend="all")
+    assert row["status"] == "oom"
+
+
+def test_the_peers_compute_the_same_operation():
+    for shape in (
+        ConvShape("r", 16, 24, 5, 3, residual=True),
+        ConvShape("s", 16, 24, 5, shortcut=8, shortcut_stride=2),
+    ):
+        op = operations.build(shape, 2, torch.float32, "cpu")
+        torch.testing.assert_close(tune.cudnn_epilogue(op), op.plain())
+
+
+# bench
+
+
+def test_bench_times_what_is_right_and_resumes(context, small_bench):
+    assert bench.run(context) == 0
+    rows = {row["provider"]: row for row in bench.records(context).rows(part="layer1.0")}
+    for name in ("eager", "folded", "fused", "triton"):
+        for mode in ("", "+graph"):
+            assert rows[name + mode]["status"] == "ok", rows[name + mode]["note"]
+            assert float(rows[name + mode]["images_per_s"]) > 0
+    assert rows["cudnn"]["status"] == "failed"
+    size = (context.folder / "bench.csv").stat().st_size
+    bench.run(context)
+    assert (context.folder / "bench.csv").stat().st_size == size
+
+
+def test_folding_changes_no_result():
+    case = networks.Case("resnet18", 2, size=32)
+    model, x = networks.prepare(case, "cpu", torch.float32)
+    folded = networks.fold(model.double())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    assert [type(m) for m in folded.layer2[0].downsample] == [torch.nn.Conv2d, torch.nn.Identity]
+    torch.testing.assert_close(folded(x.double()), model(x.double()))
+
+
+def test_a_wrong_provider_has_no_time_and_fails_the_step(context, small_bench, monkeypatch):
+    wrong = {"eager": lambda model, x: model, "bad": lambda model, x: lambda x: model(x) + 1}
+    monkeypatch.setitem(networks.GROUPS, "main", wrong)
+    assert bench.run(context) == 1
+    (row,) = bench.records(context).rows(provider="bad")
+    assert (row["status"], row["median_ms"]) == ("failed", "")
+
+
+def test_out_of_memory_goes_on_at_half_the_batch(context, small_bench, monkeypatch):
+    monkeypatch.setitem(networks.GROUPS, "main", {"eager": lambda model, x: model})
+    context.device.out_of_memory_after = 1
+    assert bench.run(context) == 0
+    status = {(row["batch"], row["provider"]): row["status"] for row in bench.records(context).rows()}
+    assert status["2", "all"] == "oom"
+    assert status["1", "eager"] == "ok"
+
+
+def test_bench_begins_nothing_that_the_deadline_forbids(context, small_bench):
+    context.deadline = Deadline(0)
+    bench.run(context)
+    assert bench.records(context).rows() == []
+    assert "1 cases left" in (context.folder / "gpu.log").read_text()
+
+
+def test_what_matters_most_is_measured_first():
+    cases = list(bench.cases())
+    assert len(set(cases)) == len(cases)
+    assert [(c.network, c.batch) for c in cases[:2]] == [("resnet50", 128), ("resnet18", 128)]
+    assert cases[-1].group == "max-autotune"
