@@ -24,7 +24,7 @@ from mutants_table import MUTANTS
 from fused_resblock.table import format_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.csv"
-COPIED = ("fused_resblock", "kernels", "tests", "benchmarks", "pyproject.toml")
+COPIED = ("fused_resblock", "kernels", "tests", "benchmarks", "pyproject.toml", "constraints.txt")
 HEADERS = ("mutant", "file", "killed by", "seconds")
 SURVIVED, STALE = "SURVIVED", "STALE"
 
