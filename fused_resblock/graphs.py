@@ -29,18 +29,19 @@ class _Graph(NamedTuple):
     kept: list[object]
 
 
-def record(call: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """Record what a call launches on the current CUDA device.
+def record(call: Callable[[], Any], pool: Any, device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Record what a call launches on a CUDA device.
 
     Args:
         call: has been called before, so that nothing is compiled or chosen in it.
         pool: of memory, shared with other graphs that do not run at the same time; see `torch.cuda.graph`.
+        device: where.
 
     Returns:
         A function that launches all of it again, and the call's result, which that overwrites.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(device)):
         y = call()
     return graph.replay, y
 
@@ -58,6 +59,7 @@ class Captured:
         self._model, self._copy = model, copy
         self._pool: Any = None
         self._graphs: dict[tuple[object, ...], _Graph] = {}
+        self._examples: dict[tuple[object, ...], Tensor] = {}  # of all that was captured, also before a change
         self._guard: Guard | None = None
 
     def add(self, example: Tensor) -> None:
@@ -73,7 +75,8 @@ class Captured:
         if not self._holds():
             self._graphs.clear()
             self._guard = _guard_of(self._model)
-        self._graphs[_key(example)] = self._record(example)
+        graph = self._record(example)
+        self._graphs[_key(example)], self._examples[_key(example)] = graph, graph.x
 
     def _holds(self) -> bool:
         """Whether the model is what it was when its graphs were captured."""
@@ -85,10 +88,16 @@ class Captured:
         def call() -> Any:
             return self._model(x)
 
-        kept: list[object] = []
-        with torch.no_grad(), keeping(kept):
-            _warm_up(call, x.device)
-            replay, y = record(call, self._pool_of(x.device))
+        # the graph has addresses, so all that lies there must stay: storages, even if `.to()` gives parameters others
+        kept: list[object] = [t.detach() for t in (*self._model.parameters(), *self._model.buffers())]
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # it would be let go with the context that the capture happens in
+        try:
+            with torch.no_grad(), keeping(kept):
+                _warm_up(call, x.device)
+                replay, y = record(call, self._pool_of(x.device), x.device)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
         return _Graph(x, replay, y, signature(x), kept)
 
     def _pool_of(self, device: torch.device) -> Any:
@@ -105,15 +114,18 @@ class Captured:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        graph = self._graphs.get(_key(x))
+        key = _key(x)
+        if key in self._examples and key not in self._graphs:  # captured before the model changed
+            self.add(self._examples[key])
+        graph = self._graphs.get(key)
         if graph is None:
-            known = ", ".join(_words(key) for key in self._graphs) or "nothing"
+            known = ", ".join(_words(key) for key in self._examples) or "nothing"
             raise ValueError(f"x must be like one of the captured examples ({known}), got {_words(_key(x))}")
         y = self._run(graph, x)
         if graph.signature == signature(x) and self._holds():
             return y
-        self.add(x)
-        return self._run(self._graphs[_key(x)], x)
+        self.add(graph.x)
+        return self._run(self._graphs[key], x)
 
     def _run(self, graph: _Graph, x: Tensor) -> Any:
         with torch.no_grad():
@@ -159,16 +171,23 @@ def _guard_of(model: nn.Module) -> Guard:
     return guard
 
 
-def available() -> bool:
-    """Whether this machine has CUDA graphs."""
-    return torch.cuda.is_available()
+def check_device(device: torch.device) -> None:
+    """Raise unless there are CUDA graphs for a device.
+
+    Raises:
+        RuntimeError: if there is no CUDA device at all.
+        ValueError: if this is none.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("capture must have a CUDA device, got none: call the fused model itself")
+    if device.type != "cuda":
+        raise ValueError(f"example must be on a CUDA device, got {device}")
 
 
 def _check(model: nn.Module, example: Tensor) -> None:
     if not isinstance(example, Tensor):
         raise TypeError(f"example must be a tensor, got {type(example).__name__}")
-    if not available():
-        raise RuntimeError("capture must have a CUDA device, got none: call the fused model itself")
+    check_device(example.device)
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     if devices - {example.device}:
         raise ValueError(f"example must be on the model's device {min(map(str, devices))}, got {example.device}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import backends, dispatch
 from .backends.folding import keep
+from .kernels.gpu import tf32_allowed
 from .params import Bound
 from .plan import Step
 from .runner import BoundStep, Runner
@@ -54,7 +55,7 @@ class Program:
 def signature(x: Tensor) -> tuple[object, ...]:
     """What a program depends on besides the modules; equal for inputs that one program serves."""
     dtype = dispatch.autocast_dtype(x)
-    tf32 = torch.backends.cudnn.allow_tf32 if x.is_cuda else None
+    tf32 = tf32_allowed() if x.is_cuda else None
     return x.shape, x.dtype, x.device, dtype, tf32, backends.environment(), backends.generation
 
 
@@ -192,7 +193,8 @@ def bind(
     chain = _Chain(blocks, x, stage_kernel)
     base = 0
     for runner, backend in blocks:
-        runner.check(chain.values[base], chain.dtype is not None)
+        if len(chain.operations) == base:  # else the block before has computed its first step, and let y go perhaps
+            runner.check(chain.values[base], chain.dtype is not None)
         if base == 0:
             chain.values[0] = backends.dense(chain.values[0])
         backend = backends.check_name(backend)
@@ -215,12 +217,11 @@ class Programs:
 
     def find(self, x: Tensor) -> Program | None:
         """The program for such an input; None if there is none, or if something that went into it has changed."""
-        guard = self._guard  # read before the program: another thread may be replacing both
+        guard = self._guard  # read before the programs: another thread may be replacing both
         if guard is None or not isinstance(x, Tensor):
             return None
-        program = self._programs.get(signature(x))
-        if program is None or guard.holds():
-            return program
+        if guard.holds():  # also where there is no such program: the next one is kept under the same guard
+            return self._programs.get(signature(x))
         self._guard = None
         self._programs.clear()
         return None

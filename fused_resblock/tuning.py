@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,17 @@ CHECKED = 4
 Ways = Mapping[str, Callable[[], Any]]
 
 
-def available() -> bool:
-    """Whether this machine has a GPU to tune for."""
-    return torch.cuda.is_available()
+def check_device(device: torch.device) -> None:
+    """Raise unless a device can be tuned for.
+
+    Raises:
+        RuntimeError: if there is no CUDA device at all.
+        ValueError: if this is none.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune must have a CUDA device, got none")
+    if device.type != "cuda":
+        raise ValueError(f"example must be on a CUDA device, got {device}")
 
 
 def median_us(call: Callable[[], Any]) -> float:
@@ -84,7 +93,8 @@ def tune(
         model = fuse(model)
     todo = [found for found in _asked(model, example) if not table.knows(found)]
     convolutions, tails = ([f for f in todo if f.is_tail == which] for which in (False, True))
-    with torch.no_grad(), _bar(len(todo), progress) as bar:
+    here = torch.cuda.device(example.device) if example.is_cuda else nullcontext()
+    with torch.no_grad(), here, _bar(len(todo), progress) as bar:
         for found in convolutions:
             table.add(found, convolution_winner(found))
             bar.update()
@@ -101,8 +111,7 @@ def _check(model: nn.Module, example: Tensor) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(example, Tensor):
         raise TypeError(f"example must be a tensor, got {type(example).__name__}")
-    if not available():
-        raise RuntimeError("tune must have a CUDA device, got none")
+    check_device(example.device)
     if example.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune must not be called within the capture of a CUDA graph")
     if any(module.training for module in model.modules()):
@@ -213,7 +222,8 @@ def _times(found: Asked, ways: Ways, x: Tensor, other: Tensor | None) -> dict[st
                 continue
             times[name] = median_us(lambda run=run: run(x, other))  # type: ignore[misc]
         except Exception:  # the compiler, the loader, the driver and memory fail in ways of their own: it is not used
-            continue
+            if x.is_cuda:
+                torch.cuda.synchronize()  # raises if nothing more will run in this process
     return times
 
 
@@ -254,7 +264,9 @@ class _Table:
         return any((row["dtype"], row["case"], row["pixels"]) == key for row in self._rows[_kind(found)])
 
     def add(self, found: Asked, winner: dict[str, Any]) -> None:
-        """Add an operation's winner, and write."""
+        """Add an operation's winner, and write; not where nothing ran: another time it may."""
+        if not winner["us"]:
+            return
         dtype, case, pixels = _key(found)
         self._rows[_kind(found)].append({"dtype": dtype, "case": case, "pixels": pixels, **winner})
         self.write()

@@ -21,6 +21,15 @@ class Gpu:
         return self.capability >= 90
 
 
+def tf32_allowed() -> bool:
+    """Whether torch lets cuDNN round the factors of an fp32 convolution to TF32.
+
+    Asked of the newer setting, which knows what the older `allow_tf32` was set to; the older one raises once the newer
+    has been used.
+    """
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
 @cache
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU that a tensor's device is; an H100 where it is none, so that the interpreter runs the same tiles."""

@@ -10,6 +10,8 @@ import torch
 import triton.language as tl
 from triton import knobs
 
+from .gpu import tf32_allowed
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1` before Triton was imported)."""
@@ -23,8 +25,7 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How an fp32 dot multiplies: TF32 where torch would let cuDNN do so for a convolution, else IEEE."""
-    allowed = dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return "tf32" if allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def current(device: torch.device):

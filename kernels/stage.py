@@ -135,9 +135,13 @@ def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ce
     return predicted(cost, programs, resident, chip, step_seconds=taps * tap + chunks * chunk)
 
 
+def _boxes_hold(x, conv) -> bool:
+    """Whether `boxes.image_box` can see the image at the convolution's stride: 1, or 2 with even height and width."""
+    return conv.stride == (1, 1) or (conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0)
+
+
 def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile):
     """Prepare the kernel that the tile is for; arguments and result are those of `bind_expand_shift`."""
-    odd = conv.stride[0] == 2 and (h.shape[2] % 2 or h.shape[3] % 2)
-    odd = odd or (shortcut is not None and shortcut.stride[0] == 2 and (other.shape[2] % 2 or other.shape[3] % 2))
-    bind = bind_expand_shift_tma if tile.tma and not odd else bind_expand_shift
+    boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
+    bind = bind_expand_shift_tma if tile.tma and boxes else bind_expand_shift
     return bind(h, conv, expand, other, shortcut, reduce, tile)

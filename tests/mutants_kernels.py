@@ -316,7 +316,7 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
     "kernels/stage.py": [
         (
             "odd image not noticed",
-            "bind_expand_shift_tma if tile.tma and not odd",
+            "bind_expand_shift_tma if tile.tma and boxes",
             "bind_expand_shift_tma if tile.tma",
             _stage("stride 2, downsample, odd image", "16x16x16.w4.s1.c1.t1"),
         ),

@@ -29,6 +29,7 @@ CASES = {
     "one pixel": StageCase(batch=1, size=(1, 1)),
     "exactly one tile": StageCase(batch=1, size=(4, 4)),
     "no padding": StageCase(padding=0, size=(6, 7)),
+    "stride 3, downsample": StageCase(stride=3, size=(7, 6), second=24),
 }
 TILES = [
     StageTile(*blocks, 4, 1, 1, tma) for blocks in ((16, 16, 16), (32, 32, 16), (64, 16, 32)) for tma in (False, True)

@@ -33,7 +33,7 @@ def recorded(monkeypatch):
     """How many graphs have been recorded."""
     graphs = []
 
-    def record(call, pool):
+    def record(call, pool, device):
         y = call()
         graphs.append(y)
 
@@ -44,7 +44,7 @@ def recorded(monkeypatch):
 
         return replay, y
 
-    monkeypatch.setattr(module, "available", lambda: True)
+    monkeypatch.setattr(module, "check_device", lambda device: None)
     monkeypatch.setattr(module, "record", record)
     return graphs
 
@@ -142,8 +142,29 @@ def test_a_changed_model_is_captured_again(recorded, change):
     close(captured(X), model(X))
     close(captured(X), model(X))
     assert len(recorded) == 3
-    with pytest.raises(ValueError, match="captured examples"):
-        captured(X[:1])  # of the model that was
+    close(captured(X[:1]), model(X[:1]))  # captured again when it is asked for
+    assert len(recorded) == 4
+
+
+def test_moved_parameters_leave_their_memory_to_the_graph(recorded):
+    model = made()
+    storages = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    captured = frb.capture(model, X)
+    model.double().float()
+    gc.collect()
+    assert all(reference() is not None for reference in storages)
+    del captured
+    gc.collect()
+    assert all(reference() is None for reference in storages)
+
+
+def test_casts_of_autocast_are_not_cached_in_a_capture(recorded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_warm_up", lambda call, device: seen.append(torch.is_autocast_cache_enabled()))
+    with torch.autocast("cpu", torch.bfloat16):
+        frb.capture(made(), X)
+        assert torch.is_autocast_cache_enabled()
+    assert seen == [False]
 
 
 def test_changed_settings_are_captured_again(recorded, monkeypatch):
@@ -207,6 +228,12 @@ def cast_model(model: nn.Module) -> nn.Module:
     for name, parameter in list(model[0].block[0].named_parameters()):
         setattr(model[0].block[0], name, nn.Parameter(cast(parameter, torch.float32).clone(), requires_grad=False))
     return model
+
+
+def test_an_example_on_the_cpu_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="^example must be on a CUDA device, got cpu"):
+        frb.capture(made(), X)
 
 
 def test_without_a_gpu():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -66,3 +68,21 @@ def test_interpreter_has_nothing_to_keep(kernel):
     launch(ALIGNED)
     launch(ALIGNED)
     assert [call[0] for call in kernel.calls] == ["jit", "jit"]
+
+
+PRECISION = """
+import torch
+from fused_resblock.kernels.gpu import tf32_allowed
+assert tf32_allowed() == torch.backends.cudnn.allow_tf32
+torch.backends.cudnn.allow_tf32 = {old}
+assert tf32_allowed() is {old}
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+assert not tf32_allowed()
+"""
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_tf32_is_asked_of_torchs_new_settings_and_old_ones(old):
+    code = PRECISION.format(old=old)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

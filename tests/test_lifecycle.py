@@ -275,3 +275,32 @@ def test_bottleneck_subclass_defined_later_is_fused():
     assert isinstance(fused, Mine)
     x = torch.randn(1, 8, 4, 4)
     close(fused(x), block(x))
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["known size", "new size"])
+def test_call_with_other_parameters_in_between(fresh):
+    """What is bound while others' parameters are in place is not used once they are gone."""
+    reference = made()
+    fused = frb.fuse(reference)
+    other = {name: t * 1.5 for name, t in reference.state_dict().items() if t.is_floating_point()}
+    x, y = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 5, 5)
+    with torch.no_grad():
+        fused(x)
+        if not fresh:
+            fused(y)
+        close(torch.func.functional_call(fused, other, (y,)), torch.func.functional_call(reference, other, (y,)))
+        close(fused(y), reference(y))
+        close(fused(x), reference(x))
+
+
+def test_a_norm_that_is_gone_takes_its_folded_weights_along():
+    frb.clear_caches()
+    weight, x = torch.randn(8, 8, 3, 3), torch.randn(1, 8, 5, 5)
+    norm = frb.functional.BatchNorm(torch.zeros(8), torch.ones(8))
+    for backend in ("onednn", "triton"):
+        frb.functional.conv_bn_act(x, weight, norm=norm, backend=backend)
+    assert cached() > 0
+    del norm
+    gc.collect()
+    weights = len(backends.triton._weights)  # repacked alone
+    assert cached() == weights

@@ -192,6 +192,28 @@ def test_gradients_and_train_mode_run_block_by_block():
         torch.testing.assert_close(fused.train()(X), reference.train()(X), rtol=1e-4, atol=1e-4)
 
 
+class ReadsItsInputOnce(nn.Module):
+    """A residual block whose shortcut begins behind its first convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(x)) + x)
+
+
+def test_a_result_that_the_next_head_alone_reads():
+    require("triton")
+    reference = chain(lambda: [identity(), ReadsItsInputOnce()])
+    fused = frb.fuse(reference, backend="triton", stages="kernel", strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X), reference(X), rtol=1e-4, atol=1e-4)
+    assert merged(fused) == 1
+
+
 def test_unfuse_and_state_dict():
     reference = chain(CHAINS["layer"][0])
     fused = frb.fuse(reference, stages="kernel")

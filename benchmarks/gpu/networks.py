@@ -134,7 +134,7 @@ class Made:
         result: Call = call
         if self._graph:
             replay = self._device.capture(lambda: call(self._x))
-            result = lambda _: replay()  # noqa: E731
+            result = lambda _, kept=call: replay()  # noqa: E731  # the graph reads the weights that `call` holds
         else:
             self._device.memory()
             call(self._x)

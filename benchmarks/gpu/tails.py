@@ -188,12 +188,14 @@ def tune(context: Context, verdicts: Records, table: Records) -> int:
     left = 0
     for dtype, batch, shape in plan(context.quick):
         key = {"dtype": dtype, "case": shape.key(), "batch": batch}
-        if table.done(dtype, shape.key(), batch, "tail", ""):
+        rows = verdicts.rows(kernel="expand_shift", dtype=dtype, case=shape.key(), status="ok")
+        met = {row["tile"] for row in table.rows(**{**key, "batch": str(batch)}) if row["backend"] == "stage"}
+        new = [row for row in rows if row["tile"] not in met]
+        if table.done(dtype, shape.key(), batch, "tail", "") and not new:
             continue
-        if not context.deadline.allows(5):
+        if not context.deadline.allows(5) or not rows:  # no tile of it has been checked yet
             left += 1
             continue
-        rows = verdicts.rows(kernel="expand_shift", dtype=dtype, case=shape.key(), status="ok")
         told = {}
         with precision(dtype) as kind, torch.no_grad():
             try:
@@ -202,10 +204,14 @@ def tune(context: Context, verdicts: Records, table: Records) -> int:
                 assert other is not None
                 layers = (x, *asked.layers[:2], other, asked.epilogue.shortcut, asked.reduce)
                 ways: dict[tuple[str, str], Callable[[], Any]] = {("apart", ""): lambda: backends.bind_apart(*layers)}  # type: ignore[arg-type]  # noqa: B023
-                for row in rows:
+                for row in new:
                     ways["stage", row["tile"]] = lambda r=row: bound(asked, StageTile.parse(r["tile"]))  # noqa: B023
                 for (backend, tile), bind in ways.items():
-                    us = _time(context, bind, x, other)
+                    try:
+                        us = _time(context, bind, x, other)
+                    except Broken as error:  # on record, so that the next process does not meet it again
+                        table.add(**key, backend=backend, tile=tile, status="crash", note=str(error))
+                        raise
                     status = {"status": "failed", "note": us} if isinstance(us, str) else {"status": "ok", **us}
                     table.add(**key, backend=backend, tile=tile, **status)
                     if not isinstance(us, str):

@@ -201,6 +201,8 @@ def run(context: Context) -> int:
             break
         lost = {r["backend"] + r["tile"] for r in table.rows(dtype=dtype, case=case, batch=batch, status="crash")}
         tiles = [tile for tile in right_tiles(verdicts, dtype, case) if "triton" + tile not in lost]
+        if not tiles and not lost:  # none has been checked yet
+            continue
         try:
             with precision(dtype):
                 tuning = Case(context, table, dtype, shape, batch)

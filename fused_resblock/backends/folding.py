@@ -65,7 +65,7 @@ class _Entry(NamedTuple):
     words: list[ctypes.c_uint64]
     seen: list[int]
     value: Any
-    storage: weakref.ref[torch.UntypedStorage]
+    storages: list[weakref.ref[torch.UntypedStorage]]
 
 
 class TensorCache:
@@ -73,8 +73,8 @@ class TensorCache:
 
     An edit through `tensor.data` is the one that PyTorch does not record. On the CPU sampled words are compared as
     well, so one that changes whole tensors (a moving average, say) is seen; after others, and on a GPU, call `clear`.
-    An entry goes when its first tensor's storage does (a weak reference to the tensor would forbid `swap_tensors`), or
-    as the oldest of more than `LIMIT`.
+    An entry goes when the storage of one of its tensors does, since another tensor may then come to the same address (a
+    weak reference to the tensor itself would forbid `swap_tensors`), or as the oldest of more than `LIMIT`.
     """
 
     LIMIT = 8192
@@ -104,8 +104,8 @@ class TensorCache:
         value = compute()
         sampled = words(parts)
         entries = self._entries
-        storage = weakref.ref(head.untyped_storage(), lambda _: entries.pop(key, None))
-        entries[key] = _Entry(stamp, sampled, read(sampled), value, storage)
+        storages = [weakref.ref(t.untyped_storage(), lambda _: entries.pop(key, None)) for t in parts if t is not None]
+        entries[key] = _Entry(stamp, sampled, read(sampled), value, storages)
         if len(entries) > self.LIMIT:
             entries.pop(next(iter(entries)))
         return value

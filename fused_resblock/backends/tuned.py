@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.gpu import Gpu, gpu_of
+from ..kernels.gpu import Gpu, gpu_of, tf32_allowed
 from ..kernels.tables import CONFIGS, Entry, StageEntry, Table, case_name, nearest, read
 from ..params import Conv, Epilogue
 
@@ -103,7 +103,7 @@ def _tables(gpu: Gpu) -> Iterator[Table]:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as tables name it, fp32 by how its products are computed."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        return "tf32" if tf32_allowed() else "ieee"
     return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
 
 
