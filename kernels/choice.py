@@ -59,8 +59,12 @@ def _power_of_two(value: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, value - 1).bit_length()))
 
 
-def candidates(gemm: Gemm, itemsize: int, *, residual: bool, second: bool, tma: bool, gpu: Gpu) -> Iterator[Tile]:
+def candidates(
+    gemm: Gemm, itemsize: int, *, residual: bool, second: bool, tma: bool, gpu: Gpu, ieee: bool = False
+) -> Iterator[Tile]:
     """Tiles that fit the chip and are no wider than the convolution.
+
+    In `ieee` (fp32 products not rounded to TF32) there are no matrix units, and operands pass through registers.
 
     On sm_100 the accumulator lies in tensor memory and passes through registers whole: 64 columns at most, and with a
     second GEMM (two of them) a quarter of the registers. R x S kernels without TMA stay at 4 warps: with 8, a
@@ -71,6 +75,8 @@ def candidates(gemm: Gemm, itemsize: int, *, residual: bool, second: bool, tma: 
     block_k = _power_of_two(gemm.k // gemm.groups, 16, 128 // itemsize)
     for block_m, block_n, warps in SHAPES:
         if block_n > max(width, 32) or (gpu.capability // 10 == 10 and block_n > 64):
+            continue
+        if ieee and (second or block_m * block_n // (32 * warps) > 32) and (block_m, block_n) != (64, 32):
             continue
         crowded = gpu.capability // 10 == 10 and second
         if crowded and block_m * block_n // (32 * warps) > max(16, 64 // itemsize):
@@ -120,6 +126,7 @@ def ranked(
     second: Gemm | None = None,
     tma: bool = False,
     gpu: Gpu | None = None,
+    ieee: bool = False,
 ) -> list[Tile]:
     """The candidates for a convolution, the one with the least predicted time first.
 
@@ -130,11 +137,12 @@ def ranked(
         second: the 1x1 convolution that is accumulated beside it, or None.
         tma: whether `conv_tma` may run it.
         gpu: where it runs; an H100 unless told.
+        ieee: whether fp32 products must not be rounded to TF32.
     """
     gpu = gpu or Gpu()
     chip = chip_of(gpu)
-    kinds = (True, False) if tma and gpu.tma else (False,)
-    options = {"residual": residual, "second": second is not None, "gpu": gpu}
+    kinds = (True, False) if tma and gpu.tma and not ieee else (False,)
+    options = {"residual": residual, "second": second is not None, "gpu": gpu, "ieee": ieee}
     tiles = [tile for kind in kinds for tile in candidates(gemm, itemsize, tma=kind, **options)]  # type: ignore[arg-type]
 
     def order(tile: Tile) -> tuple[int, bool, int]:

@@ -72,6 +72,11 @@ def _conv_tma_kernel(
     BLOCK_M: tl.constexpr = IMAGES * ROWS * COLUMNS
     tiles_k: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N * GROUPS
     steps: tl.constexpr = R * S * ((C + BLOCK_K - 1) // BLOCK_K)
+    # Both operands stay in shared memory if the second is the box, which as the first is copied to registers unless it
+    # is a row of pixels. The first has 64 rows at least.
+    FILTERS_FIRST: tl.constexpr = IMAGES * ROWS > 1 and BLOCK_N >= 64
+    ACC_M: tl.constexpr = BLOCK_N if FILTERS_FIRST else BLOCK_M
+    ACC_N: tl.constexpr = BLOCK_M if FILTERS_FIRST else BLOCK_N
     tiles = TILES_N * TILES_P * TILES_Q * tiles_k
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         group = (tile % tiles_k) // (tiles_k // GROUPS)  # neighbours share their pixels in L2
@@ -81,7 +86,7 @@ def _conv_tma_kernel(
         q = (pixels % TILES_Q) * COLUMNS
         p = (pixels // TILES_Q % TILES_P) * ROWS
         n = (pixels // (TILES_Q * TILES_P)) * IMAGES
-        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        acc = tl.zeros((ACC_M, ACC_N), ACC)
         for step in range(steps):
             # all taps of a channel block before the next block: the taps' overlap is still in L2
             c = (step // (R * S)) * BLOCK_K
@@ -97,13 +102,16 @@ def _conv_tma_kernel(
             if UPCAST:
                 x = x.to(tl.float32)
                 filters = filters.to(tl.float32)
-            acc = tl.dot(x, filters.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            if FILTERS_FIRST:
+                acc = tl.dot(filters, x.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc = tl.dot(x, filters.T, acc, input_precision=PRECISION, out_dtype=ACC)
         offs = channel + tl.arange(0, BLOCK_N)
         mask = k + tl.arange(0, BLOCK_N) < K
         scale, shift = scale_shift(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, offs, mask, EPS, ACC)
-        z = acc * scale[None, :] + shift[None, :]
+        z = (acc.T if FILTERS_FIRST else acc) * scale[None, :] + shift[None, :]
         if SECOND:
-            acc2 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            acc2 = tl.zeros((ACC_M, ACC_N), ACC)
             for c in range(0, C2, BLOCK_K):
                 x2 = other_desc.load([n, p, 0, q, c]).reshape(BLOCK_M, BLOCK_K)
                 filters2 = w2_desc.load([channel, c])
@@ -112,9 +120,12 @@ def _conv_tma_kernel(
                 if UPCAST:
                     x2 = x2.to(tl.float32)
                     filters2 = filters2.to(tl.float32)
-                acc2 = tl.dot(x2, filters2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+                if FILTERS_FIRST:
+                    acc2 = tl.dot(filters2, x2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
+                else:
+                    acc2 = tl.dot(x2, filters2.T, acc2, input_precision=PRECISION, out_dtype=ACC)
             scale2, shift2 = scale_shift(bias2_ptr, mean2_ptr, var2_ptr, gamma2_ptr, beta2_ptr, offs, mask, EPS2, ACC)
-            z += acc2 * scale2[None, :] + shift2[None, :]
+            z += (acc2.T if FILTERS_FIRST else acc2) * scale2[None, :] + shift2[None, :]
         elif other_desc is not None:
             z += other_desc.load([n, p, 0, q, channel]).reshape(BLOCK_M, BLOCK_N).to(ACC)
         if APPLY_RELU:

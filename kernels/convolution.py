@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .choice import choose_tile, ranked
 from .conv_bn_act import bind_conv_bn_act
 from .conv_tma import bind_conv_tma
 from .conv_tma import refusal as tma_refusal
 from .cost import Gemm
-from .gpu import Gpu, gpu_of
+from .gpu import Gpu, gpu_of, tf32_allowed
 from .tables import Entry
 from .tiles import Tile
 
@@ -31,7 +33,15 @@ def _options(x, conv, other, epilogue, gpu: Gpu) -> dict[str, Any]:
     probe = Tile(64, min(64, gemm.n // gemm.groups), 64, 4, 2, persistent=1)
     tma = gpu.tma and tma_refusal(x, conv, other, epilogue, probe) is None
     residual = other is not None and second is None
-    return {"gemm": gemm, "itemsize": x.element_size(), "residual": residual, "second": second, "tma": tma, "gpu": gpu}
+    options = {
+        "gemm": gemm,
+        "itemsize": x.element_size(),
+        "residual": residual,
+        "second": second,
+        "tma": tma,
+        "gpu": gpu,
+    }
+    return {**options, "ieee": x.dtype == torch.float32 and not tf32_allowed()}
 
 
 def likely_tiles(x, conv, other, epilogue, gpu: Gpu) -> list[Tile]:

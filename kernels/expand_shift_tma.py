@@ -6,6 +6,8 @@ the shared memory that the matrix units read, and output chunks leave by it whil
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -183,7 +185,8 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
         num_warps=tile.num_warps,
         num_stages=max(tile.tap_stages, tile.chunk_stages),
     )
-    by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, tile)
+    small = replace(tile, block_m=64, block_n=32, num_warps=4 if c <= 128 else 8, tma=False)
+    by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, small)
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
     size, size2 = (n, height, width, c), (n, p * stride2, q * stride2, channels2)
     other_block = tile.block_n if shortcut is None else block_k

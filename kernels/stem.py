@@ -118,11 +118,11 @@ def _stem_kernel(
 
     ReLU leaves nothing below 0, so 0 stands for what lies outside. Rounds once.
     """
-    n = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64)
     half: tl.constexpr = BLOCK_Q // 2
     tiles_q = tl.cdiv(Q2, half - 1)
-    first = (tl.program_id(1) // tiles_q) * ROWS
-    q0 = (tl.program_id(1) % tiles_q) * (half - 1) - 1  # pooled column of the tile's first pair
+    first = (tl.program_id(0) // tiles_q) * ROWS
+    q0 = (tl.program_id(0) % tiles_q) * (half - 1) - 1  # pooled column of the tile's first pair
     offs_q = 2 * q0 + tl.arange(0, BLOCK_Q)
     offs_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     taps = tl.arange(0, TAPS)
@@ -168,7 +168,7 @@ def refusal(conv, relu: bool, pool) -> str | None:
         return "no ReLU in front of the pool"
     if c > LANES or conv.groups != 1 or conv.stride != (2, 2) or conv.dilation != (1, 1):
         return "not a convolution of stride 2 on at most 4 channels"
-    if max(r, s) > 15 or k % 16 or (k > 64 and k % 64):
+    if max(r, s) > 15 or k % 16 or (k % 64 if k > 64 else k & (k - 1)):
         return "a filter wider than 15 or an odd number of output channels"
     return None
 
@@ -221,7 +221,7 @@ def bind_stem(x, conv, packed, tile: StemTile | None = None):
     )
     launch = Launch(
         _stem_kernel,
-        (n, triton.cdiv(p2, tile.pooled_rows) * triton.cdiv(q2, half - 1), triton.cdiv(k, block_k)),
+        (triton.cdiv(p2, tile.pooled_rows) * triton.cdiv(q2, half - 1), n, triton.cdiv(k, block_k)),
         (
             packed,
             conv.bias,

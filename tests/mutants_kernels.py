@@ -160,8 +160,8 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
         ("ReLU forgotten", "        if APPLY_RELU:\n", "        if False:\n", _boxes("3x3")),
         (
             "second shift forgotten",
-            "acc2 * scale2[None, :] + shift2[None, :]",
-            "acc2 * scale2[None, :]",
+            "else acc2) * scale2[None, :] + shift2[None, :]",
+            "else acc2) * scale2[None, :]",
             _boxes("shortcut"),
         ),
         (
@@ -344,8 +344,8 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "tiles of columns overlap too little",
-            "// tiles_q) * ROWS\n    q0 = (tl.program_id(1) % tiles_q) * (half - 1)",
-            "// tiles_q) * ROWS\n    q0 = (tl.program_id(1) % tiles_q) * half",
+            "// tiles_q) * ROWS\n    q0 = (tl.program_id(0) % tiles_q) * (half - 1)",
+            "// tiles_q) * ROWS\n    q0 = (tl.program_id(0) % tiles_q) * half",
             _stem("wider than a tile"),
         ),
         (

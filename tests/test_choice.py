@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_resblock.kernels.choice import CHIPS, candidates, chip_of, choose_tile, predicted_seconds
+from fused_resblock.kernels.choice import CHIPS, candidates, chip_of, choose_tile, predicted_seconds, ranked
 from fused_resblock.kernels.cost import Gemm, resident_programs
 from fused_resblock.kernels.gpu import Gpu
 
@@ -80,3 +80,12 @@ def test_a_gpu_with_half_the_multiprocessors_has_half_the_rates():
 def test_a_chip_between_two_known_ones_counts_as_the_older():
     assert chip_of(Gpu(148, 103)).name == "B200"
     assert chip_of(Gpu(100, 75)).name == "A100"
+
+
+def test_without_matrix_units_tiles_are_small():
+    """fp32 products that must not be rounded to TF32: larger tiles spilled thousands of bytes a thread."""
+    gemm = Gemm(128 * 28 * 28, 128, 128, 9, 128 * 28 * 28)
+    for tile in ranked(gemm, 4, tma=True, ieee=True):
+        assert not tile.persistent
+        assert tile.block_m * tile.block_n // (32 * tile.num_warps) <= 32
+    assert choose_tile(gemm, 4, tma=True).persistent

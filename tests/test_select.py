@@ -209,7 +209,7 @@ def test_refusals_are_sentences_about_the_problem(name):
 
 @pytest.mark.parametrize(
     ("pixels", "reach", "fits"),
-    [(2**31 - 257, 1, True), (2**31 - 256, 1, False), (1, 2**31 - 1, True), (1, 2**31, False)],
+    [(2**31 - 8193, 1, True), (2**31 - 8192, 1, False), (1, 2**31 - 1, True), (1, 2**31, False)],
     ids=["most pixels", "too many pixels", "longest reach", "reach too long"],
 )
 def test_triton_refuses_what_32_bits_cannot_index(pixels, reach, fits):

@@ -114,6 +114,8 @@ def test_settings_in_pairs():
         ({"dilation": (2, 2)}, True, POOL, "stride 2"),
         ({"weight": torch.empty(16, 5, 3, 3)}, True, POOL, "4 channels"),
         ({"weight": torch.empty(24, 3, 3, 3)}, True, POOL, "output channels"),
+        ({"weight": torch.empty(48, 3, 3, 3)}, True, POOL, "output channels"),
+        ({"weight": torch.empty(96, 3, 3, 3)}, True, POOL, "output channels"),
         ({"weight": torch.empty(16, 3, 17, 3)}, True, POOL, "wider than 15"),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity import assert_parity
 
+from fused_resblock.functional import conv_bn_act
 from fused_resblock.kernels.conv_tma import refusal
 from fused_resblock.kernels.convolution import bind_convolution
 from fused_resblock.kernels.gpu import Gpu
@@ -46,6 +47,7 @@ BOXES = {
     "one pixel": ConvCase(batch=1, channels=16, out_channels=16, size=(1, 1), residual=1),
     "five small images": ConvCase(batch=5, channels=16, out_channels=16, size=(3, 2)),
 }
+WIDE = Tile(64, 64, 16, 4, 1, persistent=1)  # the filters are the first operand
 PERSISTENT = [Tile(*blocks, 4, 1, persistent=1) for blocks in ((16, 16, 16), (32, 16, 32), (128, 16, 64))]
 
 
@@ -117,10 +119,28 @@ def test_boxes_in_other_dtypes(case, dtype):
     check(cast(fitting(case, tile), dtype), tile, dtype)
 
 
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d)[6:]) for d in (FP32, FP16, BF16)])
+@pytest.mark.parametrize("case", named(BOXES))
+def test_boxes_with_the_filters_first(case, dtype):
+    require("triton", dtype)
+    wide = replace(case, out_channels=128 if case.groups > 1 else 72)
+    check(cast(fitting(wide, WIDE), dtype), WIDE, dtype)
+
+
 def test_programs_that_take_several_pieces(monkeypatch):
     require("triton")
     monkeypatch.setattr("fused_resblock.kernels.conv_tma.gpu_of", lambda _: Gpu(multiprocessors=3))
     check(ConvCase(channels=16, out_channels=48, size=(9, 9)).build(FP32), Tile(16, 16, 16, 4, 1, persistent=1))
+
+
+def test_weight_that_no_descriptor_can_name():
+    """A weight that is a piece of one long vector, as optimisers make: copied to where a descriptor can begin."""
+    require("triton")
+    args = ConvCase(kernel=(1, 1), padding=0, channels=16, out_channels=16).build(FP32)
+    memory = torch.zeros(args["weight"].numel() + 1, device=DEVICE)
+    args["weight"] = memory[1:].view(16, 16, 1, 1).copy_(args["weight"])
+    assert args["weight"].data_ptr() % 16
+    torch.testing.assert_close(conv_bn_act(**args, backend="triton"), conv_bn_act_reference(**args))
 
 
 def test_a_dead_residual_is_overwritten():

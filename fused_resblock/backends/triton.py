@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.gpu import tf32_allowed
 from ..params import PLAIN, Affine, BatchNorm, Bound, BoundPair, Conv, Epilogue
 from . import tuned
 from .folding import TensorCache, bypassed, scale_shift
 from .select import Problem
 
+MOST_ROWS = 8192  # of a program: its last row is counted in 32 bits, too
 _weights = TensorCache()  # in another dtype, channels_last, or with groups joined
 _affines = TensorCache()  # norms as scale and shift
 
@@ -41,7 +43,7 @@ def unsupported(problem: Problem) -> str | None:
         return f"no Triton kernels for {problem.device} tensors"
     if problem.dtype == torch.float64 and problem.device == "cuda":
         return "float64 runs in the interpreter only"
-    if problem.pixels >= 2**31 - 256 or problem.tap_reach >= 2**31:
+    if problem.pixels >= 2**31 - MOST_ROWS or problem.tap_reach >= 2**31:
         return "the image has more pixels than a 32-bit index counts"
     return None
 
@@ -88,11 +90,14 @@ def join_groups(weight: Tensor, groups: int, joined: int) -> Tensor:
 def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
     """The convolution as the kernels take it: weight in `dtype` and channels_last, groups joined, norm as `affine`."""
     weight, bias = conv.weight, conv.bias
-    if joined > 1 or weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last):
+    dense = weight.is_contiguous(memory_format=torch.channels_last) and weight.data_ptr() % 16 == 0
+    if joined > 1 or weight.dtype != dtype or not dense:
 
         def compute() -> Tensor:
             wide = join_groups(weight.detach(), conv.groups, joined) if joined > 1 else weight.detach()
-            return wide.to(dtype).contiguous(memory_format=torch.channels_last)
+            return wide.to(dtype).clone(
+                memory_format=torch.channels_last
+            )  # memory of its own begins at a multiple of 16
 
         weight = _weights.get((conv.weight,), (dtype, joined, conv.groups), compute)
     norm = affine(conv.norm, bias, dtype)
@@ -149,8 +154,8 @@ def bind_expand_shift(
     from ..kernels.stage import bind_stage, choose_stage_tile, gemms_of
     from ..kernels.tables import stage_name
 
-    if stage_refusal(conv, expand, shortcut, reduce) is not None:
-        return None
+    if stage_refusal(conv, expand, shortcut, reduce) is not None or (h.dtype == torch.float32 and not tf32_allowed()):
+        return None  # no tile of fp32 products fits the registers
     entry = tuned.lookup_stage(h, conv, stage_name(conv, expand, shortcut, reduce))
     if not force and (entry is None or not entry.faster):
         return None
