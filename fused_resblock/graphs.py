@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import leaves
+from . import leaves, on_cuda
 from .backends.folding import keeping
 from .program import signature
 from .watch import Guard
@@ -71,7 +71,7 @@ class Captured:
         Raises:
             TypeError, ValueError, RuntimeError: see `capture`.
         """
-        _check(self._model, example)
+        on_cuda.check("capture", self._model, example)
         if not self._holds():
             self._graphs.clear()
             self._guard = _guard_of(self._model)
@@ -171,32 +171,6 @@ def _guard_of(model: nn.Module) -> Guard:
     return guard
 
 
-def check_device(device: torch.device) -> None:
-    """Raise unless there are CUDA graphs for a device.
-
-    Raises:
-        RuntimeError: if there is no CUDA device at all.
-        ValueError: if this is none.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("capture must have a CUDA device, got none: call the fused model itself")
-    if device.type != "cuda":
-        raise ValueError(f"example must be on a CUDA device, got {device}")
-
-
-def _check(model: nn.Module, example: Tensor) -> None:
-    if not isinstance(example, Tensor):
-        raise TypeError(f"example must be a tensor, got {type(example).__name__}")
-    check_device(example.device)
-    devices = {t.device for t in (*model.parameters(), *model.buffers())}
-    if devices - {example.device}:
-        raise ValueError(f"example must be on the model's device {min(map(str, devices))}, got {example.device}")
-    if any(module.training for module in model.modules()):
-        raise ValueError("model must be in eval mode, got train mode: call model.eval()")
-    if example.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("capture must not be called within another capture")
-
-
 def capture(model: nn.Module, example: Tensor, *more: Tensor, copy: bool = True) -> Captured:
     """Record a model's forward as a CUDA graph, for inputs of fixed shapes.
 
@@ -219,8 +193,6 @@ def capture(model: nn.Module, example: Tensor, *more: Tensor, copy: bool = True)
             an example.
         RuntimeError: if there is no CUDA device, or a capture is under way.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     captured = Captured(model, copy)
     for x in (example, *more):
         captured.add(x)

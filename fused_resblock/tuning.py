@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, machine
+from . import backends, machine, on_cuda
 from .backends import asked, tuned
 from .backends.asked import Asked
 from .convert import blocks, fuse
@@ -37,19 +37,6 @@ MARGIN = 0.98
 CHECKED = 4
 
 Ways = Mapping[str, Callable[[], Any]]
-
-
-def check_device(device: torch.device) -> None:
-    """Raise unless a device can be tuned for.
-
-    Raises:
-        RuntimeError: if there is no CUDA device at all.
-        ValueError: if this is none.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("tune must have a CUDA device, got none")
-    if device.type != "cuda":
-        raise ValueError(f"example must be on a CUDA device, got {device}")
 
 
 def median_us(call: Callable[[], Any]) -> float:
@@ -85,7 +72,7 @@ def tune(
             is another GPU's table, or none at all.
         RuntimeError: if there is no CUDA device, or a CUDA graph is being captured.
     """
-    _check(model, example)
+    on_cuda.check("tune", model, example)
     table = _Table(_path(out, example.device), example.device)
     if not any(isinstance(module, FusedBlock) for module in model.modules()):
         if next(blocks(model), None) is None:
@@ -104,21 +91,6 @@ def tune(
             bar.update()
     tuned.load_config(table.write())
     return table.path
-
-
-def _check(model: nn.Module, example: Tensor) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(example, Tensor):
-        raise TypeError(f"example must be a tensor, got {type(example).__name__}")
-    check_device(example.device)
-    if example.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tune must not be called within the capture of a CUDA graph")
-    if any(module.training for module in model.modules()):
-        raise ValueError("model must be in eval mode, got train mode: call model.eval()")
-    elsewhere = {t.device for t in (*model.parameters(), *model.buffers())} - {example.device}
-    if elsewhere:
-        raise ValueError(f"example must be on the model's device {min(map(str, elsewhere))}, got {example.device}")
 
 
 def _path(out: str | os.PathLike[str] | None, device: torch.device) -> Path:

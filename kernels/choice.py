@@ -54,7 +54,7 @@ def chip_of(gpu: Gpu) -> Ceilings:
     )
 
 
-def _power_of_two(value: int, low: int, high: int) -> int:
+def power_of_two(value: int, low: int, high: int) -> int:
     """The smallest power of two that is >= value, kept within [low, high]."""
     return min(high, max(low, 1 << max(0, value - 1).bit_length()))
 
@@ -71,8 +71,8 @@ def candidates(
     flattened loop over taps and channels has miscompiled (pytorch#173068).
     """
     shared = chip_of(gpu).shared
-    width = _power_of_two(gemm.n // gemm.groups, 16, 256)
-    block_k = _power_of_two(gemm.k // gemm.groups, 16, 128 // itemsize)
+    width = power_of_two(gemm.n // gemm.groups, 16, 256)
+    block_k = power_of_two(gemm.k // gemm.groups, 16, 128 // itemsize)
     for block_m, block_n, warps in SHAPES:
         if block_n > max(width, 32) or (gpu.capability // 10 == 10 and block_n > 64):
             continue

@@ -13,14 +13,14 @@ from torch import nn
 pytest.importorskip("triton")
 
 import fused_resblock as frb
-from fused_resblock import tuning
+from fused_resblock import on_cuda, tuning
 from fused_resblock.backends import tuned
 from fused_resblock.kernels import tables
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.models import randomize_norms
 from fused_resblock.reference import Bottleneck
 
-REAL_CHECK = tuning.check_device
+REAL_CHECK = on_cuda.check_device
 X = torch.randn(2, 64, 6, 4, generator=torch.Generator().manual_seed(0))
 CASES = {"64-16.1x1.s1.g1.plain", "16-16.3x3.s1.g1.plain", "16-64.1x1.s1.g1.residual"}
 TAILS = {"16-64.s1.residual.next16", "16-64.s1.residual.last"}
@@ -33,7 +33,7 @@ def machine_with_a_gpu(monkeypatch):
     ticks = count(1)
     monkeypatch.setenv("FUSED_RESBLOCK_BACKEND", "triton")
     monkeypatch.delenv(tuned.FOLDER, raising=False)
-    monkeypatch.setattr(tuning, "check_device", lambda device: None)
+    monkeypatch.setattr(on_cuda, "check_device", lambda caller, device: None)
     monkeypatch.setattr(tuning, "TRIED", 2)
     monkeypatch.setattr(tuned, "_given", [])
     monkeypatch.setattr(tuned, "_gpus", lambda: {Gpu()})
@@ -156,10 +156,10 @@ def test_bad_arguments(tmp_path):
 
 def test_devices():
     with pytest.raises(RuntimeError, match="^tune must have a CUDA device, got none"):
-        REAL_CHECK(torch.device("cpu"))
+        REAL_CHECK("tune", torch.device("cpu"))
 
 
 def test_an_example_on_the_cpu_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="^example must be on a CUDA device, got cpu"):
-        REAL_CHECK(torch.device("cpu"))
+        REAL_CHECK("tune", torch.device("cpu"))

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from fused_resblock.kernels.choice import chip_of
+from fused_resblock.kernels.choice import chip_of, power_of_two
 from fused_resblock.kernels.conv_tma import refusal
 from fused_resblock.kernels.convolution import choose, gemms_of
 from fused_resblock.kernels.cost import resident_programs
@@ -48,10 +48,6 @@ def chosen(shape: ConvShape, batch: int, dtype: str, gpu: Gpu) -> Tile:
         return choose(*build(shape, batch, kind, "meta").prepared(), gpu)
 
 
-def _powers(value: int, low: int, high: int) -> int:
-    return min(high, max(low, 1 << (value - 1).bit_length()))
-
-
 def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[Tile]:
     """Every tile worth trying: TMA first, where the chip has it, then plain pointers, then split loops.
 
@@ -64,8 +60,8 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
     gemm, second = gemms_of(arguments[0], arguments[1], arguments[3])
     residual = shape.residual
     shared = chip_of(gpu).shared
-    width = _powers(gemm.n // gemm.groups, 16, 256)
-    block_k = _powers(gemm.k // gemm.groups, 16, 128 // item)
+    width = power_of_two(gemm.n // gemm.groups, 16, 256)
+    block_k = power_of_two(gemm.k // gemm.groups, 16, 128 // item)
 
     def fits(tile: Tile) -> int:
         return resident_programs(tile, item, shared, residual=residual, second=second is not None)

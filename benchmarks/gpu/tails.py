@@ -17,6 +17,7 @@ from fused_resblock.kernels.stage import bind_stage, candidates
 from fused_resblock.kernels.tables import stage_name
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import BatchNorm, Conv, Epilogue
+from fused_resblock.tuning import MARGIN
 
 from ..harness import Spread
 from .context import Context
@@ -24,8 +25,6 @@ from .device import Broken, first_line, is_broken, is_out_of_memory
 from .operations import DTYPES, precision
 from .records import Records
 
-#: how much less time than conv by conv the stage kernel has to take to be used
-MARGIN = 0.98
 ROUNDS = 30
 
 

@@ -88,16 +88,18 @@ def _of_folder(folder: str) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def known() -> list[tuple[Table, bool]]:
-    """Every table that was found, those that go first in front, and whether it is of a GPU in this machine."""
+def _tables() -> Iterator[Table]:
+    """Every table that was found, those that go first in front."""
     folder = os.environ.get(FOLDER)
-    asked = _of_folder(folder) if folder else ()
+    yield from _given
+    yield from _of_folder(folder) if folder else ()
+    yield from _of_folder(str(CONFIGS))
+
+
+def known() -> list[tuple[Table, bool]]:
+    """Every table, and whether it is of a GPU in this machine."""
     here = _gpus()
-    return [(table, table.gpu in here) for table in (*_given, *asked, *_of_folder(str(CONFIGS)))]
-
-
-def _tables(gpu: Gpu) -> Iterator[Table]:
-    yield from (table for table, _ in known() if table.gpu == gpu)
+    return [(table, table.gpu in here) for table in _tables()]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -126,7 +128,8 @@ def lookup_stage(h: Tensor, conv: Conv, case: str) -> StageEntry | None:
 
 
 def _first(x: Tensor, kind: str, key: tuple[str, str], pixels: int) -> Any:
-    for table in _tables(gpu_of(x.device)):
+    gpu = gpu_of(x.device)
+    for table in (table for table in _tables() if table.gpu == gpu):
         found = nearest(getattr(table, kind).get(key, ()), pixels)
         if found is not None:
             return found
