@@ -139,7 +139,9 @@ class FusedBlock(Swapped):
         if runner is None:
             return None
         if bindable:
-            return self._current_state().programs.bind([(runner, self._fused_backend)], x, self)
+            programs = self._current_state().programs
+            bound = programs.bind([(runner, self._fused_backend)], x, list(self.modules()))
+            return None if bound is None else bound[1]
         return runner.run(x, self._fused_backend)
 
 

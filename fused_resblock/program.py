@@ -20,6 +20,8 @@ from .runner import BoundStep, Runner
 from .tail import Tail, find_tails
 from .watch import Guard
 
+NEVER = -1  # the number of no operation
+
 
 class Operation(NamedTuple):
     """`values[out] = run(values[main], values[other])`, then the values in `dead` are let go."""
@@ -31,25 +33,48 @@ class Operation(NamedTuple):
     dead: tuple[int, ...]
 
 
+class Ends(NamedTuple):
+    """Where a program of a chain can meet that of the chain before it and of the one behind it; see `handover`."""
+
+    result: int  # the number of the chain's output among its values
+    first: BoundStep | None = None  # what the first operation computes, if that is one step of the first block
+    ahead: BoundStep | None = None  # the next chain's first step where this program computes it, as value result + 1
+    tail: bool = False  # whether a kernel for the last block's tail could compute that step
+
+
 class Program:
     """Bound operations in order; call it with an x of the shape, dtype and device that it was bound for."""
 
-    def __init__(self, dtype: torch.dtype | None, operations: Sequence[Operation]) -> None:
+    def __init__(self, dtype: torch.dtype | None, operations: Sequence[Operation], ends: Ends | None = None) -> None:
         self._dtype = dtype  # that autocast asks for
         self._operations = operations
         self._slots: list[Tensor | None] = [None] * (len(operations) + 1)
+        self.ends = ends or Ends(len(operations))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output, channels_last and without autograd."""
-        keep(self._operations)
+        return self.run(x)[0]
+
+    def run(self, x: Tensor, head: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The output, and what the next chain's first step makes of it where the program computes that.
+
+        Args:
+            x: the input.
+            head: the first operation's result where it is known already.
+        """
+        operations = self._operations
+        keep(operations)
         if self._dtype is not None:
             x = x.to(self._dtype)
-        values = [x.contiguous(memory_format=torch.channels_last), *self._slots]
-        for run, main, other, out, dead in self._operations:
-            values[out] = run(values[main], values[other])  # type: ignore[arg-type]
+        values: list[Any] = [x.contiguous(memory_format=torch.channels_last), *self._slots]
+        if head is not None:
+            values[1], operations = head, operations[1:]
+        for run, main, other, out, dead in operations:
+            values[out] = run(values[main], values[other])
             for value in dead:
                 values[value] = None
-        return values[out]  # type: ignore[return-value]
+        result = self.ends.result
+        return values[result], None if self.ends.ahead is None else values[result + 1]
 
 
 def signature(x: Tensor) -> tuple[object, ...]:
@@ -82,13 +107,24 @@ class _Chain:
     Step number i gives value number i + 1.
     """
 
-    def __init__(self, blocks: Sequence[tuple[Runner, str]], x: Tensor, stage_kernel: bool | None) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[Runner, str]],
+        x: Tensor,
+        stage_kernel: bool | None,
+        following: BoundStep | None,
+    ) -> None:
         self.dtype = dispatch.autocast_dtype(x)
         self.values: list[Any] = [x if self.dtype is None else x.to(self.dtype)]
         self.operations: list[Operation] = []
-        self._last_read = last_reads(blocks)
+        runners = [runner for runner, _ in blocks]
+        self._result = sum(len(runner.steps) for runner in runners)
+        self._last_read = {**last_reads(blocks), self._result: NEVER}
         self._force = bool(stage_kernel)
-        self._tails = {} if stage_kernel is None else find_tails([r for r, _ in blocks], self._last_read)
+        self._following = following
+        self._tails = {} if stage_kernel is None else find_tails(runners, self._last_read, following)
+        self._first = runners[0].steps[0]
+        self._taken: set[int] = set()  # the first step of each tail that is one kernel
 
     def _dies(self, value: int) -> bool:
         """Whether nothing reads a value after the next operation; x itself belongs to others."""
@@ -100,6 +136,15 @@ class _Chain:
         self.values.append(result)
         for value in dead:
             self.values[value] = None
+
+    def program(self, backend: str) -> Program:
+        """The operations so far; `backend` is the last block's."""
+        ahead = self._following if len(self.operations) > self._result else None
+        first = None if 0 in self._taken else self._first
+        on_gpu = backend == "triton" or (backend == "auto" and self.values[0].is_cuda)
+        return Program(
+            self.dtype, self.operations, Ends(self._result, first, ahead, on_gpu and self._result - 2 in self._tails)
+        )
 
     def step(self, step: BoundStep, base: int, backend: str) -> bool:
         """Bind and run a step of the block whose input is value number `base`; False as `bind` gives None."""
@@ -136,6 +181,7 @@ class _Chain:
         if run is None:
             return 0
         taken = 2 if tail.reduce is None else 3
+        self._taken.add(number)
         self._last_read[pair] = number + taken - 1
         y, g = result = run(h, other)
         self._append(run, main, tail.other, result)
@@ -172,7 +218,10 @@ def _bind_tail(tail: Tail, h: Tensor, other: Tensor, backend: str, autocast: boo
 
 
 def bind(
-    blocks: Sequence[tuple[Runner, str]], x: Tensor, stage_kernel: bool | None = None
+    blocks: Sequence[tuple[Runner, str]],
+    x: Tensor,
+    stage_kernel: bool | None = None,
+    following: BoundStep | None = None,
 ) -> tuple[Program, Tensor] | None:
     """Bind the plans of consecutive blocks, the first of which reads `x`, and run them.
 
@@ -183,6 +232,7 @@ def bind(
         x: an input.
         stage_kernel: whether the kernel of `kernels.expand_shift` takes what it can: nothing (None), what a table says
             is faster so (False), or everything (True).
+        following: a step that reads the chain's output, to be computed too where the last kernel can.
 
     Returns:
         The program and its result for x; None if the shapes are such that only the blocks' own forwards can say.
@@ -190,7 +240,7 @@ def bind(
     Raises:
         TypeError, ValueError: if x does not fit the first block.
     """
-    chain = _Chain(blocks, x, stage_kernel)
+    chain = _Chain(blocks, x, stage_kernel, following)
     base = 0
     for runner, backend in blocks:
         if len(chain.operations) == base:  # else the block before has computed its first step, and let y go perhaps
@@ -203,7 +253,8 @@ def bind(
             if not chain.tail(base, backend) and not chain.step(step, base, backend):
                 return None
         base += len(runner.steps)
-    return Program(chain.dtype, chain.operations), chain.values[-1]
+    program = chain.program(backend)
+    return program, chain.values[program.ends.result]
 
 
 class Programs:
@@ -214,6 +265,7 @@ class Programs:
     def __init__(self) -> None:
         self._guard: Guard | None = None
         self._programs: dict[tuple[object, ...], Program] = {}
+        self._watched: set[nn.Module] = set()  # by the guard, besides the owner
 
     def find(self, x: Tensor) -> Program | None:
         """The program for such an input; None if there is none, or if something that went into it has changed."""
@@ -238,17 +290,38 @@ class Programs:
         self._programs[signature(x)] = program
 
     def bind(
-        self, blocks: Sequence[tuple[Runner, str]], x: Tensor, root: nn.Module, stage_kernel: bool | None = None
-    ) -> Tensor | None:
-        """Bind a program for the blocks in `root`, keep it, and give its result for x.
+        self,
+        blocks: Sequence[tuple[Runner, str]],
+        x: Tensor,
+        modules: Sequence[nn.Module],
+        stage_kernel: bool | None = None,
+        following: tuple[Runner, Sequence[nn.Module]] | None = None,
+    ) -> tuple[Program, Tensor] | None:
+        """Bind a program, keep it, and give it with its result for x.
 
         None as `bind` gives it, or if a parameter is no plain tensor.
+
+        Args:
+            blocks: as `bind` has them.
+            x: an input.
+            modules: all that take part, the one that owns these programs first.
+            stage_kernel: see `bind`.
+            following: the block that reads the result, and its modules, if its first step may be computed too.
         """
-        tensors = [t for runner, _ in blocks for t in runner.parameters()]
-        found = bind(blocks, x, stage_kernel) if dispatch.plain(tensors) else None
+        runners = [runner for runner, _ in blocks]
+        tensors = [t for runner in runners for t in runner.parameters()]
+        found = None
+        if dispatch.plain(tensors):
+            found = bind(blocks, x, stage_kernel, None if following is None else following[0].steps[0])
         if found is None:
             return None
-        program, y = found
-        all_modes = any(runner.eval_only for runner, _ in blocks)
-        self.keep(x, program, lambda: Guard(list(root.modules()), tensors, all_modes))
-        return y
+        if following is not None and found[0].ends.ahead is not None:
+            runners.append(following[0])
+            modules = list(dict.fromkeys([*modules, *following[1]]))
+            tensors += following[0].parameters()
+        if self._guard is None or not self._watched.issuperset(modules[1:]):  # a guard of all these is to be made
+            self._guard, self._watched = None, set(modules[1:])
+            self._programs.clear()
+        all_modes = any(runner.eval_only for runner in runners)
+        self.keep(x, found[0], lambda: Guard(modules, tensors, all_modes))
+        return found

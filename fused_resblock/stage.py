@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, dispatch, leaves
+from . import backends, dispatch, handover, leaves
 from .modules import FusedBlock
 from .program import Programs, last_reads
 from .swap import Swapped, register
 from .tail import Tail, find_tails
 from .watch import untraceable
 
-_programs: weakref.WeakKeyDictionary[FusedStage, Programs] = weakref.WeakKeyDictionary()
+_programs: weakref.WeakKeyDictionary[nn.Module, Programs] = weakref.WeakKeyDictionary()
 
 
 def obstacle(stage: nn.Sequential) -> str | None:
@@ -56,15 +56,38 @@ class FusedStage(Swapped):
         if torch.compiler.is_compiling() or untraceable(x) or torch.is_grad_enabled() or not dispatch.plain((x,)):
             return None
         programs = _programs.get(self)
-        if programs is None:
-            programs = _programs[self] = Programs()
-        program = programs.find(x)
-        if program is not None:
-            return program(x)
-        if not isinstance(x, Tensor) or obstacle(self):  # type: ignore[arg-type]
+        if programs is not None:
+            program = programs.find(x)
+            if program is not None and handover.fits(self, program):
+                return handover.run(self, program, x)
+        return self._bind(x) if isinstance(x, Tensor) else None
+
+    def _bind(self, x: Tensor) -> Tensor | None:
+        """Bind a program and give its result; None as `_run` gives it."""
+        stage: Any = self
+        if obstacle(stage):
             return None
-        blocks = [(block.runner(), block._fused_backend) for block in self.children()]  # type: ignore[operator]
-        return programs.bind(blocks, x, self, self.__dict__.get("_fused_kernel", False))  # type: ignore[arg-type]
+        programs = _programs.setdefault(stage, Programs())
+        blocks = [(block.runner(), block._fused_backend) for block in stage.children()]
+        behind: Any = self._block_behind(blocks[-1][1])
+        following = None if behind is None else (behind.runner(), list(behind.modules()))
+        kernel = stage.__dict__.get("_fused_kernel", False)
+        bound = programs.bind(blocks, x, list(stage.modules()), kernel, following)
+        before = handover.learn(stage, x)
+        if before is not None:
+            _programs.pop(before, None)  # to be bound again, with this chain's head
+        if bound is None:
+            return None
+        handover.note(stage, bound[1], bound[0])
+        return bound[1]
+
+    def _block_behind(self, backend: str) -> FusedBlock | None:
+        """The first block of the chain behind this one, if that is known and runs as one chain on the same backend."""
+        following: Any = handover.following(self)
+        if not isinstance(following, FusedStage) or obstacle(following):  # type: ignore[arg-type]
+            return None
+        block: Any = next(iter(following.children()))
+        return block if block._fused_backend == backend else None
 
 
 class FusedSequential(FusedStage, nn.Sequential):

@@ -40,16 +40,19 @@ def _adds(step: BoundStep) -> bool:
     return step.step.residual is not None and step.step.residual_stride == 1 and step.residual_norm is None
 
 
-def find_tails(runners: Sequence[Runner], last_read: Mapping[int, int]) -> dict[int, Tail]:
+def find_tails(
+    runners: Sequence[Runner], last_read: Mapping[int, int], behind: BoundStep | None = None
+) -> dict[int, Tail]:
     """The tails in a chain of blocks, by the number of their first step.
 
     Args:
         runners: of the blocks, each of which reads the result of the one before it.
         last_read: for each value of the chain the number of the last step that reads it; see `program.bind`.
+        behind: a step that reads the last block's result, if one is known.
     """
     found, first, base = {}, 0, 0
     for place, runner in enumerate(runners):
-        following = runners[place + 1].steps[0] if place + 1 < len(runners) else None
+        following = runners[place + 1].steps[0] if place + 1 < len(runners) else behind
         steps = runner.steps
         if len(steps) >= 2 and _plain(steps[-2]) and _adds(steps[-1]):
             conv, expand = steps[-2:]

@@ -17,8 +17,19 @@ class Gpu:
 
     @property
     def tma(self) -> bool:
-        """Whether it has a tensor memory accelerator."""
-        return self.capability >= 90
+        """Whether it has a tensor memory accelerator that Triton uses well.
+
+        Triton before 3.7 keeps a part of each descriptor on the stack on chips of capability 12.x.
+        """
+        return self.capability >= 90 and (self.capability < 120 or triton_release() >= (3, 7))
+
+
+@cache
+def triton_release() -> tuple[int, ...]:
+    """Major and minor version of the installed Triton."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def tf32_allowed() -> bool:

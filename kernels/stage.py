@@ -9,7 +9,7 @@ from .choice import chip_of
 from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
 from .expand_shift_tma import bind_expand_shift_tma
-from .gpu import Gpu
+from .gpu import Gpu, triton_release
 from .tiles import StageTile
 
 __all__ = ["TailGemms", "bind_stage", "candidates", "choose_stage_tile", "gemms_of", "predicted_seconds", "refusal"]
@@ -21,7 +21,7 @@ TILES = {
     (True, 64, True): ((64, 64, 4),),
     (True, 128, False): ((128, 32, 8),),
     (True, 128, True): ((64, 32, 4),),
-    (True, 256, False): ((128, 32, 8),),
+    (True, 256, False): ((64, 64, 8),),
     (True, 256, True): ((64, 32, 8),),
     (False, 64, False): ((64, 32, 4),),
     (False, 64, True): ((64, 32, 4),),
@@ -32,10 +32,11 @@ TILES = {
 }
 #: on sm_90, whose matrix units read both operands from shared memory, in fp16 and bf16 these fit as well
 MORE = {
-    (64, False): ((256, 64, 16), (64, 64, 4)),
+    (64, False): ((256, 32, 16), (64, 64, 4)),
     (64, True): ((128, 32, 8),),
     (128, False): ((128, 64, 16), (64, 32, 4)),
     (128, True): ((128, 32, 8),),
+    (256, False): ((128, 32, 8),),
 }
 SMALL_SHARED = 100 << 10  # shared memory of GeForce and workstation chips, where the widest tiles are too large
 
@@ -80,12 +81,10 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     blocks = TILES[gpu.tma, known, second]
     stages, chunk_stages = (3 if itemsize == 2 else 2), 2
     if gpu.capability == 90 and itemsize == 2:
-        blocks += MORE.get((known, second), ())
-    elif gpu.capability // 10 == 10:  # all accumulators pass through registers
-        if known == 256:
-            blocks = ((64, 64, 8),)
-        elif second and itemsize == 4:
-            blocks = ((64, 32, 4),)
+        if known < 256 or triton_release() < (3, 9):  # with Triton 3.9, 128 rows of 256 channels spill
+            blocks += MORE.get((known, second), ())
+    elif gpu.capability // 10 == 10 and second and itemsize == 4:  # all accumulators pass through registers
+        blocks = ((64, 32, 4),)
     elif chip_of(gpu).shared <= SMALL_SHARED and (known == 256 or itemsize == 4):
         blocks = ((64, 32, 4 if known == 64 else 8),)
         stages, chunk_stages = 2, 1 if itemsize == 4 and known == 128 else 2

@@ -1,0 +1,113 @@
+"""What a chain's last kernel computed of the next chain waits here until that one is called.
+
+The kernel of `kernels.expand_shift` that ends a chain of blocks can compute the first convolution of the next chain as
+well, which then need not read the activation again. Which chain is next is seen when one is bound: it is called with
+the very tensor that another has just returned. From then on that other one computes the head too, and leaves it here.
+It is taken only with that tensor, unchanged, and under the settings that it was computed with.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .program import Program, signature
+from .runner import BoundStep
+
+#: heads in a row that nobody took, after which a chain computes no more of them
+PATIENCE = 8
+
+
+class Link:
+    """Which chain comes behind one, None where none does any more, and how many heads in a row it did not take."""
+
+    def __init__(self, following: nn.Module) -> None:
+        self.following: weakref.ref[nn.Module] | None = weakref.ref(following)
+        self.unclaimed = 0
+
+
+class Head(NamedTuple):
+    """A chain's first step on `y`, computed ahead of its call."""
+
+    link: Link
+    step: BoundStep
+    y: weakref.ref[Tensor]
+    version: int
+    signature: tuple[object, ...]
+    value: Tensor
+
+
+class _Thread(threading.local):
+    """What belongs to the forward that a thread is in."""
+
+    def __init__(self) -> None:
+        self.last: tuple[weakref.ref[nn.Module], weakref.ref[Tensor]] | None = None  # a chain and what it returned
+        self.waiting: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()  # by who may take it
+
+
+_thread = _Thread()
+_links: weakref.WeakKeyDictionary[nn.Module, Link] = weakref.WeakKeyDictionary()
+
+
+def following(stage: nn.Module) -> nn.Module | None:
+    """The chain behind one, where it is known."""
+    link = _links.get(stage)
+    return None if link is None or link.following is None else link.following()
+
+
+def learn(stage: nn.Module, x: Tensor) -> nn.Module | None:
+    """The chain that returned x last, if it is not known yet what comes behind that one: `stage` does."""
+    last, _thread.last = _thread.last, None
+    before = None if last is None or last[1]() is not x else last[0]()
+    if before is None or before is stage or before in _links:
+        return None
+    _links[before] = Link(stage)
+    return before
+
+
+def fits(stage: nn.Module, program: Program) -> bool:
+    """Whether what the program computes of the next chain, if anything, is still for somebody."""
+    return program.ends.ahead is None or following(stage) is not None
+
+
+def note(stage: nn.Module, y: Tensor, program: Program) -> None:
+    """Remember what a chain returned, if its last kernel could compute more and it is not known for whom."""
+    if program.ends.tail and program.ends.ahead is None and stage not in _links:
+        _thread.last = weakref.ref(stage), weakref.ref(y)
+
+
+def run(stage: nn.Module, program: Program, x: Tensor) -> Tensor:
+    """The program's result, with the head that waits for the chain, and leaving the next chain its head."""
+    head = _claim(stage, program, x) if _thread.waiting else None
+    step = program.ends.ahead
+    if step is None:
+        y, _ = program.run(x, head)
+        note(stage, y, program)
+        return y
+    with torch.inference_mode(False), torch.no_grad():  # tensors of the inference mode do not record their changes
+        y, ahead = program.run(x, head)
+    link = _links.get(stage)
+    target = following(stage)
+    if link is None or target is None:
+        return y
+    link.unclaimed += 1
+    if link.unclaimed > PATIENCE:
+        link.following = None
+    assert ahead is not None
+    _thread.waiting[target] = Head(link, step, weakref.ref(y), y._version, signature(y), ahead)
+    return y
+
+
+def _claim(stage: nn.Module, program: Program, x: Tensor) -> Tensor | None:
+    """The head that waits for a chain, if it is one of x and of the step that the program begins with."""
+    head = _thread.waiting.pop(stage, None)
+    if head is None or head.y() is not x or head.step is not program.ends.first:
+        return None
+    if x._version != head.version or signature(x) != head.signature:
+        return None
+    head.link.unclaimed = 0
+    return head.value

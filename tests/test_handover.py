@@ -1,0 +1,301 @@
+"""Chains of bottlenecks whose last kernel computes the next chain's first convolution: when, when not, same results."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from cases import BF16, FP16, FP32, require
+from parity import assert_parity
+from test_stage_kernel import first, identity, merged
+from torch import Tensor, nn
+
+import fused_resblock as frb
+from fused_resblock import handover
+from fused_resblock import stage as stages
+from fused_resblock.backends import asked, tuned
+from fused_resblock.kernels.tables import StageEntry
+from fused_resblock.kernels.tiles import StageTile
+from fused_resblock.models import randomize_norms
+
+X = torch.randn(2, 64, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+class Body(nn.Module):
+    """Two chains, the second of which has a stride of 2, or three; what is done between them is the test's."""
+
+    def __init__(self, chains: int = 2) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(identity(), identity())
+        self.layer2 = nn.Sequential(first(64), identity())
+        self.layer3 = nn.Sequential(identity(), identity()) if chains > 2 else nn.Identity()
+        self.between = lambda x: x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer3(self.layer2(self.between(self.layer1(x))))
+
+
+def body(between=None, dtype=FP32, chains=2) -> tuple[Body, Body]:
+    """The reference and its fused copy, after two forwards: each chain knows the next one and computes its head."""
+    require("triton", dtype)
+    torch.manual_seed(0)
+    reference = randomize_norms(Body(chains)).eval().to(dtype)
+    fused = frb.fuse(reference, backend="triton", stages="kernel")
+    with torch.no_grad():
+        fused(X.to(dtype)), fused(X.to(dtype))
+    if between is not None:
+        reference.between = fused.between = between
+    return reference, fused
+
+
+class Counted:
+    """How many heads were taken, of how many that waited."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.taken, self.asked, claim = 0, 0, handover._claim
+
+        def counting(*args):
+            head = claim(*args)
+            self.asked += 1
+            self.taken += head is not None
+            return head
+
+        monkeypatch.setattr(handover, "_claim", counting)
+
+
+def agree(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d)[6:]) for d in (FP32, FP16, BF16)])
+def test_parity(dtype, mode, monkeypatch):
+    reference, fused = body(dtype=dtype, chains=3)
+    counted = Counted(monkeypatch)
+    x = X.to(dtype)
+    with mode():
+        y = fused(x)
+        assert torch.equal(fused(x), y)
+        slack = 8.0 if dtype == BF16 else 2.0  # the interpreter truncates to bf16 where a GPU rounds
+        assert_parity(y, reference(x), copy.deepcopy(reference).double()(x.double()), what="y", floor=1e-6, slack=slack)
+    assert counted.taken == 4, "two heads a forward"
+    assert [merged(layer) for layer in (fused.layer1, fused.layer2, fused.layer3)] == [2, 2, 2]
+
+
+def test_the_first_forward_runs_without(monkeypatch):
+    require("triton")
+    counted = Counted(monkeypatch)
+    reference, fused = body()
+    assert counted.taken == 0
+    with torch.no_grad():
+        agree(fused(X), reference(X))
+    assert counted.taken == 1
+
+
+def edit_a_view(y: Tensor) -> Tensor:
+    y[:, :, ::2].zero_()
+    return y
+
+
+BETWEEN = {
+    "edited in place": lambda y: y.mul_(0.5),
+    "edited through a view": edit_a_view,
+    "another tensor": lambda y: y * 0.5,
+    "a copy": lambda y: y.clone(),
+    "a view": lambda y: y[:],
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+@pytest.mark.parametrize("between", [pytest.param(f, id=name) for name, f in BETWEEN.items()])
+def test_only_the_very_tensor_has_a_head(between, mode, monkeypatch):
+    reference, fused = body(between)
+    counted = Counted(monkeypatch)
+    with mode():
+        agree(fused(X), reference(X))
+    assert counted.taken == 0
+
+
+CHANGES = {
+    "weights": lambda m: m.layer2[0].conv1.weight.data.mul_(2),
+    "weights replaced": lambda m: setattr(m.layer2[0].conv1, "weight", nn.Parameter(m.layer2[0].conv1.weight * 3)),
+    "statistics": lambda m: m.layer2[0].bn1.running_mean.add_(1),
+    "statistics of another norm": lambda m: m.layer2[0].bn2.running_mean.add_(1),
+    "eps": lambda m: setattr(m.layer2[0].bn1, "eps", 0.5),
+    "hook on the block": lambda m: m.layer2[0].register_forward_hook(lambda b, a, y: y * 2),
+    "hook on its convolution": lambda m: m.layer2[0].conv1.register_forward_hook(lambda b, a, y: y * 2),
+    "pre-hook on the chain": lambda m: m.layer2.register_forward_pre_hook(lambda b, a: (a[0] * 2,)),
+    "hook on the chain before": lambda m: m.layer1.register_forward_hook(lambda b, a, y: y.mul_(2)),
+    "block replaced": lambda m: m.layer2.__setitem__(0, randomize_norms(first(64), seed=5).eval()),
+    "convolution replaced": lambda m: setattr(m.layer2[0], "conv1", nn.Conv2d(64, 16, 1).requires_grad_(False)),
+    "train mode": lambda m: m.layer2.train(),
+    "forward overridden": lambda m: setattr(m.layer2, "forward", lambda x: x * 3),
+    "chain replaced": lambda m: setattr(
+        m, "layer2", randomize_norms(nn.Sequential(first(64), identity()), seed=7).eval()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in CHANGES.items()])
+def test_change_of_the_next_chain(change):
+    reference, fused = body()
+    results = []
+    with torch.no_grad():
+        for module in (fused, reference):
+            torch.manual_seed(3)
+            change(module)
+            results.append([module(X), module(X)])
+    for ours, theirs in zip(*results, strict=True):
+        agree(ours, theirs)
+
+
+def test_change_between_the_two_chains():
+    reference, fused = body()
+    for module in (reference, fused):
+
+        def change(y: Tensor, module: Body = module) -> Tensor:
+            module.layer2[0].conv1.weight.mul_(1.5)
+            return y
+
+        module.between = change
+    with torch.no_grad():
+        agree(fused(X), reference(X))
+        agree(fused(X), reference(X))
+
+
+def test_a_hook_that_came_and_went(monkeypatch):
+    """While layer2 cannot run as a chain nothing is computed ahead; a later change of its weights is seen."""
+    reference, fused = body()
+    with torch.no_grad():
+        handle = fused.layer2[0].register_forward_hook(lambda m, a, y: y)
+        agree(fused(X), reference(X))
+        handle.remove()
+        small = X[:1]
+        for _ in range(2):
+            agree(fused(small), reference(small))
+        for module in (fused, reference):
+            module.layer2[0].conv1.weight.data.mul_(2)
+        for x in (small, X):
+            agree(fused(x), reference(x))
+
+
+def test_two_batch_sizes_in_turn_are_bound_once(monkeypatch):
+    reference, fused = body()
+    small = X[:1]
+    with torch.no_grad():
+        fused(small), fused(small)
+        monkeypatch.setattr(stages.FusedStage, "_bind", lambda *args: pytest.fail("bound again"))
+        for x in (X, small, X):
+            agree(fused(x), reference(x))
+
+
+def test_settings_changed_in_between(monkeypatch):
+    """A head is not taken under other settings than those it was computed with."""
+    reference, fused = body()
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        y = fused.layer1(X)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                ours = fused.layer2(y)
+        theirs = reference.layer2(reference.layer1(X))
+    torch.testing.assert_close(ours.float(), theirs, rtol=0.1, atol=0.1)
+    assert counted.taken == 0
+
+
+def test_a_chain_that_nobody_follows_any_more_computes_no_heads(monkeypatch):
+    reference, fused = body()
+    with torch.no_grad():
+        for _ in range(handover.PATIENCE + 2):
+            y = fused.layer1(X)
+        agree(y, reference.layer1(X))
+        (program,) = stages._programs[fused.layer1]._programs.values()
+        assert program.ends.ahead is None
+        agree(fused(X), reference(X))
+        agree(fused(X), reference(X))
+        (program,) = stages._programs[fused.layer1]._programs.values()
+        assert program.ends.ahead is None, "once and for all"
+
+
+def test_the_next_chain_goes_away():
+    reference, fused = body()
+    with torch.no_grad():
+        fused.layer2 = nn.Identity()
+        gc.collect()
+        assert handover.following(fused.layer1) is None
+        agree(fused.layer1(X), reference.layer1(X))
+    (program,) = stages._programs[fused.layer1]._programs.values()
+    assert program.ends.ahead is None
+
+
+def test_threads_do_not_take_each_others_heads(monkeypatch):
+    reference, fused = body()
+    images, results = [X, X * 2], [None, None]
+    alone, both = threading.Lock(), threading.Barrier(2)  # the interpreter runs one kernel at a time
+
+    def between(y: Tensor) -> Tensor:
+        alone.release()
+        both.wait(60)
+        alone.acquire()
+        return y
+
+    def work(i: int) -> None:
+        with torch.no_grad(), alone:
+            results[i] = fused(images[i])
+
+    fused.between = between
+    counted = Counted(monkeypatch)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.no_grad():
+        for x, y in zip(images, results, strict=True):
+            agree(y, reference(x))
+    assert counted.taken == 2
+
+
+def test_copies_learn_for_themselves():
+    reference, fused = body()
+    again = copy.deepcopy(fused)
+    assert handover.following(again.layer1) is None
+    with torch.no_grad():
+        for _ in range(3):
+            agree(again(X), reference(X))
+    assert handover.following(again.layer1) is again.layer2
+    assert handover.following(fused.layer1) is fused.layer2
+
+
+def test_other_backend_of_the_next_chain(monkeypatch):
+    reference, fused = body()
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        frb.fuse(fused.layer2, backend="eager", inplace=True)
+        for _ in range(2):
+            agree(fused(X), reference(X))
+    assert counted.taken == 0
+
+
+def test_tune_asks_for_heads_and_a_table_decides(monkeypatch):
+    require("triton")
+    torch.manual_seed(0)
+    reference = randomize_norms(Body()).eval()
+    faster = StageEntry(1, True, StageTile(32, 16, 16, 4, 1, 1))
+
+    def lookup(h, conv, case):
+        return faster if "next" in case else None
+
+    monkeypatch.setattr(tuned, "lookup_stage", lookup)
+    fused = frb.fuse(reference, backend="triton")
+    with torch.no_grad(), asked.recording() as found:
+        fused(X)
+        fused(X)
+        agree(fused(X), reference(X))
+    reduces = [one.reduce.weight for one in found if one.reduce is not None]
+    assert any(weight is fused.layer2[0].conv1.weight for weight in reduces)
+    # what ends the last chain has no next; what ends the other has, from the second forward on
+    assert [merged(layer) for layer in (fused.layer1, fused.layer2)] == [2, 1]
