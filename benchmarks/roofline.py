@@ -42,8 +42,8 @@ class Floors:
     """Seconds: of eager, of per-conv fusion, of blocks whose tails and next heads are one kernel (`stage`), and of
     whole blocks as one kernel; and predicted for our kernels, conv by conv, and with the stage kernel where it wins.
 
-    Where no tail can be made, `stage` is `per_conv` and `ours_stage` is `ours`. A stage's blocks each hold the next
-    one's head.
+    Where no tail can be made, `stage` is `per_conv` and `ours_stage` is `ours`. Other blocks hold the next one's head,
+    also across stages.
     """
 
     eager: float
@@ -84,12 +84,22 @@ def _tile(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings) -> Tile:
 
 
 def floors_of(
-    shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings, following: ConvShape | None = None
+    shapes: Sequence[ConvShape],
+    batch: int,
+    itemsize: int,
+    chip: Ceilings,
+    following: ConvShape | None = None,
+    headless: bool = False,
 ) -> Floors:
     """The floors of one block, given its convolutions in order.
 
     Args:
-        following: the next block's reduce, None for the block that ends a stage.
+        shapes: of its convolutions.
+        batch: images.
+        itemsize: bytes of an element.
+        chip: its ceilings.
+        following: the next block's reduce; None for the last block, and where no kernel takes both.
+        headless: whether the block before has computed this one's reduce.
     """
     eager = per_conv = ours = 0.0
     of_convs: list[tuple[float, float]] = []  # the floor and the prediction of each
@@ -123,11 +133,11 @@ def floors_of(
     tail = tail_of(shapes, batch, itemsize, chip, following)
     if tail is None:
         return Floors(eager, per_conv, per_conv, whole, ours, ours)
-    # what begins a stage has a head of its own; that of others is in the block before
-    head = of_convs[0] if first.name.endswith("first.reduce") else (0.0, 0.0)
+    head = (0.0, 0.0) if headless else of_convs[0]
     next_head = 0.0 if following is None else predicted_of(following, batch, itemsize, chip)
-    apart = head[1] + of_convs[1][1] + of_convs[2][1] + next_head
-    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, min(head[1] + tail[1], apart))
+    alone = tail_of(shapes, batch, itemsize, chip, None) or tail
+    best = min(tail[1], alone[1] + next_head, of_convs[1][1] + of_convs[2][1] + next_head)
+    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, head[1] + best)
 
 
 def tail_of(
@@ -164,22 +174,24 @@ def network_floors(
     """A network's body (its four stages): the sum, and (block, how many of it, floors of one)."""
     kind, depths = DEPTHS[name]
     blocks = blocks_of(kind)
-    rows, total = [], Floors(0, 0, 0, 0, 0, 0)
-    for stage, depth in enumerate(depths, 1):
-        first = f"l{stage}.first" in blocks
-        same = depth - int(first)
-        for block, count, last in (
-            (f"l{stage}.first", int(first), same == 0),
-            (f"l{stage}", same - 1, False),
-            (f"l{stage}", min(1, same), True),
-        ):
-            if count > 0:
-                following = None if last else blocks[f"l{stage}"][0]
-                floors = floors_of(blocks[block], batch, itemsize, chip, following)
-                rows.append((block + ".last" * last, count, floors))
-                for _ in range(count):
-                    total += floors
-    return total, rows
+    order = [
+        f"l{stage}.first" if place == 0 and f"l{stage}.first" in blocks else f"l{stage}"
+        for stage, depth in enumerate(depths, 1)
+        for place in range(depth)
+    ]
+    counted: dict[tuple[str, Floors], int] = {}
+    total, headless = Floors(0, 0, 0, 0, 0, 0), False
+    for place, block in enumerate(order):
+        following = blocks[order[place + 1]][0] if place + 1 < len(order) else None
+        if following is not None and tail_of(blocks[block], batch, itemsize, chip, following) is None:
+            following = None
+        floors = floors_of(blocks[block], batch, itemsize, chip, following, headless)
+        headless = following is not None
+        ends = place + 1 == len(order) or order[place + 1].endswith("first")
+        row = block + ".last" * (ends and not block.endswith("first")), floors
+        counted[row] = counted.get(row, 0) + 1
+        total += floors
+    return total, [(block, count, floors) for (block, floors), count in counted.items()]
 
 
 def read_ceilings(path: Path | None) -> Ceilings:

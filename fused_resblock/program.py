@@ -5,7 +5,7 @@ Binding does once what depends on parameters and shapes alone. `watch.Guard` tel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -266,6 +266,9 @@ class Programs:
         self._guard: Guard | None = None
         self._programs: dict[tuple[object, ...], Program] = {}
         self._watched: set[nn.Module] = set()  # by the guard, besides the owner
+
+    def __iter__(self) -> Iterator[Program]:
+        return iter(list(self._programs.values()))
 
     def find(self, x: Tensor) -> Program | None:
         """The program for such an input; None if there is none, or if something that went into it has changed."""

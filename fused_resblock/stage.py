@@ -110,7 +110,14 @@ def kernel_state(stage: nn.Sequential) -> str:
     obstacles = [_kernel_obstacle(tail, backend) for tail in tails.values()]
     count = obstacles.count(None)
     why = next((reason for reason in obstacles if reason is not None), "no 3x3 with an expand behind it")
-    return f", {count} of {len(blocks)} tails as one kernel" + (f": {why}" if count < len(blocks) else "")
+    said = f", {count} of {len(blocks)} tails as one kernel" + (f": {why}" if count < len(blocks) else "")
+    return said + ", the last one with the next chain's head" * computes_ahead(stage)
+
+
+def computes_ahead(stage: nn.Module) -> bool:
+    """Whether a chain computes the first convolution of the chain behind it; known from the second forward on."""
+    programs = _programs.get(stage)
+    return programs is not None and any(program.ends.ahead is not None for program in programs)
 
 
 def _kernel_obstacle(tail: Tail, backend: str) -> str | None:

@@ -87,7 +87,8 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
         blocks = ((64, 32, 4),)
     elif chip_of(gpu).shared <= SMALL_SHARED and (known == 256 or itemsize == 4):
         blocks = ((64, 32, 4 if known == 64 else 8),)
-        stages, chunk_stages = 2, 1 if itemsize == 4 and known == 128 else 2
+        crowded = known == 128 if itemsize == 4 else known == 256 and gpu.capability >= 120 and not gpu.tma
+        stages, chunk_stages = 2, 1 if crowded else 2
     block_k = min(width, 128 // itemsize)
     return [StageTile(m, n, block_k, warps, stages, chunk_stages, gpu.tma) for m, n, warps in blocks]
 

@@ -14,6 +14,10 @@ def _gradient(case: str) -> str:
     return f"tests/test_gradients.py::test_conv_bn_act_in_float64[{case}-triton]"
 
 
+def _next_chain(change: str) -> str:
+    return f"tests/test_handover.py::test_change_of_the_next_chain[{change}]"
+
+
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
@@ -57,6 +61,62 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "return pair[1]",
             "return pair[0]",
             "tests/test_stage_kernel.py::test_parity[layer-float32]",
+        ),
+        (
+            "tensors of the next chain not watched",
+            "tensors += following[0].parameters()",
+            "pass",
+            "tests/test_handover.py::test_weights_that_autocast_had_copied",
+        ),
+        (
+            "modules of the next chain not watched",
+            "modules = list(dict.fromkeys([*modules, *following[1]]))",
+            "modules = list(modules)",
+            _next_chain("eps"),
+        ),
+        (
+            "a guard that watches less is kept",
+            "if self._guard is None or not self._watched.issuperset(modules[1:]):",
+            "if self._guard is None:",
+            "tests/test_handover.py::test_a_hook_that_came_and_went",
+        ),
+    ],
+    "fused_resblock/handover.py": [
+        (
+            "another tensor's head",
+            "head.y() is not x or ",
+            "",
+            "tests/test_handover.py::test_only_the_very_tensor_has_a_head[another tensor-no_grad]",
+        ),
+        (
+            "another block's head",
+            " or head.step is not program.ends.first",
+            "",
+            _next_chain("block replaced by a fused one"),
+        ),
+        (
+            "a head of the tensor before an edit",
+            "x._version != head.version or ",
+            "",
+            "tests/test_handover.py::test_only_the_very_tensor_has_a_head[edited in place-no_grad]",
+        ),
+        (
+            "a head of other settings",
+            " or signature(x) != head.signature",
+            "",
+            "tests/test_handover.py::test_settings_changed_in_between",
+        ),
+        (
+            "edits in inference mode not recorded",
+            "with torch.inference_mode(False), torch.no_grad():",
+            "with torch.no_grad():",
+            "tests/test_handover.py::test_only_the_very_tensor_has_a_head[edited in place-inference]",
+        ),
+        (
+            "another thread's head",
+            "class _Thread(threading.local):",
+            "class _Thread:",
+            "tests/test_handover.py::test_threads_do_not_take_each_others_heads",
         ),
     ],
     "fused_resblock/graphs.py": [

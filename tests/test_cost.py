@@ -139,3 +139,15 @@ def test_networks_are_the_sum_of_their_blocks():
     assert sum(count for _, count, _ in rows) == 16
     assert total.whole == pytest.approx(sum(count * floors.whole for _, count, floors in rows))
     assert total.whole < total.per_conv < total.eager
+
+
+def test_the_last_block_of_layer_1_feeds_layer_2_by_hand():
+    """Besides its own bytes it writes layer 2's 128 channels, and layer 2's first block has no head of its own."""
+    _, rows = network_floors("resnet50", 128, 2, NOMINAL)
+    floors = {block: floors for block, _, floors in rows}
+    large, small, next_small = (401408 * channels * 2 for channels in (256, 64, 128))
+    assert floors["l1.last"].stage == pytest.approx((small + large + large + next_small) / 3.0e12, rel=0.01)
+    first = blocks_of("bottleneck")["l2.first"]
+    head = floors_of(first, 128, 2, NOMINAL).stage - floors_of(first, 128, 2, NOMINAL, headless=True).stage
+    assert head == pytest.approx((large + next_small) / 3.0e12, rel=0.01)
+    assert floors["l4.first"].stage == floors["l4.first"].per_conv, "layer 4 is too wide: its head is its own"

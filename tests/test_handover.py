@@ -129,6 +129,9 @@ CHANGES = {
     "hook on its convolution": lambda m: m.layer2[0].conv1.register_forward_hook(lambda b, a, y: y * 2),
     "pre-hook on the chain": lambda m: m.layer2.register_forward_pre_hook(lambda b, a: (a[0] * 2,)),
     "hook on the chain before": lambda m: m.layer1.register_forward_hook(lambda b, a, y: y.mul_(2)),
+    "block replaced by a fused one": lambda m: m.layer2.__setitem__(
+        0, frb.fuse(randomize_norms(first(64), seed=5).eval(), backend="triton")
+    ),
     "block replaced": lambda m: m.layer2.__setitem__(0, randomize_norms(first(64), seed=5).eval()),
     "convolution replaced": lambda m: setattr(m.layer2[0], "conv1", nn.Conv2d(64, 16, 1).requires_grad_(False)),
     "train mode": lambda m: m.layer2.train(),
@@ -152,6 +155,18 @@ def test_change_of_the_next_chain(change):
         agree(ours, theirs)
 
 
+def test_weights_that_autocast_had_copied(monkeypatch):
+    reference, fused = body()
+    counted = Counted(monkeypatch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fused(X), fused(X)
+        for module in (fused, reference):
+            module.layer2[0].conv1.weight.mul_(4)
+        fused(X)
+        torch.testing.assert_close(fused(X), reference(X), rtol=0.1, atol=0.1)
+    assert counted.taken > 0
+
+
 def test_change_between_the_two_chains():
     reference, fused = body()
     for module in (reference, fused):
@@ -167,7 +182,7 @@ def test_change_between_the_two_chains():
 
 
 def test_a_hook_that_came_and_went(monkeypatch):
-    """While layer2 cannot run as a chain nothing is computed ahead; a later change of its weights is seen."""
+    """While layer2 cannot run as a chain nothing is computed ahead; a later change of its norm is seen."""
     reference, fused = body()
     with torch.no_grad():
         handle = fused.layer2[0].register_forward_hook(lambda m, a, y: y)
@@ -177,8 +192,8 @@ def test_a_hook_that_came_and_went(monkeypatch):
         for _ in range(2):
             agree(fused(small), reference(small))
         for module in (fused, reference):
-            module.layer2[0].conv1.weight.data.mul_(2)
-        for x in (small, X):
+            module.layer2[0].bn1.eps = 0.5
+        for x in (small, small, X):
             agree(fused(x), reference(x))
 
 
@@ -212,11 +227,11 @@ def test_a_chain_that_nobody_follows_any_more_computes_no_heads(monkeypatch):
         for _ in range(handover.PATIENCE + 2):
             y = fused.layer1(X)
         agree(y, reference.layer1(X))
-        (program,) = stages._programs[fused.layer1]._programs.values()
+        (program,) = stages._programs[fused.layer1]
         assert program.ends.ahead is None
         agree(fused(X), reference(X))
         agree(fused(X), reference(X))
-        (program,) = stages._programs[fused.layer1]._programs.values()
+        (program,) = stages._programs[fused.layer1]
         assert program.ends.ahead is None, "once and for all"
 
 
@@ -227,7 +242,7 @@ def test_the_next_chain_goes_away():
         gc.collect()
         assert handover.following(fused.layer1) is None
         agree(fused.layer1(X), reference.layer1(X))
-    (program,) = stages._programs[fused.layer1]._programs.values()
+    (program,) = stages._programs[fused.layer1]
     assert program.ends.ahead is None
 
 
@@ -268,6 +283,15 @@ def test_copies_learn_for_themselves():
             agree(again(X), reference(X))
     assert handover.following(again.layer1) is again.layer2
     assert handover.following(fused.layer1) is fused.layer2
+
+
+def test_explain_says_so():
+    _, fused = body()
+    reasons = [part.reason for part in frb.explain(fused).parts]
+    assert reasons == [
+        "one chain, 2 of 2 tails as one kernel, the last one with the next chain's head",
+        "one chain, 2 of 2 tails as one kernel",
+    ]
 
 
 def test_other_backend_of_the_next_chain(monkeypatch):
