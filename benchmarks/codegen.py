@@ -27,7 +27,7 @@ from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
 from fused_resblock.kernels.stage import bind_stage, candidates
 from fused_resblock.kernels.stem import bind_stem, pack_weight
-from fused_resblock.kernels.tiles import Tile
+from fused_resblock.kernels.tiles import StageTile, Tile
 from fused_resblock.params import Affine, Conv
 
 from .gpu import space
@@ -106,24 +106,36 @@ def _conv(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Conv:
 
 
 def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
-    """The tail of a bottleneck with the next reduce, without, and with a downsample branch, for each width."""
+    """The tail of a bottleneck with the next reduce, without, and with a downsample branch, for each width.
+
+    And with the reduce of the next stage, which is twice as wide.
+    """
     dtype = DTYPES[name]
     for width, size in ((64, 56), (128, 28), (256, 14)):
         for case, second, stride in (
             ("residual", 0, 1),
             ("last", 0, 1),
             ("second", 64 if width == 64 else 2 * width, 2),
+            ("next", 0, 1),
         ):
             stride = 1 if width == 64 else stride
-            for tile in candidates(width, width if case != "last" else 0, dtype.itemsize, bool(second), gpu):
+            outputs = {"last": 0, "next": 2 * width}.get(case, width)
+            for tile in candidates(width, outputs, dtype.itemsize, bool(second), gpu):
 
-                def launch(width=width, size=size, case=case, second=second, stride=stride, tile=tile) -> Any:
+                def launch(
+                    width: int = width,
+                    size: int = size,
+                    outputs: int = outputs,
+                    second: int = second,
+                    stride: int = stride,
+                    tile: StageTile = tile,
+                ) -> Any:
                     k, large = 4 * width, size * stride
                     h = _meta(128, width, large, large, dtype=dtype)
                     branch = _conv(k, second, 1, stride, dtype) if second else None
                     channels, rows = (second, large) if second else (k, size)
                     other = _meta(128, channels, rows, rows, dtype=dtype)
-                    reduce = None if case == "last" else _conv(width, k, 1, 1, dtype)
+                    reduce = _conv(outputs, k, 1, 1, dtype) if outputs else None
                     layers = _conv(width, width, 3, stride, dtype), _conv(k, width, 1, 1, dtype)
                     return bind_stage(h, *layers, other, branch, reduce, tile)(h, other)
 

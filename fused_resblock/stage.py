@@ -125,9 +125,9 @@ def _kernel_obstacle(tail: Tail, backend: str) -> str | None:
     conv, expand = tail.conv.weights(), tail.expand.weights()
     shortcut = None if tail.shortcut is None else tail.shortcut.weights()
     reduce = None if tail.reduce is None else tail.reduce.weights()
-    if backend not in ("auto", "triton"):
-        return f"the backend is {backend}"
     weight = conv.weight
+    if backend != "triton" and (backend != "auto" or weight.device.type != "cuda"):
+        return f"the backend is {backend}, the device {weight.device.type}"
     reason = backends.refusal("triton", backends.Problem(weight.device.type, weight.dtype))
     if reason is not None or backends.triton.stage_refusal(conv, expand, shortcut, reduce) is None:
         return reason

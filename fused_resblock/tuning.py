@@ -177,7 +177,7 @@ def tail_winner(found: Asked) -> dict[str, Any]:
     conv, expand = found.layers[:2]
     layers = (h, conv, expand, other, found.epilogue.shortcut, found.reduce)
     ways = {
-        "stage": lambda: backends.bind_expand_shift(*layers, force=True),  # type: ignore[arg-type]
+        "stage": lambda: backends.bind_expand_shift(*layers, backend="triton", force=True),  # type: ignore[arg-type]
         "apart": lambda: backends.bind_apart(*layers),  # type: ignore[arg-type]
     }
     times = _times(found, ways, h, other)

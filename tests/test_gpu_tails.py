@@ -29,9 +29,10 @@ def context(tmp_path, monkeypatch):
 
 def test_tails_of_the_network():
     shapes = tails.shapes(quick=False)
-    assert [shape.name for shape in shapes][:3] == ["l1.first", "l1", "l1.last"]
+    assert [shape.name for shape in shapes][:4] == ["l1.first", "l1", "l1.last", "l1.next"]
     assert shapes[0].case() == "64-256.s1.shortcut64.next64"
-    assert shapes[3].case() == "128-512.s2.shortcut256.next128"
+    assert shapes[3].case() == "64-256.s1.residual.next128"
+    assert shapes[4].case() == "128-512.s2.shortcut256.next128"
     for shape in shapes:
         asked = shape.build(1, torch.float16, "meta")
         assert refusal(*asked.layers[:2], asked.epilogue.shortcut, asked.reduce) is None
@@ -39,7 +40,7 @@ def test_tails_of_the_network():
             for capability in (80, 90):
                 found = tails.tiles(shape, dtype, Gpu(132, capability))
                 assert len(found) == len(set(found))
-                assert (len(found) > 1) == (dtype == "fp16" or shape.width < 256)
+                assert (len(found) > 1) == (dtype == "fp16" or max(shape.width, shape.outputs) < 256)
 
 
 def test_every_tile_is_judged_and_the_run_resumes(context):

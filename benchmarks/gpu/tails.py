@@ -91,6 +91,8 @@ def shapes(quick: bool) -> list[TailShape]:
         found.append(TailShape(f"l{stage}.first", width, size, stride, second, width))
         found.append(TailShape(f"l{stage}", width, size, outputs=width))
         found.append(TailShape(f"l{stage}.last", width, size))
+        if stage < 3:  # the next stage's reduce is twice as wide
+            found.append(TailShape(f"l{stage}.next", width, size, outputs=2 * width))
     return found
 
 
