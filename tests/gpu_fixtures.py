@@ -11,6 +11,7 @@ from benchmarks.gpu import (
     check,
     networks,
     operations,
+    stems,
     tails,
 )
 from benchmarks.gpu.context import Context
@@ -39,8 +40,10 @@ def context(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_tiles(monkeypatch):
-    """One shape, in fp32 alone, no elementwise kernels and no tails."""
+    """One shape, in fp32 alone, no elementwise kernels, no tails and no stem."""
     monkeypatch.setattr(tails, "shapes", lambda quick: [])
+    monkeypatch.setattr(stems, "sizes", lambda quick: ())
+    monkeypatch.setattr(stems, "plan", lambda quick: ())
     monkeypatch.setattr(check, "check_elementwise", lambda *args: None)
     monkeypatch.setattr(check, "shapes", lambda context: [ConvShape("tiny", 16, 16, 4, 3, residual=True)])
     monkeypatch.setattr(check, "DTYPES", {"ieee": operations.DTYPES["ieee"]})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..harness import parity
 from ..shapes import ConvShape
-from . import space, tails
+from . import space, stems, tails
 from .compiling import Job
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
@@ -149,6 +149,7 @@ def run(context: Context) -> int:
     """Check what is not yet checked; 1 if something that ships is not right."""
     table = records(context)
     check_elementwise(context, table)
+    stems.check(context, table, verdict)
     check_tiles(context, table)
     tails.check(context, table, verdict)
     faults = [

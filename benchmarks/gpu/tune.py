@@ -1,4 +1,4 @@
-"""The fastest right tile of every convolution, held against cuDNN."""
+"""The fastest right tile of every convolution, held against cuDNN: with a cold L2, and with a warm one (`warm_us`)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fused_resblock.params import Bound, Epilogue
 
 from ..harness import Spread, parity
 from ..shapes import ConvShape
-from . import check, space, tails
+from . import check, space, stems, tails
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
 from .operations import DTYPES, Operation, build, precision
 from .records import Records, read_json, write_json
 
 KEY = ("dtype", "case", "batch", "backend", "tile")
-COLUMNS = ("status", "median_us", "p20_us", "p80_us", "rounds", "tflops", "tb_per_s", "sets", "note")
+COLUMNS = ("status", "median_us", "p20_us", "p80_us", "rounds", "warm_us", "tflops", "tb_per_s", "sets", "note")
 BATCHES = (128, 32, 1)
 #: (dtype, batches) in the order in which they are tuned
 PLAN = (("fp16", BATCHES), ("bf16", (128,)), ("tf32", (32,)))
@@ -112,6 +112,7 @@ class Case:
                 self.table.add(**self.labels, backend=backend, tile=tile, status="wrong", note=fault)
                 return None
             spread = timed(self.context, self.ops, function, ROUNDS)
+            warm = timed(self.context, self.ops[:1], function, ROUNDS)  # the same operands again and again
         except Exception as error:  # cuDNN refuses some shapes, and is absent on a CPU
             self._lost(error, backend, tile)
             return None
@@ -125,6 +126,7 @@ class Case:
             p20_us=1e3 * spread.p20_ms,
             p80_us=1e3 * spread.p80_ms,
             rounds=spread.rounds,
+            warm_us=1e3 * warm.median_ms,
             tflops=op.flops() / us / 1e6,
             tb_per_s=op.bytes() / us / 1e6,
             sets=len(self.ops),
@@ -175,6 +177,7 @@ def write_winners(context: Context, table: Records) -> int:
                 "us": {name: float(row["median_us"]) for name, row in rows.items()},
             }
         )
+    winners += stems.winners(context, table)
     if winners or not read_json(context.folder / "tiles.json"):
         marks = {name: context.stamp.get(name) for name in ("gpu", "driver", "torch", "triton", "commit", "date")}
         gpu = context.device.gpu
@@ -222,6 +225,6 @@ def run(context: Context) -> int:
     left = sum(not table.done(dtype, space.key_of(shape), batch, "all", "") for dtype, batch, shape in todo)
     if write_winners(context, table) and context.device.torch_name == "cuda":
         tuned.load_config(context.folder / "tiles.json")  # a tail is held against its convolutions' fastest tiles
-    left += tails.tune(context, verdicts, table)
+    left += tails.tune(context, verdicts, table) + stems.tune(context, table)
     context.log(f"tune: {write_winners(context, table)} winners" + (f"; {left} cases left" if left else ""))
     return 0

@@ -1,0 +1,152 @@
+"""The stem's kernel against float64 on images of several sizes, and against convolution and pool apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resblock import backends
+from fused_resblock.kernels.tables import case_name
+from fused_resblock.params import PLAIN, Epilogue
+
+from ..harness import Spread
+from ..shapes import ConvShape
+from .context import Context
+from .device import Broken, first_line, is_broken, is_out_of_memory
+from .operations import DTYPES, Operation, build, precision
+from .records import Records
+
+#: kernel size, stride, padding, dilation and ceil_mode of the max-pool
+POOL = (3, 2, 1, 1, False)
+RELU = Epilogue(relu=True)
+ROUNDS = 30
+Call = Callable[[Tensor, Any], Tensor]
+
+
+def _shape(size: int) -> ConvShape:
+    return ConvShape("stem", 3, 64, size, 7, 2)
+
+
+def _operation(size: int, batch: int, dtype: torch.dtype, device: str) -> Operation:
+    return build(_shape(size), batch, dtype, device)
+
+
+def fused(op: Operation) -> Call:
+    """Convolution, norm, ReLU and max-pool in one kernel, behind one that copies the image."""
+    run = backends.bind_stem(op.x, op.conv, True, POOL, backend="triton")
+    assert run is not None
+    return run
+
+
+def apart(op: Operation, backend: str) -> Call:
+    """The convolution with its norm and ReLU on a backend, then torch's max-pool."""
+    run = backends.BACKENDS[backend].bind_conv_bn_act(op.x, op.conv, None, RELU, False)
+    return lambda x, other: torch.max_pool2d(run(x, other), *POOL)
+
+
+def sizes(quick: bool) -> tuple[int, ...]:
+    """Rows and columns of the checked images; odd ones fill no tile."""
+    return (20,) if quick else (224, 65, 288)
+
+
+def check(context: Context, table: Records, verdict: Callable[..., dict[str, object]]) -> None:
+    """Check the kernel at every size and in every dtype that is not on record."""
+    for dtype in DTYPES:
+        for size in sizes(context.quick):
+            key = {"kernel": "stem", "dtype": dtype, "case": f"7x7.{size}px", "tile": ""}
+            if table.done(*key.values()):
+                continue
+            if not context.deadline.allows():
+                return
+            with precision(dtype) as kind, torch.no_grad():
+                try:
+                    op = _operation(size, 2, kind, context.device.torch_name)
+                    same, exact = (apart(o, "eager")(o.x, None) for o in (op, op.to(torch.float64)))
+                    row = verdict(lambda op=op: fused(op)(op.x, None), same, exact, context.device.synchronize)  # type: ignore[misc]
+                except RuntimeError as error:
+                    row = {"status": "error", "note": first_line(error)}
+                    context.device.free()
+            table.add(**key, **row)
+            if row["status"] == "crash":
+                raise Broken(f"stem {dtype} {size}px: {row['note']}")
+
+
+def plan(quick: bool) -> Iterator[tuple[str, int, int]]:
+    """What is timed: dtype, batch, size."""
+    if quick:
+        yield "ieee", 2, 20
+        return
+    yield from (("fp16", batch, 224) for batch in (128, 32, 1))
+    yield "bf16", 128, 224
+    yield "tf32", 32, 224
+
+
+def _case(size: int) -> str:
+    op = _operation(size, 1, torch.float16, "meta")
+    return case_name(op.conv, None, PLAIN) + ".pool"
+
+
+def tune(context: Context, table: Records) -> int:
+    """Time what is not timed yet; how many stems are left."""
+    left = 0
+    for dtype, batch, size in plan(context.quick):
+        key = {"dtype": dtype, "case": f"{_case(size)}.{size}px", "batch": batch}
+        if table.done(dtype, key["case"], batch, "stem", ""):
+            continue
+        if not context.deadline.allows(5):
+            left += 1
+            continue
+        told = {}
+        with precision(dtype) as kind, torch.no_grad():
+            try:
+                op = _operation(size, batch, kind, context.device.torch_name)
+                ways: dict[str, Callable[[], Call]] = {"triton": lambda op=op: fused(op)}  # type: ignore[misc]
+                for name in ("cudnn", "eager"):
+                    ways[name] = lambda op=op, name=name: apart(op, name)  # type: ignore[misc]
+                for backend, bind in ways.items():
+                    row = _time(context, bind, op.x)
+                    table.add(**key, backend=backend, tile="", **row)
+                    if row["status"] == "crash":
+                        raise Broken(f"stem {dtype} batch {batch}: {row['note']}")
+                    if row["status"] == "ok":
+                        told[backend] = row["median_us"]
+                table.add(**key, backend="stem", tile="", status="tuned")
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                table.add(**key, backend="stem", tile="", status="oom", note=first_line(error))
+                context.device.free()
+        context.log(f"tune: stem {dtype} batch {batch}: {', '.join(f'{n} {us:.1f}' for n, us in told.items())} us")
+    return left
+
+
+def _time(context: Context, bind: Callable[[], Call], x: Tensor) -> dict[str, Any]:
+    """A row's fields: the spread of a way's times in microseconds, or why it has none."""
+    try:
+        run = bind()
+        run(x, None)
+        spread = Spread.of(context.device.times([lambda: run(x, None)], context.rounds(ROUNDS)))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return {"status": "crash" if is_broken(error) else "failed", "note": first_line(error)}
+    micros = {f"{name}_us": 1e3 * getattr(spread, f"{name}_ms") for name in ("median", "p20", "p80")}
+    return {"status": "ok", **micros, "rounds": spread.rounds}
+
+
+def winners(context: Context, table: Records) -> list[dict[str, Any]]:
+    """The fastest way of each stem that was timed: rows of a table."""
+    found = []
+    for dtype, batch, size in plan(context.quick):
+        rows = table.rows(dtype=dtype, case=f"{_case(size)}.{size}px", batch=str(batch), status="ok")
+        times = {row["backend"]: float(row["median_us"]) for row in rows if row["median_us"]}
+        if times:
+            backend = min(times, key=times.__getitem__)
+            pixels = batch * _shape(size).out_size ** 2
+            found.append(
+                {"dtype": dtype, "case": _case(size), "pixels": pixels, "backend": backend, "tile": None, "us": times}
+            )
+    return found
