@@ -14,14 +14,25 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fused_resblock.kernels.choice import choose_tile, predicted_seconds
-from fused_resblock.kernels.cost import Ceilings, Cost, Gemm, conv_bn_act_cost, elementwise_cost, expand_shift_cost
+from fused_resblock.kernels.cost import (
+    LAUNCH,
+    Ceilings,
+    Cost,
+    Gemm,
+    conv_bn_act_cost,
+    elementwise_cost,
+    expand_shift_cost,
+    predicted,
+    stem_cost,
+)
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import TailGemms, choose_stage_tile
 from fused_resblock.kernels.stage import predicted_seconds as stage_seconds
-from fused_resblock.kernels.tiles import Tile
+from fused_resblock.kernels.tiles import StemTile, Tile
 from fused_resblock.table import format_table
 
 from .shapes import ConvShape, basic_shapes, bottleneck_shapes
@@ -34,7 +45,16 @@ DEPTHS = {
     "resnet50": ("bottleneck", (3, 4, 6, 3)),
     "resnet101": ("bottleneck", (3, 4, 23, 3)),
     "resnet152": ("bottleneck", (3, 8, 36, 3)),
+    "resnext50_32x4d": ("grouped", (3, 4, 6, 3)),
+    "wide_resnet50_2": ("wide", (3, 4, 6, 3)),
 }
+SHAPES = {
+    "basic": basic_shapes,
+    "bottleneck": bottleneck_shapes,
+    "grouped": partial(bottleneck_shapes, 32, 4),
+    "wide": partial(bottleneck_shapes, 1, 128),
+}
+STEM_PROGRAMS = 2  # that a multiprocessor holds at once: `make codegen`
 
 
 @dataclass(frozen=True)
@@ -160,10 +180,24 @@ def tail_of(
     return cost.floor(chip), stage_seconds(gemms, itemsize, tile, chip)
 
 
+def stem_floors(batch: int, itemsize: int, chip: Ceilings) -> Floors:
+    """The floors of the 7x7 convolution and the max-pool: with one kernel for both nothing lies between them."""
+    conv = Gemm(batch * 112**2, 64, 3, 49, batch * 224**2)
+    pixels, elements, tile = batch * 56**2, conv.m * conv.n, StemTile()
+    plain = conv_bn_act_cost(conv, itemsize, Tile(64, 64, 32, 4, 1))
+    pool = Cost((elements + pixels * conv.n) * itemsize, 0, 0).floor(chip)
+    eager = plain.floor(chip) + 2 * elementwise_cost(elements, itemsize, 1).floor(chip) + pool
+    whole = Cost(conv.dram(itemsize) + pixels * conv.n * itemsize, 0, conv.flops).floor(chip)
+    cost = stem_cost(conv, pixels, itemsize, tile)
+    programs = batch * -(-56 // tile.pooled_rows) * -(-56 // (tile.pooled_columns - 1))
+    ours = predicted(cost, programs, STEM_PROGRAMS, chip) + LAUNCH  # the copy is a launch of its own
+    return Floors(eager, plain.floor(chip) + pool, whole, whole, ours, ours)
+
+
 def blocks_of(kind: str) -> dict[str, list[ConvShape]]:
     """The convolutions of each distinct block: "l1.first", "l1", "l2.first", ..."""
     blocks: dict[str, list[ConvShape]] = {}
-    for shape in basic_shapes() if kind == "basic" else bottleneck_shapes():
+    for shape in SHAPES[kind]():
         blocks.setdefault(shape.name.split(".", 1)[1].rpartition(".")[0], []).append(shape)
     return blocks
 
@@ -224,7 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for network in DEPTHS:
         total, blocks = network_floors(network, args.batch, args.itemsize, chip)
-        for block, count, floors in [*blocks, ("body", 1, total)]:
+        stem = stem_floors(args.batch, args.itemsize, chip)
+        parts = [("stem", 1, stem), *blocks, ("body", 1, total), ("stem and body", 1, stem + total)]
+        for block, count, floors in parts:
             micros = [round(1e6 * value, 1) for value in vars(floors).values()]
             rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, "not measured"])
     headers = ["chip", "network", "batch", "itemsize", "block", "count"]

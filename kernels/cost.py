@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tiles import StageTile, Tile
+from .tiles import StageTile, StemTile, Tile
 
 #: seconds that a launch takes besides its loop: start, first loads, last stores
 LAUNCH = 2.5e-6
@@ -143,6 +143,32 @@ def expand_shift_cost(
         l2 += g + programs * reduce.n * reduce.k * itemsize
         flops += reduce.flops
     return Cost(dram, l2, flops)
+
+
+def stem_cost(conv: Gemm, pooled: int, itemsize: int, tile: StemTile) -> Cost:
+    """Cost of a stem: the image read, its copy of 4 channels written and read, the pooled output written.
+
+    The matrix units see windows of a power of two columns by 4 channels, and a program computes a row and two columns
+    of the convolution that its neighbours compute as well. L1 holds what the windows share and the filters, so from L2
+    each program loads its part of the copy and the filters once.
+
+    Args:
+        conv: the convolution; of its `taps` the root is the filter's side.
+        pooled: pixels of the pooled output.
+        itemsize: bytes of an element.
+        tile: the tile that it runs with.
+    """
+    side = round(conv.taps**0.5)
+    window = 4 << (side - 1).bit_length()  # elements of a row of a window
+    rows = (2 * tile.pooled_rows + 1) / (2 * tile.pooled_rows)
+    columns = tile.pooled_columns / (tile.pooled_columns - 1)
+    pixels = round(conv.m * rows * columns)
+    output, copy = pooled * conv.n * itemsize, 4 * conv.in_pixels * itemsize
+    dram = conv.dram(itemsize) + 2 * copy + output
+    programs = -(-pooled // (tile.pooled_rows * (tile.pooled_columns - 1)))
+    filters = conv.n * side * window * itemsize
+    l2 = dram - copy + round(copy * rows * columns) + programs * filters
+    return Cost(dram, l2, 2 * pixels * conv.n * side * window)
 
 
 def shared_bytes(tile: Tile, itemsize: int, *, residual: bool = False, second: bool = False) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.roofline import NOMINAL, blocks_of, floors_of, network_floors
+from benchmarks.roofline import DEPTHS, NOMINAL, blocks_of, floors_of, network_floors, stem_floors
 from fused_resblock.kernels.cost import (
     LAUNCH,
     Ceilings,
@@ -19,8 +19,9 @@ from fused_resblock.kernels.cost import (
     register_count,
     resident_programs,
     shared_bytes,
+    stem_cost,
 )
-from fused_resblock.kernels.tiles import StageTile, Tile
+from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 
 TILE = Tile(128, 64, 64, 4, 3)
 CHIP = Ceilings("unit", dram=1000.0, l2=2000.0, matrix=4000.0, multiprocessors=4)
@@ -132,6 +133,36 @@ def test_identity_bottleneck_of_layer_1_by_hand():
     memory = (large + small) + (small + large + large)  # reduce; expand with its residual
     conv3x3 = 2 * 401408 * 64 * 64 * 9 / 700e12  # the one that the matrix units bind
     assert floors.per_conv == pytest.approx(memory / 3.0e12 + conv3x3, rel=0.01)
+
+
+def test_stem_by_hand():
+    """An image of 32x32, 7x7 with 64 filters: 16x16 pixels, 8x8 pooled; one program of 8 rows and 15 columns."""
+    conv = Gemm(m=256, n=64, k=3, taps=49, in_pixels=1024)
+    cost = stem_cost(conv, 64, 2, StemTile(8, 16))
+    image, copy, filters, output = 1024 * 3 * 2, 1024 * 4 * 2, 64 * 3 * 49 * 2, 64 * 64 * 2
+    assert cost.dram == image + filters + 2 * copy + output
+    computed = round(256 * 17 / 16 * 16 / 15)  # a row above and a pair of columns to the left are computed twice
+    assert cost.flops == 2 * computed * 64 * 7 * 8 * 4  # windows of 8 columns and 4 channels
+    assert cost.l2 == cost.dram - copy + round(copy * 17 / 16 * 16 / 15) + 64 * 7 * 32 * 2
+
+
+def test_stem_of_a_resnet_by_hand():
+    """Batch 128, fp16: images of 38.5 MB, 64 channels of 112x112 are 205.5 MB, pooled 51.4 MB."""
+    floors = stem_floors(128, 2, NOMINAL)
+    image, large, pooled = 128 * 224**2 * 3 * 2, 128 * 112**2 * 64 * 2, 128 * 56**2 * 64 * 2
+    flops = 2 * 128 * 112**2 * 64 * 147
+    assert floors.whole == pytest.approx(max((image + pooled) / 3.0e12, flops / 700e12), rel=0.01)
+    conv = max((image + large) / 3.0e12, flops / 700e12)
+    assert floors.per_conv == pytest.approx(conv + (large + pooled) / 3.0e12, rel=0.01)
+    assert floors.whole < floors.ours < floors.eager
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_every_network_has_floors_below_its_prediction(name):
+    total, rows = network_floors(name, 32, 2, NOMINAL)
+    assert sum(count for _, count, _ in rows) == sum(DEPTHS[name][1])
+    assert total.whole <= total.stage <= total.per_conv < total.eager
+    assert total.stage < total.ours_stage <= total.ours * 1.001
 
 
 def test_networks_are_the_sum_of_their_blocks():

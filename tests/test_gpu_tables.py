@@ -9,7 +9,7 @@ ROOF = {
     "network": "resnet50",
     "batch": "128",
     "itemsize": "2",
-    "block": "body",
+    "block": "stem and body",
     "eager_us": "6850.7",
     "per_conv_us": "2623.9",
     "stage_us": "1797.7",
@@ -20,7 +20,7 @@ ROOF = {
 }
 
 
-def test_roofline_shows_bodies_in_milliseconds():
+def test_roofline_shows_networks_in_milliseconds():
     text = roofline([{**ROOF, "block": "l1"}, ROOF])
     assert text.startswith("H100, batch 128, 16-bit elements")
     assert text.splitlines()[-1] == "| resnet50 | 6.85 | 2.62 | 1.80 | 1.57 | 3.86 | 3.37 | not measured |"

@@ -37,7 +37,7 @@ def test_figures_are_those_of_the_rows():
     assert panels == {"batch 1": {"resnet18 whole float32": {"eager": 4.0, "fused": 2.0}}}
     assert title.startswith("Test CPU, 2 threads")
     panels, title = plots.roofline([{**ROOF, "block": "l1"}, ROOF])
-    assert panels["whole bodies"]["resnet50"]["predicted, with stages"] == 3371.4
+    assert panels["networks (stem and body)"]["resnet50"]["predicted, with stages"] == 3371.4
     assert title.startswith("Not measured")
 
 
