@@ -34,10 +34,10 @@ from .gpu import space
 from .gpu.operations import build
 from .offline import CHIPS, compiling_for, inspect
 from .other_triton import run_with
-from .shapes import ConvShape, all_shapes
+from .shapes import ConvShape, all_shapes, wide_shapes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
-BATCHES = (1, 32, 128)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RESULTS = Path(__file__).parent / "results" / "codegen.csv"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 KEY = ("capability", "dtype", "kernel", "case", "tile")
@@ -70,7 +70,7 @@ def _affine(channels: int) -> Affine:
 
 def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
     seen = set()
-    for shape in all_shapes():
+    for shape in all_shapes() + wide_shapes():
         for batch in BATCHES:
             tile = space.chosen(shape, batch, name, gpu)
             epilogue = "second" if shape.shortcut else "residual" if shape.residual else "plain"
@@ -151,7 +151,7 @@ def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
 
 
 def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Job]:
-    """Every kernel and tile that is chosen for the shape table at batch 1, 32 and 128."""
+    """Every kernel and tile that is chosen for the networks at batch 1 to 256."""
     for capability in capabilities:
         gpu = Gpu(CHIPS[capability].multiprocessors, capability)
         for name in dtypes:

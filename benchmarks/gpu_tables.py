@@ -22,11 +22,12 @@ def roofline(rows: Rows) -> str:
         return NOT_MEASURED
     first = bodies[0]
     columns = ("eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us")
+    columns += ("predicted_l2_whole_us",)
     headers = ["network", "floor of eager", "of conv by conv", "of stages", "of whole blocks"]
-    headers += ["predicted, conv by conv", "predicted, with stages", "measured"]
+    headers += ["predicted, conv by conv", "predicted, with stages", "predicted, blocks in L2", "measured"]
     lines = [[row["network"], *(_ms(row[c]) for c in columns), row["measured_us"]] for row in bodies]
     told = f"{first['chip']}, batch {first['batch']}, {8 * int(first['itemsize'])}-bit elements, milliseconds."
-    return f"{told}\n\n{markdown(headers, lines, numbers=7)}"
+    return f"{told}\n\n{markdown(headers, lines, numbers=8)}"
 
 
 def _largest(rows: Iterable[Mapping[str, str]], column: str) -> int:

@@ -35,7 +35,8 @@ from fused_resblock.kernels.stage import predicted_seconds as stage_seconds
 from fused_resblock.kernels.tiles import StemTile, Tile
 from fused_resblock.table import format_table
 
-from .shapes import ConvShape, basic_shapes, bottleneck_shapes
+from .shapes import ConvShape, basic_shapes, bottleneck_shapes, wide_shapes
+from .whole_bottleneck import whole_seconds
 
 RESULTS = Path(__file__).parent / "results" / "roofline.csv"
 NOMINAL = Ceilings("H100 (assumed: 3.0 TB/s, L2 5.5 TB/s, 700 TFLOP/s)", 3.0e12, 5.5e12, 700e12, 132)
@@ -52,18 +53,19 @@ SHAPES = {
     "basic": basic_shapes,
     "bottleneck": bottleneck_shapes,
     "grouped": partial(bottleneck_shapes, 32, 4),
-    "wide": partial(bottleneck_shapes, 1, 128),
+    "wide": wide_shapes,
 }
 STEM_PROGRAMS = 2  # that a multiprocessor holds at once: `make codegen`
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Seconds: of eager, of per-conv fusion, of blocks whose tails and next heads are one kernel (`stage`), and of
-    whole blocks as one kernel; and predicted for our kernels, conv by conv, and with the stage kernel where it wins.
+    """Seconds: floors, and what our kernels should take.
 
-    Where no tail can be made, `stage` is `per_conv` and `ours_stage` is `ours`. Other blocks hold the next one's head,
-    also across stages.
+    Floors of eager, of fusion conv by conv, of blocks whose tails and next heads are one kernel (`stage`; other blocks
+    hold the next one's head, also across stages), and of whole blocks as one kernel. Predictions for conv by conv
+    (`ours`), with the stage kernel where it wins (`ours_stage`), and for `whole_bottleneck`, which is not built
+    (`l2_whole`). Where there is no such kernel, what is next best stands in its place.
     """
 
     eager: float
@@ -72,6 +74,7 @@ class Floors:
     whole: float
     ours: float
     ours_stage: float
+    l2_whole: float
 
     def __add__(self, other: Floors) -> Floors:
         return Floors(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -152,12 +155,25 @@ def floors_of(
     whole = Cost(x + y + weights, 0, flops).floor(chip)
     tail = tail_of(shapes, batch, itemsize, chip, following)
     if tail is None:
-        return Floors(eager, per_conv, per_conv, whole, ours, ours)
+        return Floors(eager, per_conv, per_conv, whole, ours, ours, ours)
+    l2_whole = _l2_whole(shapes, batch, itemsize, chip)
     head = (0.0, 0.0) if headless else of_convs[0]
     next_head = 0.0 if following is None else predicted_of(following, batch, itemsize, chip)
     alone = tail_of(shapes, batch, itemsize, chip, None) or tail
     best = min(tail[1], alone[1] + next_head, of_convs[1][1] + of_convs[2][1] + next_head)
-    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, head[1] + best)
+    return Floors(
+        eager, per_conv, head[0] + tail[0], whole, ours, head[1] + best, ours if l2_whole is None else l2_whole
+    )
+
+
+def _l2_whole(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> float | None:
+    """A bottleneck by `whole_bottleneck`, with the stage kernel's tile; None where there is no such kernel."""
+    reduce, conv, expand = (gemm_of(shape, batch) for shape in shapes)
+    second = second_of(shapes[2], batch)
+    tile = choose_stage_tile(TailGemms(conv, expand, second, None), itemsize, Gpu(chip.multiprocessors))
+    if tile is None:
+        return None
+    return whole_seconds(reduce, conv, expand, second, itemsize, tile, batch, shapes[1].out_size, chip)
 
 
 def tail_of(
@@ -191,7 +207,7 @@ def stem_floors(batch: int, itemsize: int, chip: Ceilings) -> Floors:
     cost = stem_cost(conv, pixels, itemsize, tile)
     programs = batch * -(-56 // tile.pooled_rows) * -(-56 // (tile.pooled_columns - 1))
     ours = predicted(cost, programs, STEM_PROGRAMS, chip) + LAUNCH  # the copy is a launch of its own
-    return Floors(eager, plain.floor(chip) + pool, whole, whole, ours, ours)
+    return Floors(eager, plain.floor(chip) + pool, whole, whole, ours, ours, ours)
 
 
 def blocks_of(kind: str) -> dict[str, list[ConvShape]]:
@@ -214,7 +230,7 @@ def network_floors(
         for place in range(depth)
     ]
     counted: dict[tuple[str, Floors], int] = {}
-    total, headless = Floors(0, 0, 0, 0, 0, 0), False
+    total, headless = Floors(0, 0, 0, 0, 0, 0, 0), False
     for place, block in enumerate(order):
         following = blocks[order[place + 1]][0] if place + 1 < len(order) else None
         if following is not None and tail_of(blocks[block], batch, itemsize, chip, following) is None:
@@ -264,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             micros = [round(1e6 * value, 1) for value in vars(floors).values()]
             rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, "not measured"])
     headers = ["chip", "network", "batch", "itemsize", "block", "count"]
-    headers += ["eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us", "measured_us"]
+    headers += ["eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us"]
+    headers += ["predicted_l2_whole_us", "measured_us"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([headers, *rows])

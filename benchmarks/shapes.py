@@ -72,6 +72,11 @@ def basic_shapes() -> list[ConvShape]:
     return shapes
 
 
+def wide_shapes() -> list[ConvShape]:
+    """Every distinct fused convolution of Wide ResNet-50-2."""
+    return bottleneck_shapes(1, 128, "wide")
+
+
 def all_shapes() -> list[ConvShape]:
     """ResNet-18 to 152, and ResNeXt-50 32x4d for the grouped form."""
     grouped = [s for s in bottleneck_shapes(32, 4, "resnext") if s.groups > 1]

@@ -40,6 +40,7 @@ SHAPES = (
     (128, 128, 8),
     (256, 64, 8),
     (128, 256, 8),
+    (256, 128, 8),
 )
 SPLITS = (1, 2, 4, 8, 16)
 
@@ -77,6 +78,8 @@ def candidates(
         if block_n > max(width, 32) or (gpu.capability // 10 == 10 and block_n > 64):
             continue
         if ieee and (second or block_m * block_n // (32 * warps) > 32) and (block_m, block_n) != (64, 32):
+            continue
+        if (block_m, block_n) == (256, 128) and gpu.capability != 90:  # elsewhere operands take registers, too
             continue
         crowded = gpu.capability // 10 == 10 and second
         if crowded and block_m * block_n // (32 * warps) > max(16, 64 // itemsize):

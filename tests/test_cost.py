@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.roofline import DEPTHS, NOMINAL, blocks_of, floors_of, network_floors, stem_floors
+from benchmarks.whole_bottleneck import whole_cost, whole_seconds
 from fused_resblock.kernels.cost import (
     LAUNCH,
     Ceilings,
@@ -155,6 +156,21 @@ def test_stem_of_a_resnet_by_hand():
     conv = max((image + large) / 3.0e12, flops / 700e12)
     assert floors.per_conv == pytest.approx(conv + (large + pooled) / 3.0e12, rel=0.01)
     assert floors.whole < floors.ours < floors.eager
+
+
+def test_whole_bottleneck_by_hand():
+    """One image of 8x8, 64 -> 16 -> 64 channels; bands of 4 rows compute 6 of the reduce."""
+    reduce, conv, expand = Gemm(64, 16, 64, 1, 64), Gemm(64, 16, 16, 9, 64), Gemm(64, 64, 16, 1, 64)
+    cost = whole_cost(reduce, conv, expand, None, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
+    large, small, filters = 64 * 64 * 2, 64 * 16 * 2, 2 * (64 * 16 + 16 * 16 * 9 + 16 * 64)
+    assert cost.dram == 2 * large + filters
+    assert cost.l2 == 1.5 * (large + small) + 9 * small + 2 * large + 2 * filters  # two tiles of 32 pixels
+    assert cost.flops == 1.5 * reduce.flops + conv.flops + expand.flops
+    branch = Gemm(64, 64, 32, 1, 64)
+    other = whole_cost(reduce, conv, expand, branch, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
+    assert other.l2 - cost.l2 == 64 * 32 * 2 - large + 2 * 2 * 64 * 32  # the branch's input for the residual
+    wide = Gemm(64, 256, 256, 9, 64)
+    assert whole_seconds(reduce, wide, expand, None, 2, StageTile(32, 32, 16, 4, 3, 2), 1, 8, CHIP) is None
 
 
 @pytest.mark.parametrize("name", DEPTHS)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fused_resblock.table import format_table
 
-from . import bench, ceilings, check, profile, tune
+from . import bench, ceilings, check, goals, profile, tune
 from .context import Context
 from .records import Row, read_json
 
-PROVIDERS = ("eager", "folded", "cudnn", "fused", "triton", "compile", "max-autotune")
+KERNELS = ("conv_bn_act", "bn_act", "relu_backward", "expand_shift", "stem")
+PROVIDERS = ("eager", "folded", "cudnn", "fused", "triton", "stages", "compile", "max-autotune")
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -35,9 +36,7 @@ def text(context: Context) -> str:
     """The summary of everything in the folder that belongs to this GPU, these versions and this commit."""
     rates = read_json(context.folder / "ceilings.json")
     verdicts, times = check.records(context), tune.records(context)
-    kernels = [
-        row for row in verdicts.rows() if row["kernel"] in ("conv_bn_act", "bn_act", "relu_backward", "expand_shift")
-    ]
+    kernels = [row for row in verdicts.rows() if row["kernel"] in KERNELS]
     others = [row for row in verdicts.rows() if row not in kernels]
     winners = read_json(context.folder / "tiles.json").get("winners", [])
     by_backend: dict[str, int] = {}
@@ -60,6 +59,8 @@ def text(context: Context) -> str:
         "",
         "fp16, channels_last, median ms:",
         _networks(bench.records(context).rows()),
+        "",
+        format_table(["goal", "measured", "met"], [list(line) for line in goals.judge(bench.records(context).rows())]),
     ]
     return "\n".join(lines)
 

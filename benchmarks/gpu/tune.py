@@ -16,7 +16,7 @@ from fused_resblock.params import Bound, Epilogue
 
 from ..harness import Spread, parity
 from ..shapes import ConvShape
-from . import check, space, stems, tails
+from . import check, cudnn_graph, space, stems, tails
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
 from .operations import DTYPES, Operation, build, precision
@@ -54,6 +54,11 @@ def cudnn_epilogue(op: Operation) -> Tensor:
 
 
 PEERS: dict[str, Callable[[Operation], Tensor]] = {"cudnn": cudnn_fused, "cudnn+bn_act": cudnn_epilogue}
+
+
+def peers() -> dict[str, Callable[[Operation], Tensor]]:
+    """What the kernels are held against: `PEERS`, and cuDNN's graphs where nvidia-cudnn-frontend is installed."""
+    return PEERS | ({"cudnn-frontend": cudnn_graph.runner()} if cudnn_graph.available() else {})
 
 
 def sets(op: Operation, l2_bytes: int) -> int:
@@ -209,7 +214,7 @@ def run(context: Context) -> int:
         try:
             with precision(dtype):
                 tuning = Case(context, table, dtype, shape, batch)
-                found = {name: tuning.measure(name, call) for name, call in PEERS.items() if name not in lost}
+                found = {name: tuning.measure(name, call) for name, call in peers().items() if name not in lost}
                 for name in tuning.look(tiles):
                     us = tuning.measure("triton", triton_with(name), name)
                     found["triton"] = min((t for t in (us, found.get("triton")) if t is not None), default=None)

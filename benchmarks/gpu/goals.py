@@ -1,0 +1,121 @@
+"""What the library is meant to reach on a GPU, and what a table of measurements says to each goal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .records import Row
+
+#: what a user could take instead, in eager mode or as a CUDA graph
+PEERS = ("eager", "folded", "cudnn", "compile", "max-autotune")
+OURS = ("fused", "fused+graph")
+OTHERS = ("resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
+NOT_MEASURED = "not measured"
+
+
+class Goal(NamedTuple):
+    """A bound on something measured of every case that matches.
+
+    Attributes:
+        text: the goal in words.
+        matches: whether a (network, part, batch) is meant.
+        measure: what is measured of its rows, None where it was not.
+        limit: the bound.
+        at_least: whether it is a lower one.
+        unit: behind the figure.
+    """
+
+    text: str
+    matches: Callable[[str, str, int], bool]
+    measure: Callable[[Sequence[Row]], float | None]
+    limit: float
+    at_least: bool = True
+    unit: str = "x"
+
+
+def _best(rows: Sequence[Row], names: Sequence[str]) -> float | None:
+    times = [float(r["median_ms"]) for r in rows if r["provider"] in names and r["status"] == "ok"]
+    return min(times, default=None)
+
+
+def speedup(rows: Sequence[Row]) -> float | None:
+    """The best peer's time over ours, by each group alone (its providers took turns), and of those the smallest."""
+    names = [name + graph for name in PEERS for graph in ("", "+graph")]
+    found = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        of_group = [row for row in rows if row["group"] == group]
+        peer, own = _best(of_group, names), _best(of_group, OURS)
+        if peer is not None and own is not None:
+            found.append(peer / own)
+    return min(found, default=None)
+
+
+def graph_ms(rows: Sequence[Row]) -> float | None:
+    """The time of ours as a CUDA graph."""
+    return _best(rows, ("fused+graph",))
+
+
+def memory(rows: Sequence[Row]) -> float | None:
+    """The memory that ours takes besides weights and input, over eager's."""
+    used = {r["provider"]: float(r["extra_mib"]) for r in rows if r["extra_mib"] and r["group"] == "main"}
+    eager, own = used.get("eager"), used.get("fused")
+    return own / eager if eager and own is not None else None
+
+
+GOALS = (
+    Goal(
+        "ResNet-50, batch 128: the best peer's time",
+        lambda n, p, b: (n, p, b) == ("resnet50", "whole", 128),
+        speedup,
+        1.5,
+    ),
+    Goal(
+        "other networks, batch 32 to 256: the best peer's time",
+        lambda n, p, b: n in OTHERS and p == "whole" and 32 <= b <= 256,
+        speedup,
+        1.2,
+    ),
+    Goal("every network at every batch: the best peer's time", lambda n, p, b: p == "whole", speedup, 1.0),
+    Goal("every block: the best peer's time", lambda n, p, b: p != "whole", speedup, 1.0),
+    Goal(
+        "ResNet-50, batch 1, CUDA graph (set for an H100)",
+        lambda n, p, b: (n, p, b) == ("resnet50", "whole", 1),
+        graph_ms,
+        0.35,
+        False,
+        " ms",
+    ),
+    Goal(
+        "ResNet-18, batch 1, CUDA graph (set for an H100)",
+        lambda n, p, b: (n, p, b) == ("resnet18", "whole", 1),
+        graph_ms,
+        0.15,
+        False,
+        " ms",
+    ),
+    Goal("memory of a network over eager's", lambda n, p, b: p == "whole", memory, 0.7, False),
+)
+
+
+def judge(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """For each goal: what it is, the worst that was measured, and "yes", "no" or "not measured".
+
+    A goal of several cases is met if all that were measured meet it; how many those are stands beside the figure.
+    """
+    cases: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row["network"], row["part"], int(row["batch"])), []).append(row)
+    verdicts = []
+    for goal in GOALS:
+        values = [goal.measure(of_case) for case, of_case in cases.items() if goal.matches(*case)]
+        known = [value for value in values if value is not None]
+        bound = f"{goal.text}: at {'least' if goal.at_least else 'most'} {goal.limit:g}{goal.unit}"
+        if not known:
+            verdicts.append((bound, NOT_MEASURED, NOT_MEASURED))
+            continue
+        worst = min(known) if goal.at_least else max(known)
+        met = worst >= goal.limit if goal.at_least else worst <= goal.limit
+        count = f" (worst of {len(known)})" if len(known) > 1 else ""
+        verdicts.append((bound, f"{worst:.3g}{goal.unit}{count}", "yes" if met else "no"))
+    return verdicts
