@@ -35,7 +35,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "test": [*DEMO, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "torchvision", "timm"],
-        "dev": ["ruff", "mypy", "pre-commit"],
+        "dev": ["ruff", "mypy", "pre-commit", "onnxruntime", "onnx", "onnxscript"],
     },
     entry_points={"console_scripts": ["fused-resblock = fused_resblock.cli:main"]},
     classifiers=[

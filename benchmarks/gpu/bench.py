@@ -9,6 +9,7 @@ import torch
 from fused_resblock.models import ARCHITECTURES
 
 from ..harness import Outcome, compare
+from . import onnx_session
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
 from .networks import Case, exact_output, prepare, providers
@@ -19,7 +20,7 @@ COLUMNS = ("status", "median_ms", "p20_ms", "p80_ms", "rounds", "speedup_vs_eage
 COLUMNS += ("max_error", "error_bound", "extra_mib", "note")
 BATCHES = (128, 1, 32, 256)
 #: seconds that a group takes to make its providers, below which it is not begun
-SECONDS = {"main": 20, "compile": 90, "max-autotune": 240}
+SECONDS = {"main": 20, "compile": 90, "max-autotune": 240, "engines": 60}
 
 
 def records(context: Context) -> Records:
@@ -42,6 +43,10 @@ def cases(quick: bool = False) -> Iterator[Case]:
     for batch in BATCHES[2:]:
         yield from (Case(network, batch) for network in ("resnet50", "resnet18"))
     yield from (Case("resnet18", batch, group="compile") for batch in BATCHES[:2])
+    if onnx_session.available():
+        yield from (
+            Case(network, batch, group="engines") for network in ("resnet50", "resnet18") for batch in BATCHES[:2]
+        )
     others = [name for name in ARCHITECTURES if name not in ("resnet18", "resnet50")]
     yield from (Case(network, batch) for batch in BATCHES for network in others)
     yield from (Case(network, 128, group="max-autotune") for network in ("resnet50", "resnet18"))

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import fused_resblock as frb
 from fused_resblock.demo.inputs import make_model
 
+from . import onnx_session
 from .device import Device
 
 Call = Callable[[Tensor], Tensor]
@@ -117,7 +118,13 @@ GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
         "fused": partial(_fused, backend="auto"),
         "max-autotune": partial(_compiled, mode="max-autotune-no-cudagraphs"),
     },
+    "engines": {
+        "eager": lambda model, x: model,
+        "fused": partial(_fused, backend="auto"),
+        "onnxruntime": onnx_session.Session,
+    },
 }
+NO_GRAPH = ("onnxruntime",)  # it launches on the stream that it was made with
 
 
 class Made:
@@ -147,6 +154,8 @@ def providers(case: Case, model: nn.Module, x: Tensor, device: Device) -> dict[s
     """The group's providers, each in eager mode (`fused`) and as a CUDA graph (`fused+graph`)."""
     made = {}
     for name, make in GROUPS[case.group].items():
-        for graph in (False, True):
+        if name == "onnxruntime" and not onnx_session.available():
+            continue
+        for graph in (False,) if name in NO_GRAPH else (False, True):
             made[name + "+graph" * graph] = Made(partial(make, model, x), x, device, graph)
     return made
