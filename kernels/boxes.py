@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -66,6 +67,25 @@ def image_box(x: torch.Tensor, size: Sequence[int], stride: int, box: Box, chann
     shape = [n, h // stride, stride, w // stride, stride * c]
     strides = [h * w * c, stride * w * c, w * c, stride * c, 1]
     return TensorDescriptor(x, shape, strides, [box.images, box.rows, 1, box.columns, channels])
+
+
+class ImageBoxes:
+    """Makes the `image_box` of tensors of one shape and dtype; what they have in common is checked once.
+
+    A tensor has to begin at a multiple of 16 bytes: see `unaligned`.
+    """
+
+    def __init__(self, size: Sequence[int], stride: int, box: Box, channels: int) -> None:
+        self._arguments = size, stride, box, channels
+        self._fields: dict[str, Any] | None = None
+
+    def __call__(self, x: torch.Tensor) -> TensorDescriptor:
+        """The descriptor of x."""
+        if self._fields is None:
+            self._fields = {**vars(image_box(x, *self._arguments)), "base": None}  # keeps no tensor alive
+        made: TensorDescriptor = object.__new__(TensorDescriptor)
+        made.__dict__.update(self._fields, base=x)
+        return made
 
 
 def matrix_box(weight: torch.Tensor, rows: int, columns: int, box: Sequence[int]) -> TensorDescriptor:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .boxes import choose_box, image_box, matrix_box, tiles_of, unaligned
+from .boxes import ImageBoxes, choose_box, matrix_box, tiles_of, unaligned
 from .conv_bn_act import bind_conv_bn_act
 from .epilogue import eps_of, nan_relu, scale_shift, vectors
 from .gpu import gpu_of
@@ -208,16 +208,15 @@ def bind_conv_tma(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fal
     dtype, device = x.dtype, x.device
     other_block = tile.block_n if branch is None else block_k
     in_place = overwrite and other is not None and branch is None
+    of_x = ImageBoxes(size, conv.stride[0], box, block_k)
+    of_other = ImageBoxes(size2, stride2, box, other_block)
+    of_y = ImageBoxes((n, p, q, k), 1, box, tile.block_n)
 
     def run(x, other):
         if unaligned(x, other):
             return by_pointers(x, other)
         y = other if in_place else torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-        launch(
-            image_box(x, size, conv.stride[0], box, block_k),
-            None if other is None else image_box(other, size2, stride2, box, other_block),
-            image_box(y, (n, p, q, k), 1, box, tile.block_n),
-        )
+        launch(of_x(x), None if other is None else of_other(other), of_y(y))
         return y
 
     return run

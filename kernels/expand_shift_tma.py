@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .boxes import choose_box, image_box, matrix_box, tiles_of, unaligned
+from .boxes import ImageBoxes, choose_box, matrix_box, tiles_of, unaligned
 from .epilogue import eps_of, nan_relu, scale_shift, vectors
 from .expand_shift import bind_expand_shift
 from .launch import Launch, accumulator, dot_precision, interpreted
@@ -189,19 +189,17 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
     by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, small)
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
     size, size2 = (n, height, width, c), (n, p * stride2, q * stride2, channels2)
-    other_block = tile.block_n if shortcut is None else block_k
+    of_h = ImageBoxes(size, conv.stride[0], box, block_k)
+    of_other = ImageBoxes(size2, stride2, box, tile.block_n if shortcut is None else block_k)
+    of_y = ImageBoxes((n, p, q, k), 1, box, tile.block_n)
+    of_g = ImageBoxes((n, p, q, outputs), 1, box, outputs)
 
     def run(h, other):
         if unaligned(h, other):
             return by_pointers(h, other)
         y = torch.empty((n, k, p, q), **empty)
         g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
-        launch(
-            image_box(h, size, conv.stride[0], box, block_k),
-            image_box(other, size2, stride2, box, other_block),
-            image_box(y, (n, p, q, k), 1, box, tile.block_n),
-            None if g is None else image_box(g, (n, p, q, outputs), 1, box, outputs),
-        )
+        launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
         return y, g
 
     return run

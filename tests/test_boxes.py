@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from fused_resblock.kernels.boxes import Box, choose_box, image_box, tiles_of
+from fused_resblock.kernels.boxes import Box, ImageBoxes, choose_box, image_box, tiles_of
 
 SIZES = st.integers(1, 70)
 
@@ -52,3 +53,16 @@ def test_descriptor_of_an_image(stride):
         start = (column % stride) * c
         part = seen[i, row // stride, row % stride, column // stride, start : start + c]
         assert torch.equal(part, x[i, row, column])
+
+
+def test_prepared_boxes_are_those_of_any_tensor():
+    images = [torch.randn(2, 8, 6, 4).to(memory_format=torch.channels_last) for _ in range(2)]
+    arguments = (2, 6, 4, 8), 2, Box(1, 2, 2), 8
+    make = ImageBoxes(*arguments)
+    made = [make(x) for x in images]
+    for x, desc in zip(images, made, strict=True):
+        assert desc == image_box(x, *arguments)
+        assert desc.base is x
+    freed = weakref.ref(images[0])
+    del images, made, x, desc
+    assert freed() is None, "the boxes keep a tensor alive"
