@@ -17,7 +17,7 @@ from .cost import (
     predicted,
     resident_programs,
 )
-from .gpu import Gpu
+from .gpu import Gpu, triton_release
 from .tiles import Tile
 
 #: by generation: vendors' figures of device memory and dense fp16 rates, at what kernels reach of them (80 to 90 and
@@ -60,6 +60,11 @@ def power_of_two(value: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, value - 1).bit_length()))
 
 
+def _spills_with_3_9(gemm: Gemm, itemsize: int) -> bool:
+    """Whether Triton 3.9 for sm_100 leaves a part of a 64x64 tile on the stack: a TF32 1x1 of at most 64 channels."""
+    return itemsize == 4 and gemm.taps == 1 and gemm.n // gemm.groups <= 64 and triton_release() >= (3, 9)
+
+
 def candidates(
     gemm: Gemm, itemsize: int, *, residual: bool, second: bool, tma: bool, gpu: Gpu, ieee: bool = False
 ) -> Iterator[Tile]:
@@ -80,6 +85,8 @@ def candidates(
         if ieee and (second or block_m * block_n // (32 * warps) > 32) and (block_m, block_n) != (64, 32):
             continue
         if (block_m, block_n) == (256, 128) and gpu.capability != 90:  # elsewhere operands take registers, too
+            continue
+        if tma and (block_m, block_n) == (64, 64) and gpu.capability // 10 == 10 and _spills_with_3_9(gemm, itemsize):
             continue
         crowded = gpu.capability // 10 == 10 and second
         if crowded and block_m * block_n // (32 * warps) > max(16, 64 // itemsize):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_resblock.kernels import choice, gpu, stage
 from fused_resblock.kernels.choice import CHIPS, candidates, chip_of, choose_tile, predicted_seconds, ranked
 from fused_resblock.kernels.cost import Gemm, resident_programs
 from fused_resblock.kernels.gpu import Gpu
@@ -89,3 +90,24 @@ def test_without_matrix_units_tiles_are_small():
         assert not tile.persistent
         assert tile.block_m * tile.block_n // (32 * tile.num_warps) <= 32
     assert choose_tile(gemm, 4, tma=True).persistent
+
+
+@pytest.mark.parametrize(("release", "there"), [((3, 7), True), ((3, 9), False)])
+def test_tiles_that_spill_with_a_release_are_left_out(release, there, monkeypatch):
+    monkeypatch.setattr(choice, "triton_release", lambda: release)
+    gemm = Gemm(4096, 64, 256, 1, 4096)
+    options = {"residual": False, "second": False, "tma": True}
+    small = [t for t in choice.candidates(gemm, 4, gpu=Gpu(148, 100), **options) if (t.block_m, t.block_n) == (64, 64)]
+    assert bool(small) == there
+    assert any((t.block_m, t.block_n) == (64, 64) for t in choice.candidates(gemm, 2, gpu=Gpu(148, 100), **options))
+    monkeypatch.setattr(stage, "triton_release", lambda: release)
+    rows = {tile.block_m for tile in stage.candidates(256, 256, 2, False, Gpu())}
+    assert rows == ({64, 128} if there else {64})
+
+
+@pytest.mark.parametrize(("release", "tma"), [((3, 6), False), ((3, 7), True), ((4, 0), True)])
+def test_tma_of_capability_12_waits_for_triton_3_7(release, tma, monkeypatch):
+    monkeypatch.setattr(gpu, "triton_release", lambda: release)
+    assert Gpu(170, 120).tma == tma
+    assert Gpu(132, 90).tma
+    assert not Gpu(108, 80).tma
