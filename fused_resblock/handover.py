@@ -15,11 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .program import Program, signature
+from .backends.folding import kept
+from .program import Program, Programs, signature
 from .runner import BoundStep
+from .sampling import read, words
+from .watch import Guard
 
 #: heads in a row that nobody took, after which a chain computes no more of them
-PATIENCE = 8
+PATIENCE = 32
+
+#: the programs of every chain that has run as one
+programs: weakref.WeakKeyDictionary[nn.Module, Programs] = weakref.WeakKeyDictionary()
 
 
 class Link:
@@ -29,15 +35,27 @@ class Link:
         self.following: weakref.ref[nn.Module] | None = weakref.ref(following)
         self.unclaimed = 0
 
+    def count(self) -> None:
+        """Count one more head, or one more attempt to compute any."""
+        self.unclaimed += 1
+        if self.unclaimed > PATIENCE:
+            self.following = None
+
 
 class Head(NamedTuple):
-    """A chain's first step on `y`, computed ahead of its call."""
+    """A chain's first step on `y`, computed ahead of its call.
+
+    `guard` is that of the chain's programs when the head was computed: as long as it is in force, and holds, nothing
+    that went into the head has changed.
+    """
 
     link: Link
     step: BoundStep
+    guard: Guard
     y: weakref.ref[Tensor]
-    version: int
+    state: tuple[object, ...]
     signature: tuple[object, ...]
+    capture: object
     value: Tensor
 
 
@@ -57,6 +75,17 @@ def following(stage: nn.Module) -> nn.Module | None:
     """The chain behind one, where it is known."""
     link = _links.get(stage)
     return None if link is None or link.following is None else link.following()
+
+
+def attempt(stage: nn.Module) -> nn.Module | None:
+    """The chain behind one, whose head is to be computed from now on.
+
+    It counts as if a head had been left: where the next chain changes at every step, as in training, it ends.
+    """
+    target, link = following(stage), _links.get(stage)
+    if target is not None and link is not None:
+        link.count()
+    return target
 
 
 def learn(stage: nn.Module, x: Tensor) -> nn.Module | None:
@@ -83,23 +112,27 @@ def note(stage: nn.Module, y: Tensor, program: Program) -> None:
 def run(stage: nn.Module, program: Program, x: Tensor) -> Tensor:
     """The program's result, with the head that waits for the chain, and leaving the next chain its head."""
     head = _claim(stage, program, x) if _thread.waiting else None
-    step = program.ends.ahead
-    if step is None:
+    if program.ends.ahead is None:
         y, _ = program.run(x, head)
         note(stage, y, program)
         return y
     with torch.inference_mode(False), torch.no_grad():  # tensors of the inference mode do not record their changes
         y, ahead = program.run(x, head)
-    link = _links.get(stage)
-    target = following(stage)
-    if link is None or target is None:
-        return y
-    link.unclaimed += 1
-    if link.unclaimed > PATIENCE:
-        link.following = None
     assert ahead is not None
-    _thread.waiting[target] = Head(link, step, weakref.ref(y), y._version, signature(y), ahead)
+    _leave(stage, program.ends.ahead, y, ahead)
     return y
+
+
+def _leave(stage: nn.Module, step: BoundStep, y: Tensor, value: Tensor) -> None:
+    """Leave the next chain its head."""
+    target, link = following(stage), _links.get(stage)
+    if target is None or link is None:
+        return
+    link.count()
+    _thread.waiting.pop(target, None)
+    guard = programs[target].guard if target in programs else None
+    if link.following is not None and guard is not None:
+        _thread.waiting[target] = Head(link, step, guard, weakref.ref(y), _state(y), signature(y), _capture(y), value)
 
 
 def _claim(stage: nn.Module, program: Program, x: Tensor) -> Tensor | None:
@@ -107,7 +140,29 @@ def _claim(stage: nn.Module, program: Program, x: Tensor) -> Tensor | None:
     head = _thread.waiting.pop(stage, None)
     if head is None or head.y() is not x or head.step is not program.ends.first:
         return None
-    if x._version != head.version or signature(x) != head.signature:
+    own = programs.get(stage)
+    if own is None or own.guard is not head.guard:  # weights, say, have changed since
+        return None
+    if head.state != _state(x) or head.signature != signature(x):
+        return None
+    if head.capture is not _capture(x):
         return None
     head.link.unclaimed = 0
     return head.value
+
+
+def _state(y: Tensor) -> tuple[object, ...]:
+    """What an edit of y changes: its version, its place, sampled words of memory on a CPU; and the stream on a GPU."""
+    stream = torch.cuda.current_stream(y.device).cuda_stream if y.is_cuda else None
+    return y._version, y.data_ptr(), y.stride(), stream, *read(words([y]))
+
+
+def _capture(y: Tensor) -> object:
+    """None outside of a CUDA graph's capture; in one by `capture` its list of what is kept; in others always another.
+
+    Only the first kind is known to hold both chains: what one graph computes must not be missing in another.
+    """
+    if not y.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return None
+    found = kept()
+    return object() if found is None else found

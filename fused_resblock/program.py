@@ -267,6 +267,11 @@ class Programs:
         self._programs: dict[tuple[object, ...], Program] = {}
         self._watched: set[nn.Module] = set()  # by the guard, besides the owner
 
+    @property
+    def guard(self) -> Guard | None:
+        """What the programs hold under; another one as soon as they had to be bound again."""
+        return self._guard
+
     def __iter__(self) -> Iterator[Program]:
         return iter(list(self._programs.values()))
 

@@ -6,20 +6,18 @@ is overwritten by the next block's sum.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, dispatch, handover, leaves
+from .handover import programs as _programs
 from .modules import FusedBlock
 from .program import Programs, last_reads
 from .swap import Swapped, register
 from .tail import Tail, find_tails
 from .watch import untraceable
-
-_programs: weakref.WeakKeyDictionary[nn.Module, Programs] = weakref.WeakKeyDictionary()
 
 
 def obstacle(stage: nn.Sequential) -> str | None:
@@ -58,8 +56,10 @@ class FusedStage(Swapped):
         programs = _programs.get(self)
         if programs is not None:
             program = programs.find(x)
-            if program is not None and handover.fits(self, program):
-                return handover.run(self, program, x)
+            if program is not None:
+                if handover.fits(self, program):
+                    return handover.run(self, program, x)
+                _programs.pop(self, None)
         return self._bind(x) if isinstance(x, Tensor) else None
 
     def _bind(self, x: Tensor) -> Tensor | None:
@@ -68,7 +68,7 @@ class FusedStage(Swapped):
         if obstacle(stage):
             return None
         programs = _programs.setdefault(stage, Programs())
-        blocks = [(block.runner(), block._fused_backend) for block in stage.children()]
+        blocks = [(block.runner(), block._fused_backend) for block in stage]
         behind: Any = self._block_behind(blocks[-1][1])
         following = None if behind is None else (behind.runner(), list(behind.modules()))
         kernel = stage.__dict__.get("_fused_kernel", False)
@@ -83,11 +83,11 @@ class FusedStage(Swapped):
 
     def _block_behind(self, backend: str) -> FusedBlock | None:
         """The first block of the chain behind this one, if that is known and runs as one chain on the same backend."""
-        following: Any = handover.following(self)
+        following: Any = handover.attempt(self)
         if not isinstance(following, FusedStage) or obstacle(following):  # type: ignore[arg-type]
             return None
-        block: Any = next(iter(following.children()))
-        return block if block._fused_backend == backend else None
+        blocks: Any = following
+        return blocks[0] if blocks[0]._fused_backend == backend else None
 
 
 class FusedSequential(FusedStage, nn.Sequential):
@@ -104,7 +104,7 @@ def kernel_state(stage: nn.Sequential) -> str:
     """
     if not stage.__dict__.get("_fused_kernel"):
         return ""
-    blocks: list[Any] = [(block.runner(), block._fused_backend) for block in stage.children()]  # type: ignore[operator]
+    blocks: list[Any] = [(block.runner(), block._fused_backend) for block in stage]  # type: ignore[operator]
     tails = find_tails([runner for runner, _ in blocks], last_reads(blocks))
     backend = backends.check_name(blocks[0][1])
     obstacles = [_kernel_obstacle(tail, backend) for tail in tails.values()]

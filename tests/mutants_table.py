@@ -95,16 +95,34 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             _next_chain("block replaced by a fused one"),
         ),
         (
+            "a head of weights before a change",
+            "if own is None or own.guard is not head.guard:",
+            "if own is None:",
+            "tests/test_handover.py::test_a_head_that_waited_while_its_weights_changed[weights]",
+        ),
+        (
             "a head of the tensor before an edit",
-            "x._version != head.version or ",
-            "",
+            "return y._version, y.data_ptr(), y.stride(), stream, *read(words([y]))",
+            "return y.data_ptr(), y.stride(), stream",
             "tests/test_handover.py::test_only_the_very_tensor_has_a_head[edited in place-no_grad]",
         ),
         (
+            "edits that are not recorded",
+            "stream, *read(words([y]))",
+            "stream",
+            "tests/test_handover.py::test_only_the_very_tensor_has_a_head[edited through NumPy-no_grad]",
+        ),
+        (
             "a head of other settings",
-            " or signature(x) != head.signature",
+            " or head.signature != signature(x)",
             "",
             "tests/test_handover.py::test_settings_changed_in_between",
+        ),
+        (
+            "a head in another graph",
+            "if head.capture is not _capture(x):",
+            "if False:",
+            "tests/test_handover.py::test_a_head_is_not_taken_into_another_graph",
         ),
         (
             "edits in inference mode not recorded",

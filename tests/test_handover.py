@@ -100,12 +100,30 @@ def edit_a_view(y: Tensor) -> Tensor:
     return y
 
 
+def edit_data(y: Tensor) -> Tensor:
+    y.data.mul_(0.5)
+    return y
+
+
+def other_memory(y: Tensor) -> Tensor:
+    y.data = y.data * 0.5
+    return y
+
+
+def edit_array(y: Tensor) -> Tensor:
+    y.numpy()[...] *= 0.5
+    return y
+
+
 BETWEEN = {
     "edited in place": lambda y: y.mul_(0.5),
     "edited through a view": edit_a_view,
     "another tensor": lambda y: y * 0.5,
     "a copy": lambda y: y.clone(),
     "a view": lambda y: y[:],
+    "edited through data": edit_data,
+    "other memory": other_memory,
+    "edited through NumPy": edit_array,
 }
 
 
@@ -117,6 +135,73 @@ def test_only_the_very_tensor_has_a_head(between, mode, monkeypatch):
     with mode():
         agree(fused(X), reference(X))
     assert counted.taken == 0
+
+
+WAITING = {
+    "weights": lambda b: b.conv1.weight.mul_(2),
+    "weights replaced": lambda b: setattr(b.conv1, "weight", nn.Parameter(b.conv1.weight * 3)),
+    "weights of other memory": lambda b: setattr(b.conv1.weight, "data", b.conv1.weight.data * 3),
+    "eps": lambda b: setattr(b.bn1, "eps", 0.5),
+    "statistics": lambda b: b.bn1.running_mean.add_(1),
+    "checkpoint": lambda b: b.load_state_dict({key: value * 2 for key, value in b.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in WAITING.items()])
+def test_a_head_that_waited_while_its_weights_changed(change, monkeypatch):
+    """The call behind the change is bound anew without it, and so is none of those behind that."""
+    reference, fused = body()
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        y = fused.layer1(X)
+        for module in (fused, reference):
+            change(module.layer2[0])
+        expected = reference.layer2(reference.layer1(X))
+        for _ in range(3):
+            agree(fused.layer2(y), expected)
+    assert counted.taken == 0
+
+
+def test_a_head_that_waited_while_another_thread_bound_both_chains_again(monkeypatch):
+    reference, fused = body()
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        y = fused.layer1(X)
+        for module in (fused, reference):
+            module.layer2[0].conv1.weight.mul_(2)
+
+        def forward() -> None:
+            with torch.no_grad():
+                fused(X)
+
+        other = threading.Thread(target=forward)
+        other.start()
+        other.join()
+        agree(fused.layer2(y), reference.layer2(reference.layer1(X)))
+    assert counted.taken == 0
+
+
+def test_a_head_is_not_taken_into_another_graph(monkeypatch):
+    """As where a chain runs eagerly, or is captured in one graph, and the next one is captured in another."""
+    reference, fused = body()
+    counted = Counted(monkeypatch)
+    monkeypatch.setattr(handover, "_capture", lambda y: object())
+    with torch.no_grad():
+        agree(fused(X), reference(X))
+    assert counted.taken == 0
+
+
+def test_training_the_next_chain_ends_it(monkeypatch):
+    """A frozen chain is not bound again at every step of what comes behind it."""
+    monkeypatch.setattr(handover, "PATIENCE", 3)
+    _, fused = body()
+    bound, bind = [], stages.FusedStage._bind
+    monkeypatch.setattr(stages.FusedStage, "_bind", lambda self, x: bound.append(self) or bind(self, x))
+    for _ in range(8):
+        with torch.no_grad():
+            fused.layer2[0].conv1.weight.mul_(1.01)
+            fused.layer1(X)
+    assert 0 < len(bound) <= 4
 
 
 CHANGES = {
@@ -222,11 +307,13 @@ def test_settings_changed_in_between(monkeypatch):
 
 
 def test_a_chain_that_nobody_follows_any_more_computes_no_heads(monkeypatch):
+    monkeypatch.setattr(handover, "PATIENCE", 4)
     reference, fused = body()
     with torch.no_grad():
         for _ in range(handover.PATIENCE + 2):
             y = fused.layer1(X)
         agree(y, reference.layer1(X))
+        assert fused.layer2 not in handover._thread.waiting
         (program,) = stages._programs[fused.layer1]
         assert program.ends.ahead is None
         agree(fused(X), reference(X))

@@ -140,6 +140,17 @@ def test_backend_of_one_block_is_changed_afterwards():
     assert kinds == ["eager"] * 3 + ["onednn"] * 3 + ["eager"] * 3
 
 
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_the_same_block_twice(backend):
+    block, other = Bottleneck(8, 2), Bottleneck(8, 2)
+    reference = randomize_norms(nn.Sequential(block, other, block)).eval()
+    x = torch.randn(2, 8, 5, 5)
+    fused = frb.fuse(reference, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
 def test_calls_alone_and_slices():
     reference = chain("identity blocks")
     fused = frb.fuse(reference)

@@ -48,6 +48,11 @@ def keeping(kept: list[object]) -> Iterator[None]:
         _kept.reset(token)
 
 
+def kept() -> list[object] | None:
+    """The list of `keeping`, None if this is not within one."""
+    return _kept.get()
+
+
 def keep(value: object) -> None:
     """Append a value to the list of `keeping`, if this is within one."""
     kept = _kept.get()
