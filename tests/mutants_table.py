@@ -86,7 +86,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "another tensor's head",
             "head.y() is not x or ",
             "",
-            "tests/test_handover.py::test_only_the_very_tensor_has_a_head[another tensor-no_grad]",
+            "tests/test_handover.py::test_only_the_very_tensor_has_a_head[an edited alias-no_grad]",
         ),
         (
             "another block's head",
