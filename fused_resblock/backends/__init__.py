@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.gpu import gpu_of
 from ..params import PLAIN, BatchNorm, Bound, BoundPair, Conv, Epilogue, output_size
-from . import asked, cudnn, eager, onednn, triton, tuned
+from . import asked, cudnn, eager, few_images, onednn, triton, tuned
 from .select import Choice, Problem, preference, select
 
 Shape = Sequence[int]
@@ -219,7 +219,7 @@ def bind_apart(
 
 
 def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], *, backend: str = "auto") -> Bound | None:
-    """Bind a convolution, its norm, a ReLU and a max-pool as one kernel; see `kernels.stem`.
+    """Bind a convolution, its norm, a ReLU and a max-pool as one operation; see `kernels.stem` and `few_images`.
 
     Args:
         x: a channels_last example of the image.
@@ -232,6 +232,8 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], *, backe
         A function of the image; None where the pool has to be an operation of its own.
     """
     problem = conv_problem(x.device, x.dtype, x.shape, conv.weight.shape, *conv[3:])
+    if len(x) > 0 and resolve(backend, problem).backend == "onednn":
+        return few_images.bind_stem(x, conv, relu, pool)
     if not _may_be_triton(backend, x) or refusal("triton", problem) is not None:
         return None
     run = triton.bind_stem(x, conv, relu, pool, measured=backend == "auto")
