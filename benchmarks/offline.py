@@ -95,8 +95,9 @@ def inspect(kernel: Any, chip: Chip) -> dict[str, int | bool | str]:
     """Resources and instructions of a compiled kernel, from the wheel's `cuobjdump` and `nvdisasm`.
 
     `registers` a thread, `stack` bytes, `local` LDL and STL instructions, `shared` bytes, `resident` programs that fit
-    a multiprocessor, `matrix` instructions of the chip's kind, `async_loads` LDGSTS and how many of them are 128-bit,
-    `tma_loads` UTMALDG, `max_nan` whether the ReLU keeps NaN.
+    a multiprocessor, `matrix` instructions of the chip's kind and the `instruction` that most of them are,
+    `async_loads` LDGSTS and how many of them are 128-bit, `plain_loads` LDG, `tma_loads` UTMALDG, `max_nan` whether the
+    ReLU keeps NaN.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -124,6 +125,7 @@ def inspect(kernel: Any, chip: Chip) -> dict[str, int | bool | str]:
         "shared": shared,
         "resident": min(by_registers, by_shared, chip.threads // threads),
         "matrix": count(chip.matrix),
+        "instruction": max((o for o in opcodes if re.match(chip.matrix, o)), key=lambda o: opcodes[o], default=""),
         "async_loads": count("LDGSTS"),
         "async_128": count(r"LDGSTS\S*\.128"),
         "plain_loads": count(r"LDG\b"),

@@ -90,3 +90,5 @@ def test_kept_table_covers_every_chip_and_kernel():
         *("expand_shift", "expand_shift_tma", "stem"),
     }
     assert all(row["local"] == row["stack"] == "0" for row in rows)
+    assert all(bool(row["instruction"]) == (row["matrix"] != "0") for row in rows)
+    assert all("HGMMA" in row["instruction"] for row in rows if row["capability"] == "90" and row["instruction"])
