@@ -82,9 +82,9 @@ def attempt(stage: nn.Module) -> nn.Module | None:
 
     It counts as if a head had been left: where the next chain changes at every step, as in training, it ends.
     """
-    target, link = following(stage), _links.get(stage)
-    if target is not None and link is not None:
-        link.count()
+    target = following(stage)
+    if target is not None:
+        _links[stage].count()
     return target
 
 
@@ -125,9 +125,10 @@ def run(stage: nn.Module, program: Program, x: Tensor) -> Tensor:
 
 def _leave(stage: nn.Module, step: BoundStep, y: Tensor, value: Tensor) -> None:
     """Leave the next chain its head."""
-    target, link = following(stage), _links.get(stage)
-    if target is None or link is None:
+    target = following(stage)
+    if target is None:
         return
+    link = _links[stage]
     link.count()
     _thread.waiting.pop(target, None)
     guard = programs[target].guard if target in programs else None

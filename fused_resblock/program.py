@@ -141,10 +141,8 @@ class _Chain:
         """The operations so far; `backend` is the last block's."""
         ahead = self._following if len(self.operations) > self._result else None
         first = None if 0 in self._taken else self._first
-        on_gpu = backend == "triton" or (backend == "auto" and self.values[0].is_cuda)
-        return Program(
-            self.dtype, self.operations, Ends(self._result, first, ahead, on_gpu and self._result - 2 in self._tails)
-        )
+        tail = self._result - 2 in self._tails and backends.may_be_triton(backend, self.values[0].device)
+        return Program(self.dtype, self.operations, Ends(self._result, first, ahead, tail))
 
     def step(self, step: BoundStep, base: int, backend: str) -> bool:
         """Bind and run a step of the block whose input is value number `base`; False as `bind` gives None."""

@@ -126,7 +126,7 @@ def _kernel_obstacle(tail: Tail, backend: str) -> str | None:
     shortcut = None if tail.shortcut is None else tail.shortcut.weights()
     reduce = None if tail.reduce is None else tail.reduce.weights()
     weight = conv.weight
-    if backend != "triton" and (backend != "auto" or weight.device.type != "cuda"):
+    if not backends.may_be_triton(backend, weight.device):
         return f"the backend is {backend}, the device {weight.device.type}"
     reason = backends.refusal("triton", backends.Problem(weight.device.type, weight.dtype))
     if reason is not None or backends.triton.stage_refusal(conv, expand, shortcut, reduce) is None:

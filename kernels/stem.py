@@ -18,11 +18,10 @@ import triton.language as tl
 
 from .epilogue import eps_of, nan_relu, scale_shift, vectors
 from .launch import Launch, accumulator, dot_precision, interpreted
+from .pool import is_stem_pool
 from .tiles import StemTile
 
 LANES = 4  # channels of the copy
-#: kernel size, stride, padding, dilation and ceil_mode of the max-pool
-POOL = (3, 2, 1, 1, False)
 
 
 @triton.jit
@@ -162,7 +161,7 @@ def refusal(conv, relu: bool, pool) -> str | None:
         pool: kernel size, stride, padding, dilation and ceil_mode of the max-pool, each a number or a pair.
     """
     k, c, r, s = conv.weight.shape
-    if any(given not in (value, (value, value), [value, value]) for given, value in zip(pool, POOL, strict=True)):
+    if not is_stem_pool(pool):
         return "not a 3x3 max-pool of stride 2"
     if not relu:
         return "no ReLU in front of the pool"

@@ -12,6 +12,7 @@ from torch import nn
 import fused_resblock as frb
 from fused_resblock import backends
 from fused_resblock.backends import few_images, onednn
+from fused_resblock.kernels.pool import POOL
 from fused_resblock.params import Conv
 
 
@@ -66,7 +67,7 @@ def test_the_pool_is_torchs_to_the_bit_and_keeps_nan():
     x = image()
     for relu, value in ((True, 0.0), (False, float("nan"))):  # oneDNN's fused ReLU makes NaN 0
         x[1, :, 5, 5] = value
-        y = few_images.bind_stem(x, conv(), relu, few_images.POOL)(x, None)
+        y = few_images.bind_stem(x, conv(), relu, POOL)(x, None)
         z = torch.conv2d(x, conv().weight, None, 2, 3)
         expected = torch.max_pool2d(z.relu() if relu else z, 3, 2, 1)
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -81,12 +82,12 @@ def test_the_pool_is_torchs_to_the_bit_and_keeps_nan():
 @pytest.mark.parametrize(
     ("x", "layer", "pool"),
     [
-        pytest.param(image(h=22), conv(), few_images.POOL, id="odd height"),
-        pytest.param(image(w=18), conv(), few_images.POOL, id="odd width"),
-        pytest.param(image(), conv(k=1), few_images.POOL, id="one channel"),
+        pytest.param(image(h=22), conv(), POOL, id="odd height"),
+        pytest.param(image(w=18), conv(), POOL, id="odd width"),
+        pytest.param(image(), conv(k=1), POOL, id="one channel"),
         pytest.param(image(), conv(), (2, 2, 0, 1, False), id="another pool"),
         pytest.param(image(), conv(), (3, 2, 1, 1, True), id="ceil_mode"),
-        pytest.param(image(1), conv(), few_images.POOL, id="one image"),
+        pytest.param(image(1), conv(), POOL, id="one image"),
     ],
 )
 def test_where_it_does_not_apply(x, layer, pool):
@@ -97,9 +98,9 @@ def test_where_it_does_not_apply(x, layer, pool):
 def test_other_backends_do_not_use_it():
     require("onednn")
     x = image()
-    assert backends.bind_stem(x, conv(), True, few_images.POOL, backend="onednn") is not None
-    assert backends.bind_stem(x, conv(), True, few_images.POOL) is not None
-    assert backends.bind_stem(x, conv(), True, few_images.POOL, backend="eager") is None
+    assert backends.bind_stem(x, conv(), True, POOL, backend="onednn") is not None
+    assert backends.bind_stem(x, conv(), True, POOL) is not None
+    assert backends.bind_stem(x, conv(), True, POOL, backend="eager") is None
 
 
 def test_results_are_nobody_elses_memory():

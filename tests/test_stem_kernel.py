@@ -9,7 +9,8 @@ from cases import BF16, FP16, FP32, FP64, cast, floor, image, make_norm, normali
 from parity import assert_parity
 from torch import Tensor
 
-from fused_resblock.kernels.stem import POOL, bind_stem, pack_weight, refusal
+from fused_resblock.kernels.pool import POOL
+from fused_resblock.kernels.stem import bind_stem, pack_weight, refusal
 from fused_resblock.kernels.tiles import StemTile
 from fused_resblock.params import Conv
 

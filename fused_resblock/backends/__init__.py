@@ -152,9 +152,9 @@ def bind_conv_bn_act(
     return run
 
 
-def _may_be_triton(backend: str, x: Tensor) -> bool:
+def may_be_triton(backend: str, device: torch.device) -> bool:
     """Whether a kernel of several operations may be asked for; on its own, "auto" never runs Triton's interpreter."""
-    return len(x) > 0 and (backend == "triton" or (backend == "auto" and x.is_cuda))
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
 
 
 def bind_expand_shift(
@@ -184,7 +184,7 @@ def bind_expand_shift(
     layers = [(h.shape, conv), (conv.output_shape(h), expand)]
     layers += [(other.shape, shortcut)] if shortcut is not None else []
     layers += [(y_shape, reduce)] if reduce is not None else []
-    if not _may_be_triton(backend, h) or any(_ambiguous(shape) for shape, _ in layers):
+    if not may_be_triton(backend, h.device) or h.shape[0] == 0 or any(_ambiguous(shape) for shape, _ in layers):
         return None
     for shape, layer in layers:
         problem = conv_problem(h.device, h.dtype, shape, layer.weight.shape, *layer[3:])
@@ -231,10 +231,12 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], *, backe
     Returns:
         A function of the image; None where the pool has to be an operation of its own.
     """
+    if x.shape[0] == 0:
+        return None
     problem = conv_problem(x.device, x.dtype, x.shape, conv.weight.shape, *conv[3:])
-    if len(x) > 0 and resolve(backend, problem).backend == "onednn":
+    if resolve(backend, problem).backend == "onednn":
         return few_images.bind_stem(x, conv, relu, pool)
-    if not _may_be_triton(backend, x) or refusal("triton", problem) is not None:
+    if not may_be_triton(backend, x.device) or refusal("triton", problem) is not None:
         return None
     run = triton.bind_stem(x, conv, relu, pool, measured=backend == "auto")
     return None if run is None else (lambda x, other: dense(run(x, other)))

@@ -10,28 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.pool import is_stem_pool
 from ..params import Bound, Conv, Epilogue
 from . import onednn
 
 #: bytes of the convolution's output that are computed at a time
 CACHED = 4 << 20
-#: kernel size, stride, padding, dilation and ceil_mode of the max-pool
-POOL = (3, 2, 1, 1, False)
 
 
 def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...]) -> Bound | None:
     """See `backends.bind_stem`; None also where all images fit the cache, or the pool is not 3x3 of stride 2."""
     n, k, p, q = conv.output_shape(x)
-    if any(given not in (value, (value, value), [value, value]) for given, value in zip(pool, POOL, strict=True)):
+    if not is_stem_pool(pool):
         return None
     few = max((i for i in range(1, n + 1) if n % i == 0 and i * k * p * q * x.element_size() <= CACHED), default=1)
     if p % 2 or q % 2 or k == 1 or few == n:
         return None
     run = onednn.bind_conv_bn_act(x[:few], conv, None, Epilogue(relu=relu), False)
-    like = {"dtype": x.dtype, "device": x.device}
 
     def stem(x: Tensor, _: Tensor | None) -> Tensor:
-        y = torch.empty((n, k, p // 2, q // 2), memory_format=torch.channels_last, **like)  # type: ignore[call-overload]
+        size = n, k, p // 2, q // 2
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for images, pooled in zip(x.split(few), y.split(few), strict=True):
             _max_pool(run(images, None), pooled)
         return y
