@@ -9,6 +9,7 @@ from stand_in_device import StandIn
 from benchmarks.gpu import check, stems, tune
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.deadline import Deadline
+from benchmarks.gpu.device import Broken
 from fused_resblock.kernels import tables
 
 pytest.importorskip("triton")
@@ -69,3 +70,17 @@ def test_out_of_memory_and_a_passed_deadline(context, monkeypatch):
     monkeypatch.setattr(stems, "_case", lambda size: "stem")
     stems.tune(context, table)
     assert [row["status"] for row in table.rows()] == ["oom"]
+
+
+def test_a_crash_is_on_record_and_not_met_again(context, monkeypatch):
+    def crash(op):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(stems, "fused", crash)
+    table = tune.records(context)
+    with pytest.raises(Broken, match="illegal memory access"):
+        stems.tune(context, table)
+    assert [(row["backend"], row["status"]) for row in table.rows()] == [("triton", "crash")]
+    monkeypatch.setattr(stems, "fused", lambda op: pytest.fail("met again"))
+    assert stems.tune(context, table) == 0
+    assert {row["backend"]: row["status"] for row in table.rows()}["stem"] == "tuned"

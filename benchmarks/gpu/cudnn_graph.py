@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fused_resblock.backends.folding import fold
-from fused_resblock.params import Conv
+from fused_resblock.params import Bound, Conv
 
-from .operations import Operation
+from .operations import Operation, once_each
 
 
 def available() -> bool:
@@ -77,18 +77,16 @@ class Graph:
         return y
 
 
+def bind(op: Operation) -> Bound:
+    """The graphs of an operation, built for its shapes."""
+    branch = op.epilogue.shortcut
+    main = Graph(op.x, op.conv, residual=op.other is not None, relu=op.epilogue.relu)
+    if branch is None or op.other is None:
+        return main
+    second = Graph(op.other, branch, residual=False, relu=False)
+    return lambda x, other: main(x, second(other))  # type: ignore[arg-type]
+
+
 def runner() -> Callable[[Operation], Tensor]:
     """A function of an operation; its graphs are built once for each."""
-    built: dict[int, tuple[Operation, Graph, Graph | None]] = {}
-
-    def run(op: Operation) -> Tensor:
-        if id(op) not in built:
-            branch = op.epilogue.shortcut
-            second = None
-            if branch is not None and op.other is not None:
-                second = Graph(op.other, branch, residual=False, relu=False)
-            built[id(op)] = op, Graph(op.x, op.conv, residual=op.other is not None, relu=op.epilogue.relu), second
-        _, main, second = built[id(op)]
-        return main(op.x, op.other if second is None else second(op.other))  # type: ignore[arg-type]
-
-    return run
+    return once_each(bind)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..tables import NOT_MEASURED
 from .records import Row
 
 #: what a user could take instead, in eager mode or as a CUDA graph
 PEERS = ("eager", "folded", "cudnn", "compile", "max-autotune", "onnxruntime")
 OURS = ("fused", "fused+graph")
 OTHERS = ("resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
-NOT_MEASURED = "not measured"
 
 
 class Goal(NamedTuple):

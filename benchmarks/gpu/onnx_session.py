@@ -6,7 +6,6 @@ onnxruntime takes NCHW memory: the input is copied to it in each call, as the ot
 from __future__ import annotations
 
 import importlib.util
-import io
 import warnings
 from typing import Any
 
@@ -34,16 +33,17 @@ class Session:
         self._x = torch.empty_like(x, memory_format=torch.contiguous_format)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            file, out = io.BytesIO(), model(x)
+            out = model(x)
             program = torch.onnx.export(model, (self._x,), dynamo=True, verbose=False)
             assert program is not None
-            file.write(program.model_proto.SerializeToString())
         options: dict[str, Any] = {}
         provider = "CPUExecutionProvider"
         if x.is_cuda:
             provider = "CUDAExecutionProvider"
             options = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream), "prefer_nhwc": "1"}
-        self._session = onnxruntime.InferenceSession(file.getvalue(), providers=[(provider, options)])
+        self._session = onnxruntime.InferenceSession(
+            program.model_proto.SerializeToString(), providers=[(provider, options)]
+        )
         if self._session.get_providers()[0] != provider:
             raise RuntimeError(f"onnxruntime must offer {provider}, got {self._session.get_providers()}")
         self._y = torch.empty(out.shape, dtype=out.dtype, device=out.device)

@@ -109,6 +109,18 @@ class Operation:
         return 2 * n * p * q * k * depth
 
 
+def once_each(bind: Callable[[Operation], Bound]) -> Callable[[Operation], Tensor]:
+    """A function of an operation that binds it when it first sees it, and then only runs it."""
+    bound: dict[int, tuple[Operation, Bound]] = {}  # an operation that is kept keeps its id
+
+    def run(op: Operation) -> Tensor:
+        if id(op) not in bound:
+            bound[id(op)] = op, bind(op)
+        return bound[id(op)][1](op.x, op.other)
+
+    return run
+
+
 def build(shape: ConvShape, batch: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operation:
     """The operation of a row of the shape table; on the device "meta" without values.
 

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from fused_resblock import backends
+from fused_resblock.kernels.pool import POOL
 from fused_resblock.kernels.tables import case_name
 from fused_resblock.params import PLAIN, Epilogue
 
-from ..harness import Spread
 from ..shapes import ConvShape
 from .context import Context
-from .device import Broken, first_line, is_broken, is_out_of_memory
+from .device import Broken, first_line, is_out_of_memory
 from .operations import DTYPES, Operation, build, precision
 from .records import Records
+from .timing import timed_row
 
-#: kernel size, stride, padding, dilation and ceil_mode of the max-pool
-POOL = (3, 2, 1, 1, False)
 RELU = Epilogue(relu=True)
-ROUNDS = 30
 Call = Callable[[Tensor, Any], Tensor]
 
 
@@ -106,10 +104,13 @@ def tune(context: Context, table: Records) -> int:
                 ways: dict[str, Callable[[], Call]] = {"triton": lambda op=op: fused(op)}  # type: ignore[misc]
                 for name in ("cudnn", "eager"):
                     ways[name] = lambda op=op, name=name: apart(op, name)  # type: ignore[misc]
+                lost = {row["backend"] for row in table.rows(**{**key, "batch": str(batch)}, status="crash")}
                 for backend, bind in ways.items():
-                    row = _time(context, bind, op.x)
+                    if backend in lost:
+                        continue
+                    row = timed_row(context, bind, op.x, None)
                     table.add(**key, backend=backend, tile="", **row)
-                    if row["status"] == "crash":
+                    if row["status"] == "crash":  # on record, so that the next process does not meet it again
                         raise Broken(f"stem {dtype} batch {batch}: {row['note']}")
                     if row["status"] == "ok":
                         told[backend] = row["median_us"]
@@ -121,20 +122,6 @@ def tune(context: Context, table: Records) -> int:
                 context.device.free()
         context.log(f"tune: stem {dtype} batch {batch}: {', '.join(f'{n} {us:.1f}' for n, us in told.items())} us")
     return left
-
-
-def _time(context: Context, bind: Callable[[], Call], x: Tensor) -> dict[str, Any]:
-    """A row's fields: the spread of a way's times in microseconds, or why it has none."""
-    try:
-        run = bind()
-        run(x, None)
-        spread = Spread.of(context.device.times([lambda: run(x, None)], context.rounds(ROUNDS)))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return {"status": "crash" if is_broken(error) else "failed", "note": first_line(error)}
-    micros = {f"{name}_us": 1e3 * getattr(spread, f"{name}_ms") for name in ("median", "p20", "p80")}
-    return {"status": "ok", **micros, "rounds": spread.rounds}
 
 
 def winners(context: Context, table: Records) -> list[dict[str, Any]]:

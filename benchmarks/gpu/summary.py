@@ -36,6 +36,7 @@ def text(context: Context) -> str:
     """The summary of everything in the folder that belongs to this GPU, these versions and this commit."""
     rates = read_json(context.folder / "ceilings.json")
     verdicts, times = check.records(context), tune.records(context)
+    networks = bench.records(context).rows()
     kernels = [row for row in verdicts.rows() if row["kernel"] in KERNELS]
     others = [row for row in verdicts.rows() if row not in kernels]
     winners = read_json(context.folder / "tiles.json").get("winners", [])
@@ -58,9 +59,9 @@ def text(context: Context) -> str:
         f"launches profiled: {len(profile.records(context).rows(status='ok'))}",
         "",
         "fp16, channels_last, median ms:",
-        _networks(bench.records(context).rows()),
+        _networks(networks),
         "",
-        format_table(["goal", "measured", "met"], [list(line) for line in goals.judge(bench.records(context).rows())]),
+        format_table(["goal", "measured", "met"], [list(line) for line in goals.judge(networks)]),
     ]
     return "\n".join(lines)
 

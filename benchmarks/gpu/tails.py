@@ -19,13 +19,11 @@ from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import BatchNorm, Conv, Epilogue
 from fused_resblock.tuning import MARGIN
 
-from ..harness import Spread
 from .context import Context
-from .device import Broken, first_line, is_broken, is_out_of_memory
+from .device import Broken, first_line, is_out_of_memory
 from .operations import DTYPES, precision
 from .records import Records
-
-ROUNDS = 30
+from .timing import timed_row
 
 
 @dataclass(frozen=True)
@@ -208,15 +206,12 @@ def tune(context: Context, verdicts: Records, table: Records) -> int:
                 for row in new:
                     ways["stage", row["tile"]] = lambda r=row: bound(asked, StageTile.parse(r["tile"]))  # noqa: B023
                 for (backend, tile), bind in ways.items():
-                    try:
-                        us = _time(context, bind, x, other)
-                    except Broken as error:  # on record, so that the next process does not meet it again
-                        table.add(**key, backend=backend, tile=tile, status="crash", note=str(error))
-                        raise
-                    status = {"status": "failed", "note": us} if isinstance(us, str) else {"status": "ok", **us}
-                    table.add(**key, backend=backend, tile=tile, **status)
-                    if not isinstance(us, str):
-                        told[f"{backend} {tile}".strip()] = us["median_us"]
+                    row = timed_row(context, bind, x, other)
+                    table.add(**key, backend=backend, tile=tile, **row)
+                    if row["status"] == "crash":  # on record, so that the next process does not meet it again
+                        raise Broken(row["note"])
+                    if row["status"] == "ok":
+                        told[f"{backend} {tile}".strip()] = row["median_us"]
                 table.add(**key, backend="tail", tile="", status="tuned")
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -226,26 +221,6 @@ def tune(context: Context, verdicts: Records, table: Records) -> int:
         best = ", ".join(f"{name} {us:.1f}" for name, us in sorted(told.items(), key=lambda item: item[1])[:3])
         context.log(f"tune: {dtype} {shape.key()} batch {batch}: {best} us")
     return left
-
-
-def _time(context: Context, bind: Callable[[], Any], x: Tensor, other: Tensor) -> dict[str, float] | str:
-    """The spread of a way's times in microseconds, or why it has none."""
-    try:
-        run = bind()
-        run(x, other)
-        spread = Spread.of(context.device.times([lambda: run(x, other)], context.rounds(ROUNDS)))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        if is_broken(error):
-            raise Broken(first_line(error)) from error
-        return first_line(error)
-    return {
-        "median_us": 1e3 * spread.median_ms,
-        "p20_us": 1e3 * spread.p20_ms,
-        "p80_us": 1e3 * spread.p80_ms,
-        "rounds": spread.rounds,
-    }
 
 
 def winners(context: Context, table: Records) -> list[dict[str, Any]]:

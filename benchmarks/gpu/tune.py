@@ -12,15 +12,16 @@ from fused_resblock.backends import cudnn, tuned
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.tables import BACKENDS
 from fused_resblock.kernels.tiles import Tile
-from fused_resblock.params import Bound, Epilogue
+from fused_resblock.params import Epilogue
 
 from ..harness import Spread, parity
 from ..shapes import ConvShape
 from . import check, cudnn_graph, space, stems, tails
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
-from .operations import DTYPES, Operation, build, precision
+from .operations import DTYPES, Operation, build, once_each, precision
 from .records import Records, read_json, write_json
+from .timing import ROUNDS, micros
 
 KEY = ("dtype", "case", "batch", "backend", "tile")
 COLUMNS = ("status", "median_us", "p20_us", "p80_us", "rounds", "warm_us", "tflops", "tb_per_s", "sets", "note")
@@ -28,7 +29,7 @@ BATCHES = (128, 32, 1)
 #: (dtype, batches) in the order in which they are tuned
 PLAN = (("fp16", BATCHES), ("bf16", (128,)), ("tf32", (32,)))
 #: tiles that are timed again, at length, after a short look at all
-FINALISTS, LOOK, ROUNDS = 4, 5, 30
+FINALISTS, LOOK = 4, 5
 MOST_SETS = 16
 
 
@@ -127,10 +128,7 @@ class Case:
             backend=backend,
             tile=tile,
             status="ok",
-            median_us=us,
-            p20_us=1e3 * spread.p20_ms,
-            p80_us=1e3 * spread.p80_ms,
-            rounds=spread.rounds,
+            **micros(spread),
             warm_us=1e3 * warm.median_ms,
             tflops=op.flops() / us / 1e6,
             tb_per_s=op.bytes() / us / 1e6,
@@ -141,14 +139,7 @@ class Case:
 
 def triton_with(tile: str) -> Callable[[Operation], Tensor]:
     """The Triton kernel with a named tile, bound once for each operation."""
-    bound: dict[int, Bound] = {}
-
-    def run(op: Operation) -> Tensor:
-        if id(op) not in bound:
-            bound[id(op)] = op.bind(Tile.parse(tile))
-        return bound[id(op)](op.x, op.other)
-
-    return run
+    return once_each(lambda op: op.bind(Tile.parse(tile)))
 
 
 def right_tiles(verdicts: Records, dtype: str, case: str) -> list[str]:
