@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .backends.folding import kept
-from .program import Program, Programs, signature
+from .program import Program, signature
+from .programs import Programs
 from .runner import BoundStep
 from .sampling import read, words
 from .watch import Guard

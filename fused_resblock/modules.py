@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .plan import Plan, Unsupported
-from .program import Programs
+from .programs import Programs
 from .recognize import recognize
 from .runner import Runner
 from .swap import Swapped, base_class, register

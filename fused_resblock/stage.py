@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import backends, dispatch, handover, leaves
 from .handover import programs as _programs
 from .modules import FusedBlock
-from .program import Programs, last_reads
+from .program import last_reads
+from .programs import Programs
 from .swap import Swapped, register
 from .tail import Tail, find_tails
 from .watch import untraceable

@@ -18,7 +18,8 @@ from . import backends, dispatch, leaves
 from .params import BatchNorm, Conv, Epilogue
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
-from .program import Operation, Program, Programs
+from .program import Operation, Program
+from .programs import Programs
 from .swap import Swapped, base_class, intact, swapped_class, undo
 from .tracing import graph_of
 from .watch import Guard, untraceable

@@ -15,7 +15,7 @@ def _gradient(case: str) -> str:
 
 
 def _next_chain(change: str) -> str:
-    return f"tests/test_handover.py::test_change_of_the_next_chain[{change}]"
+    return f"tests/test_handover_changes.py::test_change_of_the_next_chain[{change}]"
 
 
 #: (name, old text, new text, killers) by file.
@@ -62,11 +62,13 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "return pair[0]",
             "tests/test_stage_kernel.py::test_parity[layer-float32]",
         ),
+    ],
+    "fused_resblock/programs.py": [
         (
             "tensors of the next chain not watched",
             "tensors += following[0].parameters()",
             "pass",
-            "tests/test_handover.py::test_weights_that_autocast_had_copied",
+            "tests/test_handover_changes.py::test_weights_that_autocast_had_copied",
         ),
         (
             "modules of the next chain not watched",
@@ -78,7 +80,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "a guard that watches less is kept",
             "if self._guard is None or not self._watched.issuperset(modules[1:]):",
             "if self._guard is None:",
-            "tests/test_handover.py::test_a_hook_that_came_and_went",
+            "tests/test_handover_changes.py::test_a_hook_that_came_and_went",
         ),
     ],
     "fused_resblock/handover.py": [
@@ -98,7 +100,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "a head of weights before a change",
             "if own is None or own.guard is not head.guard:",
             "if own is None:",
-            "tests/test_handover.py::test_a_head_that_waited_while_its_weights_changed[weights]",
+            "tests/test_handover_changes.py::test_a_head_that_waited_while_its_weights_changed[weights]",
         ),
         (
             "a head of the tensor before an edit",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
 
 import pytest
 import torch
 from cases import BF16, FP16, FP32, require
+from handover_cases import Body, Counted, X, agree, body
 from parity import assert_parity
-from test_stage_kernel import first, identity, merged
-from torch import Tensor, nn
+from test_stage_kernel import merged
+from torch import Tensor
 
 import fused_resblock as frb
 from fused_resblock import handover
@@ -20,54 +20,6 @@ from fused_resblock.backends import asked, tuned
 from fused_resblock.kernels.tables import StageEntry
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.models import randomize_norms
-
-X = torch.randn(2, 64, 4, 4, generator=torch.Generator().manual_seed(1))
-
-
-class Body(nn.Module):
-    """Two chains, the second of which has a stride of 2, or three; what is done between them is the test's."""
-
-    def __init__(self, chains: int = 2) -> None:
-        super().__init__()
-        self.layer1 = nn.Sequential(identity(), identity())
-        self.layer2 = nn.Sequential(first(64), identity())
-        self.layer3 = nn.Sequential(identity(), identity()) if chains > 2 else nn.Identity()
-        self.between = lambda x: x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer3(self.layer2(self.between(self.layer1(x))))
-
-
-def body(between=None, dtype=FP32, chains=2) -> tuple[Body, Body]:
-    """The reference and its fused copy, after two forwards: each chain knows the next one and computes its head."""
-    require("triton", dtype)
-    torch.manual_seed(0)
-    reference = randomize_norms(Body(chains)).eval().to(dtype)
-    fused = frb.fuse(reference, backend="triton", stages="kernel")
-    with torch.no_grad():
-        fused(X.to(dtype)), fused(X.to(dtype))
-    if between is not None:
-        reference.between = fused.between = between
-    return reference, fused
-
-
-class Counted:
-    """How many heads were taken, of how many that waited."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.taken, self.asked, claim = 0, 0, handover._claim
-
-        def counting(*args):
-            head = claim(*args)
-            self.asked += 1
-            self.taken += head is not None
-            return head
-
-        monkeypatch.setattr(handover, "_claim", counting)
-
-
-def agree(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
@@ -144,50 +96,6 @@ def test_only_the_very_tensor_has_a_head(between, mode, monkeypatch):
     assert counted.taken == 0
 
 
-WAITING = {
-    "weights": lambda b: b.conv1.weight.mul_(2),
-    "weights replaced": lambda b: setattr(b.conv1, "weight", nn.Parameter(b.conv1.weight * 3)),
-    "weights of other memory": lambda b: setattr(b.conv1.weight, "data", b.conv1.weight.data * 3),
-    "eps": lambda b: setattr(b.bn1, "eps", 0.5),
-    "statistics": lambda b: b.bn1.running_mean.add_(1),
-    "checkpoint": lambda b: b.load_state_dict({key: value * 2 for key, value in b.state_dict().items()}),
-}
-
-
-@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in WAITING.items()])
-def test_a_head_that_waited_while_its_weights_changed(change, monkeypatch):
-    """The call behind the change is bound anew without it, and so is none of those behind that."""
-    reference, fused = body()
-    counted = Counted(monkeypatch)
-    with torch.no_grad():
-        y = fused.layer1(X)
-        for module in (fused, reference):
-            change(module.layer2[0])
-        expected = reference.layer2(reference.layer1(X))
-        for _ in range(3):
-            agree(fused.layer2(y), expected)
-    assert counted.taken == 0
-
-
-def test_a_head_that_waited_while_another_thread_bound_both_chains_again(monkeypatch):
-    reference, fused = body()
-    counted = Counted(monkeypatch)
-    with torch.no_grad():
-        y = fused.layer1(X)
-        for module in (fused, reference):
-            module.layer2[0].conv1.weight.mul_(2)
-
-        def forward() -> None:
-            with torch.no_grad():
-                fused(X)
-
-        other = threading.Thread(target=forward)
-        other.start()
-        other.join()
-        agree(fused.layer2(y), reference.layer2(reference.layer1(X)))
-    assert counted.taken == 0
-
-
 def test_a_head_is_not_taken_into_another_graph(monkeypatch):
     """As where a chain runs eagerly, or is captured in one graph, and the next one is captured in another."""
     reference, fused = body()
@@ -196,97 +104,6 @@ def test_a_head_is_not_taken_into_another_graph(monkeypatch):
     with torch.no_grad():
         agree(fused(X), reference(X))
     assert counted.taken == 0
-
-
-def test_training_the_next_chain_ends_it(monkeypatch):
-    """A frozen chain is not bound again at every step of what comes behind it."""
-    monkeypatch.setattr(handover, "PATIENCE", 3)
-    _, fused = body()
-    bound, bind = [], stages.FusedStage._bind
-    monkeypatch.setattr(stages.FusedStage, "_bind", lambda self, x: bound.append(self) or bind(self, x))
-    for _ in range(8):
-        with torch.no_grad():
-            fused.layer2[0].conv1.weight.mul_(1.01)
-            fused.layer1(X)
-    assert 0 < len(bound) <= 4
-
-
-CHANGES = {
-    "weights": lambda m: m.layer2[0].conv1.weight.data.mul_(2),
-    "weights replaced": lambda m: setattr(m.layer2[0].conv1, "weight", nn.Parameter(m.layer2[0].conv1.weight * 3)),
-    "statistics": lambda m: m.layer2[0].bn1.running_mean.add_(1),
-    "statistics of another norm": lambda m: m.layer2[0].bn2.running_mean.add_(1),
-    "eps": lambda m: setattr(m.layer2[0].bn1, "eps", 0.5),
-    "hook on the block": lambda m: m.layer2[0].register_forward_hook(lambda b, a, y: y * 2),
-    "hook on its convolution": lambda m: m.layer2[0].conv1.register_forward_hook(lambda b, a, y: y * 2),
-    "pre-hook on the chain": lambda m: m.layer2.register_forward_pre_hook(lambda b, a: (a[0] * 2,)),
-    "hook on the chain before": lambda m: m.layer1.register_forward_hook(lambda b, a, y: y.mul_(2)),
-    "block replaced by a fused one": lambda m: m.layer2.__setitem__(
-        0, frb.fuse(randomize_norms(first(64), seed=5).eval(), backend="triton")
-    ),
-    "block replaced": lambda m: m.layer2.__setitem__(0, randomize_norms(first(64), seed=5).eval()),
-    "convolution replaced": lambda m: setattr(m.layer2[0], "conv1", nn.Conv2d(64, 16, 1).requires_grad_(False)),
-    "train mode": lambda m: m.layer2.train(),
-    "forward overridden": lambda m: setattr(m.layer2, "forward", lambda x: x * 3),
-    "chain replaced": lambda m: setattr(
-        m, "layer2", randomize_norms(nn.Sequential(first(64), identity()), seed=7).eval()
-    ),
-}
-
-
-@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in CHANGES.items()])
-def test_change_of_the_next_chain(change):
-    reference, fused = body()
-    results = []
-    with torch.no_grad():
-        for module in (fused, reference):
-            torch.manual_seed(3)
-            change(module)
-            results.append([module(X), module(X)])
-    for ours, theirs in zip(*results, strict=True):
-        agree(ours, theirs)
-
-
-def test_weights_that_autocast_had_copied(monkeypatch):
-    reference, fused = body()
-    counted = Counted(monkeypatch)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        fused(X), fused(X)
-        for module in (fused, reference):
-            module.layer2[0].conv1.weight.mul_(4)
-        fused(X)
-        torch.testing.assert_close(fused(X), reference(X), rtol=0.1, atol=0.1)
-    assert counted.taken > 0
-
-
-def test_change_between_the_two_chains():
-    reference, fused = body()
-    for module in (reference, fused):
-
-        def change(y: Tensor, module: Body = module) -> Tensor:
-            module.layer2[0].conv1.weight.mul_(1.5)
-            return y
-
-        module.between = change
-    with torch.no_grad():
-        agree(fused(X), reference(X))
-        agree(fused(X), reference(X))
-
-
-def test_a_hook_that_came_and_went(monkeypatch):
-    """While layer2 cannot run as a chain nothing is computed ahead; a later change of its norm is seen."""
-    reference, fused = body()
-    with torch.no_grad():
-        handle = fused.layer2[0].register_forward_hook(lambda m, a, y: y)
-        agree(fused(X), reference(X))
-        handle.remove()
-        small = X[:1]
-        for _ in range(2):
-            agree(fused(small), reference(small))
-        for module in (fused, reference):
-            module.layer2[0].bn1.eps = 0.5
-        for x in (small, small, X):
-            agree(fused(x), reference(x))
 
 
 def test_two_batch_sizes_in_turn_are_bound_once(monkeypatch):
@@ -327,17 +144,6 @@ def test_a_chain_that_nobody_follows_any_more_computes_no_heads(monkeypatch):
         agree(fused(X), reference(X))
         (program,) = stages._programs[fused.layer1]
         assert program.ends.ahead is None, "once and for all"
-
-
-def test_the_next_chain_goes_away():
-    reference, fused = body()
-    with torch.no_grad():
-        fused.layer2 = nn.Identity()
-        gc.collect()
-        assert handover.following(fused.layer1) is None
-        agree(fused.layer1(X), reference.layer1(X))
-    (program,) = stages._programs[fused.layer1]
-    assert program.ends.ahead is None
 
 
 def test_threads_do_not_take_each_others_heads(monkeypatch):
@@ -386,16 +192,6 @@ def test_explain_says_so():
         "one chain, 2 of 2 tails as one kernel, the last one with the next chain's head",
         "one chain, 2 of 2 tails as one kernel",
     ]
-
-
-def test_other_backend_of_the_next_chain(monkeypatch):
-    reference, fused = body()
-    counted = Counted(monkeypatch)
-    with torch.no_grad():
-        frb.fuse(fused.layer2, backend="eager", inplace=True)
-        for _ in range(2):
-            agree(fused(X), reference(X))
-    assert counted.taken == 0
 
 
 def test_tune_asks_for_heads_and_a_table_decides(monkeypatch):

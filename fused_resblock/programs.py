@@ -1,0 +1,90 @@
+"""The programs of a block, or of a chain of blocks, kept for as long as what went into them holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from . import dispatch
+from .program import Program, bind, signature
+from .runner import Runner
+from .watch import Guard
+
+
+class Programs:
+    """The programs of a block, or of a chain of blocks, by `signature`, as long as its modules and tensors hold."""
+
+    LIMIT = 32  # signatures; images of every size may come, and each has its own
+
+    def __init__(self) -> None:
+        self._guard: Guard | None = None
+        self._programs: dict[tuple[object, ...], Program] = {}
+        self._watched: set[nn.Module] = set()  # by the guard, besides the owner
+
+    @property
+    def guard(self) -> Guard | None:
+        """What the programs hold under; another one as soon as they had to be bound again."""
+        return self._guard
+
+    def __iter__(self) -> Iterator[Program]:
+        return iter(list(self._programs.values()))
+
+    def find(self, x: Tensor) -> Program | None:
+        """The program for such an input; None if there is none, or if something that went into it has changed."""
+        guard = self._guard  # read before the programs: another thread may be replacing both
+        if guard is None or not isinstance(x, Tensor):
+            return None
+        if guard.holds():  # also where there is no such program: the next one is kept under the same guard
+            return self._programs.get(signature(x))
+        self._guard = None
+        self._programs.clear()
+        return None
+
+    def keep(self, x: Tensor, program: Program, guard: Callable[[], Guard]) -> None:
+        """Keep a program for inputs such as x; `guard` makes what watches over everything that it was bound to."""
+        try:
+            guard_of_all = self._guard or guard()
+        except RuntimeError:  # inference tensors carry no version: nothing tells when they change
+            return
+        if len(self._programs) >= self.LIMIT:
+            self._programs.clear()
+        self._guard = guard_of_all
+        self._programs[signature(x)] = program
+
+    def bind(
+        self,
+        blocks: Sequence[tuple[Runner, str]],
+        x: Tensor,
+        modules: Sequence[nn.Module],
+        stage_kernel: bool | None = None,
+        following: tuple[Runner, Sequence[nn.Module]] | None = None,
+    ) -> tuple[Program, Tensor] | None:
+        """Bind a program, keep it, and give it with its result for x.
+
+        None as `bind` gives it, or if a parameter is no plain tensor.
+
+        Args:
+            blocks: as `bind` has them.
+            x: an input.
+            modules: all that take part, the one that owns these programs first.
+            stage_kernel: see `bind`.
+            following: the block that reads the result, and its modules, if its first step may be computed too.
+        """
+        runners = [runner for runner, _ in blocks]
+        tensors = [t for runner in runners for t in runner.parameters()]
+        found = None
+        if dispatch.plain(tensors):
+            found = bind(blocks, x, stage_kernel, None if following is None else following[0].steps[0])
+        if found is None:
+            return None
+        if following is not None and found[0].ends.ahead is not None:
+            runners.append(following[0])
+            modules = list(dict.fromkeys([*modules, *following[1]]))
+            tensors += following[0].parameters()
+        if self._guard is None or not self._watched.issuperset(modules[1:]):  # a guard of all these is to be made
+            self._guard, self._watched = None, set(modules[1:])
+            self._programs.clear()
+        all_modes = any(runner.eval_only for runner in runners)
+        self.keep(x, found[0], lambda: Guard(modules, tensors, all_modes))
+        return found
