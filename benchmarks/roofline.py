@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -229,19 +230,22 @@ def network_floors(
         for stage, depth in enumerate(depths, 1)
         for place in range(depth)
     ]
-    counted: dict[tuple[str, Floors], int] = {}
-    total, headless = Floors(0, 0, 0, 0, 0, 0, 0), False
-    for place, block in enumerate(order):
-        following = blocks[order[place + 1]][0] if place + 1 < len(order) else None
+    counted: Counter[tuple[str, str, ConvShape | None, bool]] = Counter()  # in order, each distinct block once
+    headless = False
+    for block, behind in zip(order, [*order[1:], None], strict=True):
+        following = None if behind is None else blocks[behind][0]
         if following is not None and tail_of(blocks[block], batch, itemsize, chip, following) is None:
             following = None
-        floors = floors_of(blocks[block], batch, itemsize, chip, following, headless)
+        ends = behind is None or behind.endswith("first")
+        counted[block, block + ".last" * (ends and not block.endswith("first")), following, headless] += 1
         headless = following is not None
-        ends = place + 1 == len(order) or order[place + 1].endswith("first")
-        row = block + ".last" * (ends and not block.endswith("first")), floors
-        counted[row] = counted.get(row, 0) + 1
-        total += floors
-    return total, [(block, count, floors) for (block, floors), count in counted.items()]
+    total, rows = Floors(0, 0, 0, 0, 0, 0, 0), []
+    for (block, name, following, headless), count in counted.items():
+        floors = floors_of(blocks[block], batch, itemsize, chip, following, headless)
+        rows.append((name, count, floors))
+        for _ in range(count):
+            total += floors
+    return total, rows
 
 
 def read_ceilings(path: Path | None) -> Ceilings:
