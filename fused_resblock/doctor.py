@@ -13,7 +13,7 @@ from .backends import tuned
 from .table import format_table
 from .version import __version__
 
-_PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy")
+_PACKAGES = ("triton", "torchvision", "timm", "numpy")
 _VARIABLES = (
     "FUSED_RESBLOCK_BACKEND",
     "FUSED_RESBLOCK_CONFIG_DIR",
@@ -26,7 +26,7 @@ _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
 def _versions() -> str:
-    rows = [["python", platform.python_version()]]
+    rows = [["python", platform.python_version()], ["torch", torch.__version__]]
     rows += [[name, machine.version_of(name) or "not installed"] for name in _PACKAGES]
     rows.append(["CUDA of torch", torch.version.cuda or "none: a CPU build"])
     return format_table(["package", "version"], [["fused_resblock", __version__], *rows])

@@ -48,7 +48,7 @@ def _pack_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     w = columns - LEFT
     c = tl.arange(0, 4)
-    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    inside = (w >= 0) & (w < tl.where((h >= 0) & (h < H), W, 0))  # no column, where the row is outside
     offs = n * STRIDE_N + h.to(tl.int64) * STRIDE_H + w[:, None] * STRIDE_W + c[None, :] * STRIDE_C
     x = tl.load(x_ptr + offs, mask=inside[:, None] & (c < C)[None, :], other=0.0)
     target = (row.to(tl.int64) * WIDTH + columns[:, None]) * 4 + c[None, :]
@@ -142,7 +142,7 @@ def _stem_kernel(
         even = _row(rows, w_cols, mask_q, scale, shift, pitch, R, TAPS, ACC, PRECISION, UPCAST, KEPT, BLOCK_Q, BLOCK_K)
         z = tl.maximum(above, even, propagate_nan=tl.PropagateNan.ALL)
         rows = rows + 2 * pitch
-        there = mask_q & (2 * i + 1 < P)
+        there = (offs_q >= 0) & (offs_q < tl.where(2 * i + 1 < P, Q, 0))
         above = _row(rows, w_cols, there, scale, shift, pitch, R, TAPS, ACC, PRECISION, UPCAST, KEPT, BLOCK_Q, BLOCK_K)
         z = tl.maximum(z, above, propagate_nan=tl.PropagateNan.ALL)
         left, right = tl.split(tl.permute(tl.reshape(z, (half, 2, BLOCK_K)), (0, 2, 1)))

@@ -133,7 +133,8 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     """Inference batch norm in plain torch."""
     if norm is None:
         return x
-    return F.batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, training=False, eps=norm.eps)
+    # F.batch_norm refuses eps 0 before torch 2.13
+    return torch.batch_norm(x, norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, True)
 
 
 def conv_bn_act_reference(

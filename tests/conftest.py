@@ -12,8 +12,16 @@ import pytest
 
 
 def _make_torchvision_importable() -> None:
-    """Define the two ops that torchvision's CUDA wheel expects to find when it is imported beside a CPU build."""
-    if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, "nms"):
+    """Define the two ops that torchvision's CUDA wheel expects to find when it is imported beside a CPU build.
+
+    Only where it cannot be imported as it is: a torchvision that fits its torch defines them itself, and a second
+    definition ends the process.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

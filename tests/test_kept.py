@@ -231,7 +231,7 @@ def test_blocks_of_other_dimensions_are_left_alone():
 
 
 def test_whole_script_module_is_left_alone():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning)):
         scripted = torch.jit.script(ResidualBlock(4, 4).eval())
     fused = frb.fuse(scripted, inplace=True)
     assert isinstance(fused, torch.jit.ScriptModule)

@@ -113,7 +113,7 @@ CHANGES = {
     "reset_running_stats": lambda b: b.bn1.reset_running_stats(),
     "reset_parameters": lambda b: b.conv1.reset_parameters(),
     "eps": setting("bn1.eps", 0.5),
-    "eps of every norm": lambda b: [setattr(m, "eps", 0.0) for m in b.modules() if hasattr(m, "eps")],
+    "eps of every norm": lambda b: [setattr(m, "eps", 0.25) for m in b.modules() if hasattr(m, "eps")],
     "new parameter": setting("conv1.weight", lambda: nn.Parameter(torch.ones(2, 8, 1, 1))),
     "new buffer": setting("bn1.running_mean", lambda: torch.ones(2)),
     "bias added": setting("conv3.bias", lambda: nn.Parameter(torch.ones(8))),

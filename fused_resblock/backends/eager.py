@@ -24,7 +24,9 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     """Inference batch norm of `x`, or `x` itself."""
     if norm is None:
         return x
-    return F.batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, training=False, eps=norm.eps)
+    # not F.batch_norm, which refuses the eps 0 of a frozen norm before torch 2.13
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, cudnn)
 
 
 def convolve(x: Tensor, conv: Conv) -> Tensor:

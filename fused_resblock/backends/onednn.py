@@ -65,11 +65,17 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
         join = _bind_sum(args, conv.groups, epilogue.relu, overwrite=True)
         return lambda x, other: join(x, branch(other, None))
     stride = epilogue.residual_stride
-    join = _bind_sum(args, conv.groups, epilogue.relu, overwrite or stride > 1)
-    if stride == 1:
+    copied = stride > 1 or (not overwrite and _ambiguous(other))
+    join = _bind_sum(args, conv.groups, epilogue.relu, overwrite or copied)
+    if not copied:
         return join
     # a copy even of what is dense already: it is written to
     return lambda x, other: join(x, strided(other, stride).clone(memory_format=torch.channels_last))
+
+
+def _ambiguous(residual: Tensor) -> bool:
+    """Whether NCHW and channels_last are the same bytes: torch 2.11 cannot sum those into fresh memory."""
+    return residual.shape[1] == 1 or residual.shape[2:] == (1, 1)
 
 
 def _bind_sum(args: tuple[Any, ...], groups: int, relu: bool, overwrite: bool) -> Bound:
