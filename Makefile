@@ -1,6 +1,9 @@
 # Everything runs in .venv, which is made on first use and brought up to date when these files change.
 PYTHON ?= python3
-VENV ?= .venv
+# RELEASE=2.11 takes the oldest torch that is meant to work, RELEASE=2.15 the newest; each has an environment of its own
+RELEASE ?=
+VENV ?= .venv$(RELEASE:%=-%)
+CONSTRAINTS = $(if $(RELEASE),tests/releases/torch-$(RELEASE).txt,constraints.txt)
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
@@ -9,7 +12,7 @@ STAMP = $(VENV)/.installed
 
 help:
 	@echo "make demo       compare eager and fused networks on sample images (ARGS='--model resnet50 --batch 8')"
-	@echo "make test       run the tests (ARGS='-k conv')"
+	@echo "make test       run the tests (ARGS='-k conv'; RELEASE=2.11 or 2.15: with the oldest or the newest torch)"
 	@echo "make lint       ruff and mypy; make format repairs what ruff can"
 	@echo "make codegen    compile every kernel for six chips without a GPU; make roofline predicts their time"
 	@echo "make mutants    put faults into copies of the library, one by one: the tests must notice each"
@@ -20,9 +23,9 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml constraints.txt fused_resblock/version.py
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS) fused_resblock/version.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --editable '.[test,dev]' --constraint constraints.txt
+	$(PY) -m pip install --editable '.[test,dev]' --constraint $(CONSTRAINTS)
 	touch $@
 
 demo: $(STAMP)
@@ -64,7 +67,7 @@ gpu-install:
 	-$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 codegen: $(STAMP)

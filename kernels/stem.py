@@ -142,7 +142,7 @@ def _stem_kernel(
         even = _row(rows, w_cols, mask_q, scale, shift, pitch, R, TAPS, ACC, PRECISION, UPCAST, KEPT, BLOCK_Q, BLOCK_K)
         z = tl.maximum(above, even, propagate_nan=tl.PropagateNan.ALL)
         rows = rows + 2 * pitch
-        there = (offs_q >= 0) & (offs_q < tl.where(2 * i + 1 < P, Q, 0))
+        there = mask_q & (tl.full((BLOCK_Q,), 2 * i + 1, tl.int32) < P)  # a block: Triton 3.9 interprets no scalar mask
         above = _row(rows, w_cols, there, scale, shift, pitch, R, TAPS, ACC, PRECISION, UPCAST, KEPT, BLOCK_Q, BLOCK_K)
         z = tl.maximum(z, above, propagate_nan=tl.PropagateNan.ALL)
         left, right = tl.split(tl.permute(tl.reshape(z, (half, 2, BLOCK_K)), (0, 2, 1)))

@@ -81,11 +81,20 @@ def test_wheel_asks_for_floors_only(wheel: Path) -> None:
     assert needs == ["Requires-Dist: torch>=2.11", 'Requires-Dist: triton>=3.6; platform_system == "Linux"']
 
 
-def test_constraints_satisfy_the_floors() -> None:
-    lines = (ROOT / "constraints.txt").read_text().split("\n")
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    assert tuple(map(int, pins["torch"].split(".")[:2])) >= (2, 11)
-    assert tuple(map(int, pins["triton"].split(".")[:2])) >= (3, 6)
+def pinned(path: Path) -> dict[str, tuple[int, ...]]:
+    """Major and minor version of every package that a constraints file pins."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    pins = [line.split("==") for line in lines if "==" in line]
+    return {name: tuple(map(int, version.split(".")[:2])) for name, version in pins}
+
+
+def test_releases_reach_from_the_floors_to_what_is_newer_than_the_constraints() -> None:
+    releases = ROOT / "tests" / "releases"
+    oldest, newest = pinned(releases / "torch-2.11.txt"), pinned(releases / "torch-2.15.txt")
+    usual = pinned(ROOT / "constraints.txt")
+    for package, floor in {"torch": (2, 11), "triton": (3, 6)}.items():
+        assert oldest[package] == floor
+        assert floor < usual[package] < newest[package]
 
 
 def test_import_adds_little_to_torch() -> None:
