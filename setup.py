@@ -34,7 +34,16 @@ setup(
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system=="Linux"'],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "torchvision", "timm"],
+        "test": [
+            *DEMO,
+            "setuptools>=70.1",  # a wheel is built with the one that is there
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "hypothesis",
+            "torchvision",
+            "timm",
+        ],
         "dev": ["ruff", "mypy", "pre-commit", "onnxruntime", "onnx", "onnxscript"],
     },
     entry_points={"console_scripts": ["fused-resblock = fused_resblock.cli:main"]},

@@ -332,7 +332,7 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "row behind the last pooled",
-            "there = mask_q & (2 * i + 1 < P)",
+            "there = mask_q & (tl.full((BLOCK_Q,), 2 * i + 1, tl.int32) < P)",
             "there = mask_q",
             _stem("3x3 of 4 channels, no bias", "8x16"),
         ),
