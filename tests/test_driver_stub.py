@@ -108,7 +108,8 @@ def refusal(function, *args):
 print(refusal(launch._compiled, "x", *arguments[1:]))  # not a pointer
 launch._grid, launch._compiled = (1, 70000, 1), None
 print(refusal(launch, *arguments[:-len(launch._fixed)]))  # 65535 at most
-fill, half = driver.active.utils.fill_tma_descriptor_tiled, 6
+utils, half = driver.active.utils, 6
+fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # before Triton 3.7
 fill(0, 3, 2, half, [64, 64], [1024, 64], [64, 1], 0)
 print(refusal(fill, 0, 3, 2, half, [64, 128], [1024, 128], [128, 1], 0))  # rows of 256 bytes, swizzled by 128
 print(refusal(fill, 0, 3, 2, half, [64, 64], [1024, 60], [60, 1], 0))  # a stride of 120 bytes
