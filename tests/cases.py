@@ -133,7 +133,7 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     """Inference batch norm in plain torch."""
     if norm is None:
         return x
-    # F.batch_norm refuses eps 0 before torch 2.13
+    # F.batch_norm of torch 2.11 refuses eps 0
     return torch.batch_norm(x, norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, True)
 
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,26 @@ from fused_resblock.kernels.launch import Launch
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Build the stub in `folder` and return the variables of a process that loads it."""
+    """Build the stub in `folder` and return the variables with which a process loads it."""
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source, library = Path(__file__).with_suffix(".c"), folder / "libcuda.so.1"
     command = ["cc", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-I", include, source, "-o", library]
     subprocess.run(command, check=True, capture_output=True)
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return {**env, "TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
+    return {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
 
 
 class Launches:
     """The launches of this process: how many the stub took, and what the launcher was given for each.
 
     `settings` are the kernel's name, the grid, the stream, the loaded function and its packed numbers; `arguments` the
-    kernel's own.
+    kernel's own. `prepared` are the `Launch`es that were made.
     """
 
     def __init__(self) -> None:
         self._stub = ctypes.CDLL("libcuda.so.1")
         self.settings: list[tuple[Any, ...]] = []
         self.arguments: list[tuple[Any, ...]] = []
+        self.prepared: list[Launch] = []
 
     def __len__(self) -> int:
         return int(self._stub.stub_launches())
@@ -72,6 +71,7 @@ def install() -> Launches:
 
     def on_cuda(self: Launch, kernel: Any, grid: Any, fixed: Any, device: torch.device, **options: int) -> None:
         prepare(self, kernel, grid, fixed, torch.device("cuda", 0), **options)
+        launches.prepared.append(self)
 
     Launch.__init__ = on_cuda  # type: ignore[method-assign]
     return launches

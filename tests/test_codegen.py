@@ -6,24 +6,15 @@ The interpreter and the compiler cannot both be on in one process, so the table 
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiling import run
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {"sm_80": (80, "fp16"), "sm_90": (90, "fp16")}  # `make codegen ARGS=--check` does all, as .ci/run calls it
-
-
-def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in the repository's root with Triton compiling, not interpreting."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, *args]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [pytest.param(*t, id=name) for name, t in TARGETS.items()])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from compiling import run
 
 pytest.importorskip("triton")
 if shutil.which("cc") is None:
@@ -15,19 +13,16 @@ if shutil.which("cc") is None:
 
 from driver_stub import environment
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return environment(tmp_path_factory.mktemp("stub"))
 
 
-def run(code: str, env: dict[str, str]) -> str:
+def printed(code: str, env: dict[str, str]) -> str:
     """Run Python with the stub for a driver; what it printed."""
     code = "import sys; sys.path.insert(0, 'tests'); from driver_stub import install; launches = install()\n" + code
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    result = run(code, **env)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     return result.stdout
 
@@ -62,7 +57,7 @@ print(*sorted({setting[0] for setting in launches.settings} - prepared))
 
 
 def test_a_launch_without_the_jit_hands_over_what_the_jit_does(env):
-    prepared, others = run(EVERY_KERNEL, env).splitlines()
+    prepared, others = printed(EVERY_KERNEL, env).splitlines()
     kernels = "bn_act conv_bn_act conv_tma expand_shift_tma pack stem"
     assert prepared.split() == [f"_{name}_kernel" for name in kernels.split()]
     assert others == "_relu_backward_kernel"
@@ -78,25 +73,17 @@ print(*[setting[0] for setting in launches.settings])
 
 
 def test_the_stage_kernel_of_chips_without_tma(env):
-    assert run(WITHOUT_TMA, env).split() == ["_expand_shift_kernel"]
+    assert printed(WITHOUT_TMA, env).split() == ["_expand_shift_kernel"]
 
 
 REFUSED = """
 import torch
 from triton.runtime import driver
-from fused_resblock.kernels import bn_act
+from fused_resblock.kernels.bn_act import bind_bn_act
 
-made = []
-
-class Kept(bn_act.Launch):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        made.append(self)
-
-bn_act.Launch = Kept
 x = torch.empty(2, 8, 4, 4, device="meta").to(memory_format=torch.channels_last)
-bn_act.bind_bn_act(x.shape, x.dtype, None, device=x.device)(x, None)
-(launch,), taken, arguments = made, len(launches), launches.arguments[-1]
+bind_bn_act(x.shape, x.dtype, None, device=x.device)(x, None)
+(launch,), taken, arguments = launches.prepared, len(launches), launches.arguments[-1]
 
 def refusal(function, *args):
     try:
@@ -118,4 +105,4 @@ assert len(launches) == taken
 
 
 def test_what_a_driver_refuses_is_refused(env):
-    assert run(REFUSED, env).split() == ["TypeError", "RuntimeError", "RuntimeError", "RuntimeError"]
+    assert printed(REFUSED, env).split() == ["TypeError", "RuntimeError", "RuntimeError", "RuntimeError"]

@@ -24,7 +24,7 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     """Inference batch norm of `x`, or `x` itself."""
     if norm is None:
         return x
-    # not F.batch_norm, which refuses the eps 0 of a frozen norm before torch 2.13
+    # not F.batch_norm: in torch 2.11 it refuses the eps 0 of a frozen norm
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(x, norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, cudnn)
 
