@@ -68,7 +68,8 @@ def _affine(channels: int) -> Affine:
     return Affine(_meta(channels), _meta(channels))
 
 
-def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
+def shipped(gpu: Gpu, name: str) -> Iterator[tuple[ConvShape, int, Tile, str]]:
+    """Each tile that is chosen for a kind of convolution: a shape and a batch it is chosen for, and the kind."""
     seen = set()
     for shape in all_shapes() + wide_shapes():
         for batch in BATCHES:
@@ -76,28 +77,32 @@ def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
             epilogue = "second" if shape.shortcut else "residual" if shape.residual else "plain"
             grouped = ".grouped" if shape.groups > 1 else ""
             case = f"{shape.kernel}x{shape.kernel}.s{max(shape.stride, shape.shortcut_stride)}.{epilogue}{grouped}"
-            if (case, str(tile)) in seen:
-                continue
-            seen.add((case, str(tile)))
+            if (case, str(tile)) not in seen:
+                seen.add((case, str(tile)))
+                yield shape, batch, tile, case
 
-            def launch(shape: ConvShape = shape, batch: int = batch, tile: Tile = tile) -> Any:
-                return build(shape, batch, DTYPES[name], "meta").with_tile(tile)
 
-            tma = tile.persistent > 0
-            pipelined = shape.kernel**2 * shape.channels > tile.block_k and shape.groups == 1 and not tma
-            pipelined &= tile.num_stages > 1
-            # with a split loop the ReLU is in the kernel that adds the sums up
-            yield Job(
-                gpu.capability,
-                name,
-                "conv_tma" if tma else "conv_bn_act",
-                case,
-                str(tile),
-                launch,
-                pipelined,
-                tma=tma,
-                rectifies=tile.split_k == 1,
-            )
+def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
+    for shape, batch, tile, case in shipped(gpu, name):
+
+        def launch(shape: ConvShape = shape, batch: int = batch, tile: Tile = tile) -> Any:
+            return build(shape, batch, DTYPES[name], "meta").with_tile(tile)
+
+        tma = tile.persistent > 0
+        pipelined = shape.kernel**2 * shape.channels > tile.block_k and shape.groups == 1 and not tma
+        pipelined &= tile.num_stages > 1
+        # with a split loop the ReLU is in the kernel that adds the sums up
+        yield Job(
+            gpu.capability,
+            name,
+            "conv_tma" if tma else "conv_bn_act",
+            case,
+            str(tile),
+            launch,
+            pipelined,
+            tma=tma,
+            rectifies=tile.split_k == 1,
+        )
 
 
 def _conv(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Conv:
@@ -239,10 +244,10 @@ def worse(row: dict[str, Any], kept: dict[str, str]) -> list[str]:
     ]
 
 
-def table_of(version: str) -> Path:
+def table_of(version: str, stem: str = RESULTS.stem) -> Path:
     """The kept table of a Triton: the pinned one's has no version in its name."""
     pins = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").split() if "==" in line)
-    return RESULTS if version == pins.get("triton") else RESULTS.with_name(f"codegen-triton-{version}.csv")
+    return RESULTS.with_name(f"{stem}.csv" if version == pins.get("triton") else f"{stem}-triton-{version}.csv")
 
 
 def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:

@@ -28,7 +28,8 @@ def _shape(size: int) -> ConvShape:
     return ConvShape("stem", 3, 64, size, 7, 2)
 
 
-def _operation(size: int, batch: int, dtype: torch.dtype, device: str) -> Operation:
+def operation(size: int, batch: int, dtype: torch.dtype, device: str) -> Operation:
+    """The stem's convolution of an image of `size` rows and columns."""
     return build(_shape(size), batch, dtype, device)
 
 
@@ -61,7 +62,7 @@ def check(context: Context, table: Records, verdict: Callable[..., dict[str, obj
                 return
             with precision(dtype) as kind, torch.no_grad():
                 try:
-                    op = _operation(size, 2, kind, context.device.torch_name)
+                    op = operation(size, 2, kind, context.device.torch_name)
                     same, exact = (apart(o, "eager")(o.x, None) for o in (op, op.to(torch.float64)))
                     row = verdict(lambda op=op: fused(op)(op.x, None), same, exact, context.device.synchronize)  # type: ignore[misc]
                 except RuntimeError as error:
@@ -83,7 +84,7 @@ def plan(quick: bool) -> Iterator[tuple[str, int, int]]:
 
 
 def _case(size: int) -> str:
-    op = _operation(size, 1, torch.float16, "meta")
+    op = operation(size, 1, torch.float16, "meta")
     return case_name(op.conv, None, PLAIN) + ".pool"
 
 
@@ -100,7 +101,7 @@ def tune(context: Context, table: Records) -> int:
         told = {}
         with precision(dtype) as kind, torch.no_grad():
             try:
-                op = _operation(size, batch, kind, context.device.torch_name)
+                op = operation(size, batch, kind, context.device.torch_name)
                 ways: dict[str, Callable[[], Call]] = {"triton": lambda op=op: fused(op)}  # type: ignore[misc]
                 for name in ("cudnn", "eager"):
                     ways[name] = lambda op=op, name=name: apart(op, name)  # type: ignore[misc]

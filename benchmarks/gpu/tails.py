@@ -111,7 +111,7 @@ def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
     return found
 
 
-def _joined(pair: tuple[Tensor, Tensor | None] | Sequence[Tensor]) -> Tensor:
+def joined(pair: tuple[Tensor, Tensor | None] | Sequence[Tensor]) -> Tensor:
     """Both outputs as one, along their channels."""
     return torch.cat([t for t in pair if t is not None], 1)
 
@@ -137,13 +137,13 @@ def check(context: Context, table: Records, verdict: Callable[..., dict[str, obj
         with precision(dtype) as kind, torch.no_grad():
             asked = shape.build(batch, kind, device.torch_name)
             x, other = asked.inputs()
-            same = _joined(asked.plain(x, other))
-            exact = _joined(asked.plain(x.double(), None if other is None else other.double()))
+            same = joined(asked.plain(x, other))
+            exact = joined(asked.plain(x.double(), None if other is None else other.double()))
             for tile in todo:
                 if not context.deadline.allows():
                     return
                 try:
-                    row = verdict(lambda t=tile: _joined(bound(asked, t)(x, other)), same, exact, device.synchronize)  # noqa: B023
+                    row = verdict(lambda t=tile: joined(bound(asked, t)(x, other)), same, exact, device.synchronize)  # noqa: B023
                 except RuntimeError as error:
                     row = {"status": "error", "note": first_line(error)}
                     device.free()

@@ -1,0 +1,255 @@
+"""Run the compiled code of every kernel with every tile that ships, without a GPU; `python -m benchmarks.emulate`.
+
+The PTX that Triton makes for a chip runs on numpy (`benchmarks.ptx`), at the networks' image sizes and on few images.
+Its result is held to float64 by the rule of the tests, and must not depend on the order of the warps or on when
+asynchronous work lands. One row a kernel, with what it issues and moves, goes to `benchmarks/results/emulate.csv`;
+`--triton 3.6.0` does it with another release's compiler, into a table of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from fused_resblock.backends import triton as backend
+from fused_resblock.kernels import conv_tma
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.pool import POOL
+from fused_resblock.kernels.stage import candidates
+from fused_resblock.kernels.tiles import StageTile, Tile
+
+from .codegen import shipped, table_of
+from .gpu import space, stems, tails
+from .gpu.elementwise import judge_bn_act, judge_relu_backward
+from .gpu.operations import DTYPES, build, poisoned, precision
+from .harness import parity
+from .offline import CHIPS
+from .other_triton import run_with
+from .ptx.driver import emulated
+from .ptx.profile import Profile
+from .shapes import ConvShape
+
+#: chips whose instructions are known; 10.x multiplies in a memory of its own
+CAPABILITIES = (80, 86, 89, 90, 120)
+NAMES = ("fp16", "bf16", "tf32")
+#: images by size, so that there are several tiles
+IMAGES = {56: 2, 28: 2, 14: 2, 7: 4}
+#: multiprocessors, so few that programs take several pieces
+FEW = 16
+KEY = ("capability", "dtype", "kernel", "case", "tile")
+COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to run: its name, what distinguishes it, and what runs it and judges the result."""
+
+    capability: int
+    dtype: str
+    kernel: str
+    case: str
+    tile: str
+    judge: Callable[[], dict[str, Any]]
+
+    def row(self) -> dict[str, Any]:
+        """The row of the table: "ok" with the counts, "wrong", or "fault" where the program could not be run."""
+        try:
+            found = self.judge()
+        except Exception as error:  # a fault of the program, an instruction that is not known, a compiler's failure
+            found = {"status": "fault", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"triton": triton.__version__, **{field: getattr(self, field) for field in KEY}, **found}
+
+
+class _Tf32(TorchFunctionMode):
+    """Convolutions round their factors to TF32, as matrix units do; then torch's own error is that of TF32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("conv2d", "convolution") and args[0].dtype == torch.float32:
+            args = (*(_rounded(t) for t in args[:2]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded(t: Tensor) -> Tensor:
+    return (t.view(torch.int32) & -0x2000).view(torch.float32)
+
+
+@contextmanager
+def _few_multiprocessors(capability: int) -> Iterator[None]:
+    before = conv_tma.gpu_of
+    conv_tma.gpu_of = lambda device: Gpu(FEW, capability)
+    try:
+        yield
+    finally:
+        conv_tma.gpu_of = before
+
+
+def both_ways(capability: int, call: Callable[[], Tensor]) -> tuple[Tensor, str | None, list[Profile]]:
+    """The result, whether another order gives another one, and the counts of each launch."""
+    results, profiles = [], []
+    for late in (False, True):
+        with _few_multiprocessors(capability), emulated(capability, late, not late) as driver, poisoned():
+            results.append(call())
+            profiles += driver.profiles
+    same = all(torch.equal(a, b) for a, b in zip(*(t.nan_to_num(nan=1e30) for t in results), strict=True))
+    return results[0], None if same else "the result depends on the order", profiles
+
+
+def judged(capability: int, call: Callable[[], Tensor], same: Tensor, exact: Tensor) -> dict[str, Any]:
+    """What a kernel's result is worth, and its counts."""
+    y, fault, profiles = both_ways(capability, call)
+    failure, largest, bound = parity(y, same, exact)
+    counts = {name: sum(getattr(profile, name) for profile in profiles) for name in COUNTS}
+    note = failure or fault or ""
+    return {"status": "wrong" if note else "ok", "max_error": largest, "error_bound": bound, **counts, "note": note}
+
+
+def _own(name: str, function: Callable[[], Tensor]) -> Tensor:
+    """Torch's own result in a dtype."""
+    if name != "tf32":
+        return function()
+    with _Tf32():
+        return function()
+
+
+def _convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dict[str, Any]:
+    with precision(name) as dtype, torch.no_grad():
+        op = build(shape, IMAGES[shape.out_size], dtype, "cpu")
+        exact = op.to(torch.float64).plain()
+        return judged(capability, lambda: op.with_tile(tile), _own(name, op.plain), exact)
+
+
+def _tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) -> dict[str, Any]:
+    with precision(name) as dtype, torch.no_grad():
+        asked = shape.build(IMAGES[shape.size], dtype, "cpu")
+        x, other = asked.inputs()
+        exact = tails.joined(asked.plain(x.double(), None if other is None else other.double()))
+        same = _own(name, lambda: tails.joined(asked.plain(x, other)))
+        return judged(capability, lambda: tails.joined(tails.bound(asked, tile)(x, other)), same, exact)
+
+
+def _stem(capability: int, name: str, size: int) -> dict[str, Any]:
+    with precision(name) as dtype, torch.no_grad():
+        op = stems.operation(size, 2, dtype, "cpu")
+        wide = op.to(torch.float64)
+        exact, same = stems.apart(wide, "eager")(wide.x, None), _own(name, lambda: stems.apart(op, "eager")(op.x, None))
+        run = backend.bind_stem(op.x, op.conv, True, POOL, False)
+        assert run is not None
+        return judged(capability, lambda: run(op.x, None), same, exact)
+
+
+def _elementwise(capability: int, name: str, judge: Callable[..., Any], c: int, size: int, what: str) -> dict[str, Any]:
+    for late in (False, True):
+        with emulated(capability, late), torch.no_grad():
+            failure, largest, bound = judge(torch.Generator().manual_seed(0), DTYPES[name][0], c, size, what)
+        if failure is not None:
+            break
+    status = "wrong" if failure else "ok"
+    return {"status": status, "max_error": largest, "error_bound": bound, "note": failure or ""}
+
+
+def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAMES) -> Iterator[Job]:
+    """Every kernel and tile that is chosen for the networks at batch 1 to 256."""
+    for capability in capabilities:
+        gpu = Gpu(CHIPS[capability].multiprocessors, capability)
+        for name in dtypes:
+            for shape, _, tile, _ in shipped(gpu, name):
+                run = partial(_convolution, capability, name, shape, tile)
+                kernel = "conv_tma" if tile.persistent else "conv_bn_act"
+                yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)
+            for tail in tails.shapes(False):
+                for stage_tile in candidates(
+                    tail.width, tail.outputs, DTYPES[name][0].itemsize, bool(tail.second), gpu
+                ):
+                    run = partial(_tail, capability, name, tail, stage_tile)
+                    kernel = "expand_shift_tma" if stage_tile.tma else "expand_shift"
+                    yield Job(capability, name, kernel, tail.key(), str(stage_tile), run)
+            for size in (64, 37):
+                yield Job(capability, name, "stem", f"7x7.{size}px", "", partial(_stem, capability, name, size))
+            for kernel, judge, what in (
+                ("bn_act", judge_bn_act, "residual"),
+                ("bn_act", judge_bn_act, "strided"),
+                ("relu_backward", judge_relu_backward, "relu"),
+            ):
+                for c, size in ((64, 9), (67, 9)):
+                    run = partial(_elementwise, capability, name, judge, c, size, what)
+                    yield Job(capability, name, kernel, f"{c}.{size}px.{what}", "", run)
+
+
+_todo: list[Job] = []  # of a worker
+
+
+def _prepare(capabilities: Sequence[int], dtypes: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    _todo[:] = jobs(capabilities, dtypes)
+
+
+def _run_numbered(number: int) -> dict[str, Any]:
+    return _todo[number].row()
+
+
+def rows_of(numbers: Sequence[int], capabilities: Sequence[int], dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of some jobs in order, run on all cores; a job cannot be sent to a worker, its number can."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(os.cpu_count(), _prepare, (capabilities, dtypes)) as pool:
+        yield from tqdm(pool.imap(_run_numbered, numbers), total=len(numbers), unit="kernel", disable=None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print what is wrong, write the table; 1 if something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.emulate", description=__doc__)
+    parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES, help="default: all")
+    parser.add_argument("--dtype", action="append", choices=NAMES, help="default: all")
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="default: all")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth; writes no table")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.csv", help="default: the kept table of this Triton, if all run"
+    )
+    parser.add_argument("--triton", metavar="VERSION|WHEEL", help="compile with another release of Triton")
+    args = parser.parse_args(argv)
+    if args.triton is not None:
+        given = list(sys.argv[1:] if argv is None else argv)
+        place = next(i for i, word in enumerate(given) if word.startswith("--triton"))
+        del given[place : place + (1 if "=" in given[place] else 2)]
+        try:
+            return run_with(args.triton, "benchmarks.emulate", given)
+        except ValueError as error:
+            parser.error(str(error))
+    capabilities, dtypes = args.capability or CAPABILITIES, args.dtype or NAMES
+    todo = list(jobs(capabilities, dtypes))
+    numbers = [n for n, job in enumerate(todo) if not args.kernel or job.kernel in args.kernel][:: args.every]
+    rows, faults = [], 0
+    for row in rows_of(numbers, capabilities, dtypes):
+        rows.append(row)
+        if row["status"] != "ok":
+            faults += 1
+            tqdm.write(" ".join(str(row[field]) for field in (*KEY, "status", "note")))
+    out = args.out
+    if len(numbers) == sum(1 for _ in jobs()):
+        out = out or table_of(triton.__version__, "emulate")
+    if out is not None:
+        with out.open("w", newline="", encoding="utf-8") as file:
+            fields = ["triton", *KEY, "status", "max_error", "error_bound", *COUNTS, "note"]
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"Triton {triton.__version__}: {len(rows)} kernels, {faults} not right")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

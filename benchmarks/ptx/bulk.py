@@ -1,0 +1,212 @@
+"""Hopper's tensor memory accelerator, and the barriers in shared memory that count what it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .grid import Array, Descriptor, Fault, Grid
+from .matrix import swizzled
+from .memory import active_of, addresses
+from .operands import Step, source
+from .parse import Address, Instruction
+from .profile import SECTOR
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: arrivals of a phase, those still missing, bytes still missing, phases that are over, late copies."""
+
+    count: int
+    missing: int
+    bytes: int = 0
+    phase: int = 0
+    copies: list[Callable[[], None]] = field(default_factory=list)
+
+    def turn(self) -> None:
+        """End the phase if nothing is missing."""
+        if self.missing == 0 and self.bytes == 0:
+            self.missing, self.phase = self.count, self.phase + 1
+
+
+def _each(g: Grid, active: Array | None, at: Array) -> Iterator[tuple[int, int, int]]:
+    """The active threads: number, program, address."""
+    for thread in np.flatnonzero(active_of(g, active)):
+        yield int(thread), int(g.program[thread]), int(at[thread])
+
+
+def _barrier(g: Grid, program: int, at: int) -> Barrier:
+    if (program, at) not in g.barriers:
+        raise Fault(f"no barrier at shared {at:#x}")
+    return g.barriers[program, at]
+
+
+def _init(i: Instruction) -> Step:
+    where, count = addresses(i.operands[0]), i.operands[1].bits
+
+    def run(g: Grid, active: Array | None) -> None:
+        for _, program, at in _each(g, active, where(g)):
+            if (program, at) in g.barriers:
+                raise Fault(f"a second barrier at shared {at:#x}")
+            g.barriers[program, at] = Barrier(count, count)
+
+    return run
+
+
+def _inval(i: Instruction) -> Step:
+    where = addresses(i.operands[0])
+
+    def run(g: Grid, active: Array | None) -> None:
+        for _, program, at in _each(g, active, where(g)):
+            if _barrier(g, program, at).bytes:
+                raise Fault(f"the barrier at shared {at:#x} ends with bytes under way")
+            del g.barriers[program, at]
+
+    return run
+
+
+def _expect(i: Instruction) -> Step:
+    where, count = addresses(i.operands[1]), source(i.operands[2], "u32")
+
+    def run(g: Grid, active: Array | None) -> None:
+        expected = np.broadcast_to(count(g), g.size)
+        for thread, program, at in _each(g, active, where(g)):
+            barrier = _barrier(g, program, at)
+            barrier.bytes += int(expected[thread])
+            barrier.missing -= 1
+            if barrier.missing < 0:
+                raise Fault(f"too many arrivals at shared {at:#x}")
+            barrier.turn()
+
+    return run
+
+
+def _try_wait(i: Instruction) -> Step:
+    to, where, parity = i.operands[0], addresses(i.operands[1]), source(i.operands[2], "u32")
+
+    def run(g: Grid, active: Array | None) -> None:
+        wanted = np.broadcast_to(parity(g), g.size)
+        at, everybody = where(g), active_of(g, active)
+        over = np.zeros(g.size, bool)
+        for program in np.unique(g.program[everybody]):
+            mine = everybody & (g.program == program)
+            for place in np.unique(at[mine]):
+                barrier = _barrier(g, int(program), int(place))
+                copies, barrier.copies = barrier.copies, []
+                for copy in copies:
+                    copy()
+                here = mine & (at == place)
+                over |= here & ((barrier.phase & 1) != wanted)
+        g.blocked = bool((everybody & ~over).any())
+        g.write(to.number, over, active)
+
+    return run
+
+
+def _box(g: Grid, tensor: Descriptor, start: list[int], at: int) -> tuple[Array, Array, Array]:
+    """The elements of a box: whether they are in the tensor, and their bytes' places in global and shared memory."""
+    index = np.meshgrid(*[np.arange(size) for size in reversed(tensor.box)], indexing="ij")[::-1]
+    inside = np.ones(index[0].shape, bool)
+    far = np.full(inside.shape, tensor.address - g.memory.BASE, np.int64)
+    near, step = np.zeros(inside.shape, np.int64), tensor.itemsize
+    for place, first, size, stride, box in zip(index, start, tensor.shape, tensor.strides, tensor.box, strict=True):
+        inside &= (place + first >= 0) & (place + first < size)
+        far += (place + first) * stride
+        near += place * step
+        step *= box
+    row = tensor.box[0] * tensor.itemsize
+    if at % 128 or (tensor.swizzle and row > tensor.swizzle):
+        raise Fault(f"a box of {row} bytes a row at shared {at:#x}, swizzled by {tensor.swizzle}")
+    near = swizzled(at + near, tensor.swizzle)
+    if near.max() + tensor.itemsize > g.limit:
+        raise Fault(f"a box at shared {at:#x} reaches behind {g.limit}")
+    item = np.arange(tensor.itemsize)
+    return inside.reshape(-1), far.reshape(-1, 1) + item, near.reshape(-1, 1) + item
+
+
+def _tensor(i: Instruction) -> Step:
+    """Both directions; see PTX's `cp.async.bulk.tensor`."""
+    loading = "mbarrier::complete_tx::bytes" in i.opcode
+    remote, local = (i.operands[1], i.operands[0]) if loading else (i.operands[0], i.operands[1])
+    assert isinstance(remote, Address)
+    descriptor, where = source(remote.base, "b64"), addresses(local)
+    coordinates = [source(item, "s32") for item in remote.coordinates]
+    signal = addresses(i.operands[2]) if loading else None
+
+    def run(g: Grid, active: Array | None) -> None:
+        tensors, start = descriptor(g), [np.broadcast_to(c(g), g.size) for c in coordinates]
+        told = None if signal is None else signal(g)
+        for thread, program, at in _each(g, active, where(g)):
+            tensor: Descriptor = g.parameters["descriptors"][int(tensors[thread])]
+            inside, far, near = _box(g, tensor, [int(s[thread]) for s in start], at)
+            near = near + program * g.stride
+            if g.profile is not None:
+                g.profile.box(far[inside] // SECTOR, not loading)
+                g.profile.wavefronts += near.size // 128
+                g.profile.ideal += near.size // 128
+            if told is not None:
+                _load(g, _barrier(g, program, int(told[thread])), inside, far, near)
+            else:
+                mine = np.zeros(g.size, bool)
+                mine[thread] = True
+                _store(g, mine, inside, far, near)
+
+    return run
+
+
+def _load(g: Grid, barrier: Barrier, inside: Array, far: Array, near: Array) -> None:
+    content = np.where(inside[:, None], g.memory.bytes[np.where(inside[:, None], far, 0)], 0)
+
+    def land() -> None:
+        g.shared[near] = content
+        barrier.bytes -= near.size
+        barrier.turn()
+
+    if g.late:
+        barrier.copies.append(land)
+    else:
+        land()
+
+
+def _store(g: Grid, thread: Array, inside: Array, far: Array, near: Array) -> None:
+    if g.unfenced[near].any():
+        raise Fault("a tensor store reads shared memory that was not fenced for it")
+
+    def land(_: Any) -> None:
+        g.memory.bytes[far[inside]] = g.shared[near[inside]]
+
+    g.stores.start(thread, land if g.late else lambda _: None)
+    if not g.late:
+        land(None)
+
+
+def _fence(i: Instruction) -> Step:
+    def run(g: Grid, active: Array | None) -> None:
+        for program in np.unique(g.program[active_of(g, active)]):
+            g.unfenced[program * g.stride : (program + 1) * g.stride] = False
+
+    return run
+
+
+def _commit(i: Instruction) -> Step:
+    return lambda g, active: g.stores.commit(active_of(g, active))
+
+
+def _wait(i: Instruction) -> Step:
+    left = i.operands[0].bits
+    return lambda g, active: g.stores.wait(active_of(g, active), left)
+
+
+BUILDERS: dict[str, Callable[[Instruction], Step]] = {
+    "mbarrier.init": _init,
+    "mbarrier.inval": _inval,
+    "mbarrier.arrive.expect_tx": _expect,
+    "mbarrier.try_wait": _try_wait,
+    "cp.async.bulk.tensor": _tensor,
+    "cp.async.bulk.commit_group": _commit,
+    "cp.async.bulk.wait_group": _wait,
+    "fence.proxy.async": _fence,
+}
