@@ -236,8 +236,9 @@ def broken_gates(row: dict[str, Any], job: Job) -> list[str]:
 
 
 def worse(row: dict[str, Any], kept: dict[str, str]) -> list[str]:
-    """In what a kernel's code is worse than the kept row: fewer resident programs, or fewer 128-bit loads."""
-    return [
+    """In what a kernel's code is worse than the kept row: fewer resident programs, say, or fewer 128-bit loads."""
+    one_by_one = row["serialized"] and kept["serialized"] == "False"
+    return ["matrix instructions one by one"] * one_by_one + [
         f"{field} {row[field]}, was {kept[field]}"
         for field in ("resident", "async_128", "tma_loads", "matrix")
         if int(row[field]) < int(kept[field])

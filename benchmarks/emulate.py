@@ -98,24 +98,28 @@ def _few_multiprocessors(capability: int) -> Iterator[None]:
         conv_tma.gpu_of = before
 
 
-def both_ways(capability: int, call: Callable[[], Tensor]) -> tuple[Tensor, str | None, list[Profile]]:
-    """The result, whether another order gives another one, and the counts of each launch."""
-    results, profiles = [], []
+def both_ways(capability: int, call: Callable[[], Tensor]) -> tuple[Tensor, str | None, list[Profile], str]:
+    """The result, whether another order gives another one, the counts of each launch, and what else is to be said."""
+    results: list[Tensor] = []
+    profiles: list[Profile] = []
+    notes: set[str] = set()
     for late in (False, True):
         with _few_multiprocessors(capability), emulated(capability, late, not late) as driver, poisoned():
             results.append(call())
-            profiles += driver.profiles
+        profiles += driver.profiles
+        notes |= driver.notes
     same = all(torch.equal(a, b) for a, b in zip(*(t.nan_to_num(nan=1e30) for t in results), strict=True))
-    return results[0], None if same else "the result depends on the order", profiles
+    return results[0], None if same else "the result depends on the order", profiles, ", ".join(sorted(notes))
 
 
 def judged(capability: int, call: Callable[[], Tensor], same: Tensor, exact: Tensor) -> dict[str, Any]:
     """What a kernel's result is worth, and its counts."""
-    y, fault, profiles = both_ways(capability, call)
+    y, fault, profiles, said = both_ways(capability, call)
     failure, largest, bound = parity(y, same, exact)
     counts = {name: sum(getattr(profile, name) for profile in profiles) for name in COUNTS}
-    note = failure or fault or ""
-    return {"status": "wrong" if note else "ok", "max_error": largest, "error_bound": bound, **counts, "note": note}
+    status = "wrong" if failure or fault else "ok"
+    note = failure or fault or said
+    return {"status": status, "max_error": largest, "error_bound": bound, **counts, "note": note}
 
 
 def _own(name: str, function: Callable[[], Tensor]) -> Tensor:

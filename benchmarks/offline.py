@@ -91,24 +91,46 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+def _said(kernel: Any, tool: str, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        done = subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True)
+    if done.returncode or not done.stdout:
+        raise RuntimeError(f"{tool} cannot read the compiled kernel: {done.stderr}")
+    return done.stdout
+
+
+def disassembled(kernel: Any) -> str:
+    """The SASS of a compiled kernel."""
+    return _said(kernel, "nvdisasm", "-c")
+
+
+def one_by_one(sass: str) -> bool:
+    """Whether every HGMMA is waited for before the next one.
+
+    The assembler makes it so where accumulators or operands are touched while one is under way ("wgmma.mma_async
+    instructions are serialized", it says); else several of them share a wait.
+    """
+    found = re.findall(r"\b(HGMMA)\S* .*?(gsb0)? ;|\b(WARPGROUP\.DEPBAR\.LE) gsb0, 0x0", sass)
+    order = "".join("w" if wait else "g" if group else "m" for _, group, wait in found)
+    return order.count("g") + order.count("m") > 0 and order.count("gw") == order.count("g") + order.count("m")
+
+
 def inspect(kernel: Any, chip: Chip) -> dict[str, int | bool | str]:
     """Resources and instructions of a compiled kernel, from the wheel's `cuobjdump` and `nvdisasm`.
 
     `registers` a thread, `stack` bytes, `local` LDL and STL instructions, `shared` bytes, `resident` programs that fit
     a multiprocessor, `matrix` instructions of the chip's kind and the `instruction` that most of them are,
-    `async_loads` LDGSTS and how many of them are 128-bit, `plain_loads` LDG, `tma_loads` UTMALDG, `max_nan` whether the
-    ReLU keeps NaN.
+    `serialized` whether each waits for the one before it, `async_loads` LDGSTS and how many of them are 128-bit,
+    `plain_loads` LDG, `tma_loads` UTMALDG, `max_nan` whether the ReLU keeps NaN.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True)
-        sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    if found is None or not sass.stdout:
-        raise RuntimeError(f"cannot read the compiled kernel: {usage.stderr or sass.stderr}")
+    usage, sass = _said(kernel, "cuobjdump", "--dump-resource-usage"), disassembled(kernel)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cannot read the compiled kernel: {usage}")
     registers, stack = int(found[1]), int(found[2])
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", sass.stdout, re.MULTILINE))
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", sass, re.MULTILINE))
 
     def count(pattern: str) -> int:
         return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
@@ -126,6 +148,7 @@ def inspect(kernel: Any, chip: Chip) -> dict[str, int | bool | str]:
         "resident": min(by_registers, by_shared, chip.threads // threads),
         "matrix": count(chip.matrix),
         "instruction": max((o for o in opcodes if re.match(chip.matrix, o)), key=lambda o: opcodes[o], default=""),
+        "serialized": one_by_one(sass),
         "async_loads": count("LDGSTS"),
         "async_128": count(r"LDGSTS\S*\.128"),
         "plain_loads": count(r"LDG\b"),

@@ -186,7 +186,7 @@ def _store(g: Grid, thread: Array, inside: Array, far: Array, near: Array) -> No
 def _fence(i: Instruction) -> Step:
     def run(g: Grid, active: Array | None) -> None:
         for program in np.unique(g.program[active_of(g, active)]):
-            g.unfenced[program * g.stride : (program + 1) * g.stride] = False
+            g.unfenced[program * g.stride : (program + 1) * g.stride] = 0
 
     return run
 

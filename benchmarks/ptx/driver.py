@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from ..offline import disassembled, one_by_one
 from .grid import Descriptor, GlobalMemory
 from .parse import parse
 from .profile import Profile
@@ -64,6 +65,7 @@ class Driver:
         self.capability, self.late, self.profiling, self.utils = capability, late, profiling, _Utils()
         self.launched: list[tuple[str, Any]] = []  # names and compiled kernels
         self.profiles: list[Profile] = []  # of the launches, where they are wanted
+        self.notes: set[str] = set()
         self._compiled: dict[str, Compiled] = {}
 
     def get_current_target(self) -> GPUTarget:
@@ -93,6 +95,7 @@ class Driver:
         text = kernel.asm["ptx"]
         if text not in self._compiled:
             self._compiled[text] = Compiled(parse(text))
+            self._compiled[text].serialized = "wgmma" in text and one_by_one(disassembled(kernel))
         compiled, memory = self._compiled[text], _Memory()
         parameters: dict[str, Any] = {"descriptors": {}}
         values = _values(types, args, metadata, memory, parameters["descriptors"])
@@ -101,7 +104,8 @@ class Driver:
         memory.memory.seal()
         self.launched.append((compiled.kernel.name, kernel))
         profile = Profile() if self.profiling else None
-        launch(compiled, grid, 32 * metadata.num_warps, parameters, memory.memory, metadata.shared, self.late, profile)
+        options = {"late": self.late, "serialized": compiled.serialized, "notes": self.notes, "profile": profile}
+        launch(compiled, grid, 32 * metadata.num_warps, parameters, memory.memory, metadata.shared, **options)
         self.profiles += [] if profile is None else [profile]
         memory.copy_back()
 

@@ -15,6 +15,8 @@ from .profile import Profile
 SHARED_BASE = 1024
 #: by the width of a register
 STORAGE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+#: how a byte that was not fenced came into shared memory: by threads, or by `cp.async`
+STORED, COPIED = 1, 2
 Array = Any  # of numpy, one element a thread
 
 
@@ -87,6 +89,8 @@ class Grid:
         memory: the device's.
         shared: bytes of a program.
         late: whether asynchronous work lands as late as it may, and not at once.
+        serialized: whether the assembler has each wgmma waited for.
+        notes: what is to be said of the launch.
         profile: where to count what is issued and moved, if anywhere.
     """
 
@@ -100,10 +104,12 @@ class Grid:
         memory: GlobalMemory,
         shared: int,
         late: bool,
+        serialized: bool,
+        notes: set[str],
         profile: Profile | None = None,
     ) -> None:
         self.kernel, self.threads, self.parameters, self.memory, self.late = kernel, threads, parameters, memory, late
-        self.profile = profile
+        self.profile, self.late_products, self.notes = profile, late and not serialized, notes
         self.programs = len(programs)
         self.size = self.programs * threads
         self.everybody = np.ones(self.size, bool)
@@ -120,7 +126,7 @@ class Grid:
         self.stride = -(-(SHARED_BASE + shared) // 16) * 16
         self.shared = np.full(self.programs * self.stride, 0xFF, np.uint8)  # NaN in every floating-point format
         self.limit = SHARED_BASE + shared
-        self.unfenced = np.zeros(len(self.shared), bool)  # written by threads, not yet seen by the asynchronous proxy
+        self.unfenced = np.zeros(len(self.shared), np.uint8)  # for the asynchronous proxy: STORED, or COPIED
         self.exited = np.zeros(self.size, bool)
         self.blocked = False  # an instruction cannot go on before others have run
         self.barriers: dict[tuple[int, int], Any] = {}  # see bulk.py

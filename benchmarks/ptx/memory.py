@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .grid import STORAGE, Array, Fault, Grid
+from .grid import COPIED, STORAGE, STORED, Array, Fault, Grid
 from .operands import Step, source
 from .parse import Address, Instruction, Number, Register, Vector
 
@@ -75,7 +75,7 @@ def _store(i: Instruction) -> Step:
         for place, read in enumerate(reads):
             words[start + place] = np.broadcast_to(read(g), g.size)[everybody]
             if space == "shared":
-                g.unfenced.reshape(-1, width)[start + place] = True
+                g.unfenced.reshape(-1, width)[start + place] = STORED
 
     return run
 
@@ -111,7 +111,7 @@ def _copy(i: Instruction) -> Step:
         def land(threads: Array) -> None:
             places = start[threads][:, None] + np.arange(size)
             g.shared[places] = content[threads]
-            g.unfenced[places] = True
+            g.unfenced[places] = COPIED
 
         g.copies.start(everybody, land if g.late else lambda _: None)
         if not g.late:
@@ -172,7 +172,7 @@ def _matrices(i: Instruction) -> Step:
             if storing:
                 values = g.registers[item.number].view(np.uint16).reshape(-1, 32, 2)
                 halves[elements[warps]] = values[warps]
-                g.unfenced.reshape(-1, 2)[elements[warps]] = True
+                g.unfenced.reshape(-1, 2)[elements[warps]] = STORED
             else:
                 loaded = np.ascontiguousarray(halves[elements]).view(np.uint32).reshape(-1)
                 g.write(item.number, loaded, active)

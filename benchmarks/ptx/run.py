@@ -11,7 +11,6 @@ from . import arithmetic, bulk, matrix, memory, moves
 from .grid import Array, Fault, GlobalMemory, Grid
 from .operands import Step
 from .parse import Instruction, Kernel, Symbol
-from .profile import Profile
 
 #: instructions after which a program is taken to hang
 LIMIT = 2_000_000
@@ -61,6 +60,7 @@ class Compiled:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self._steps: list[Callable[..., Any] | None] = [_step(i) for i in kernel.instructions]
+        self.serialized = False  # see `Grid`
         self._collective = [i.parts[0] in _COLLECTIVE for i in kernel.instructions]
 
     def run(self, g: Grid) -> None:
@@ -171,13 +171,12 @@ def launch(
     parameters: dict[str, Any],
     memory: GlobalMemory,
     shared: int,
-    late: bool,
-    profile: Profile | None = None,
+    **options: Any,
 ) -> None:
-    """Run a launch, as many programs at a time as make `THREADS`."""
+    """Run a launch, as many programs at a time as make `THREADS`; `options` are those of `Grid`."""
     together = max(1, THREADS // threads)
     coordinates = np.stack(np.meshgrid(*[np.arange(n) for n in grid], indexing="ij"), -1).reshape(-1, 3)
     with np.errstate(all="ignore"):
         for first in range(0, len(coordinates), together):
             some = coordinates[first : first + together]
-            compiled.run(Grid(compiled.kernel, some, grid, threads, parameters, memory, shared, late, profile))
+            compiled.run(Grid(compiled.kernel, some, grid, threads, parameters, memory, shared, **options))
