@@ -130,14 +130,16 @@ def _own(name: str, function: Callable[[], Tensor]) -> Tensor:
         return function()
 
 
-def _convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dict[str, Any]:
+def convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dict[str, Any]:
+    """A convolution of the shape table with a tile."""
     with precision(name) as dtype, torch.no_grad():
         op = build(shape, IMAGES[shape.out_size], dtype, "cpu")
         exact = op.to(torch.float64).plain()
         return judged(capability, lambda: op.with_tile(tile), _own(name, op.plain), exact)
 
 
-def _tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) -> dict[str, Any]:
+def tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) -> dict[str, Any]:
+    """A bottleneck's tail with a tile of the stage kernel."""
     with precision(name) as dtype, torch.no_grad():
         asked = shape.build(IMAGES[shape.size], dtype, "cpu")
         x, other = asked.inputs()
@@ -146,7 +148,8 @@ def _tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) -
         return judged(capability, lambda: tails.joined(tails.bound(asked, tile)(x, other)), same, exact)
 
 
-def _stem(capability: int, name: str, size: int) -> dict[str, Any]:
+def stem(capability: int, name: str, size: int) -> dict[str, Any]:
+    """The stem on images of `size` rows and columns."""
     with precision(name) as dtype, torch.no_grad():
         op = stems.operation(size, 2, dtype, "cpu")
         wide = op.to(torch.float64)
@@ -156,7 +159,8 @@ def _stem(capability: int, name: str, size: int) -> dict[str, Any]:
         return judged(capability, lambda: run(op.x, None), same, exact)
 
 
-def _elementwise(capability: int, name: str, judge: Callable[..., Any], c: int, size: int, what: str) -> dict[str, Any]:
+def elementwise(capability: int, name: str, judge: Callable[..., Any], c: int, size: int, what: str) -> dict[str, Any]:
+    """An elementwise kernel, with the judgement of `gpu.elementwise`."""
     for late in (False, True):
         with emulated(capability, late), torch.no_grad():
             failure, largest, bound = judge(torch.Generator().manual_seed(0), DTYPES[name][0], c, size, what)
@@ -172,25 +176,25 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
         gpu = Gpu(CHIPS[capability].multiprocessors, capability)
         for name in dtypes:
             for shape, _, tile, _ in shipped(gpu, name):
-                run = partial(_convolution, capability, name, shape, tile)
+                run = partial(convolution, capability, name, shape, tile)
                 kernel = "conv_tma" if tile.persistent else "conv_bn_act"
                 yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)
-            for tail in tails.shapes(False):
+            for shape in tails.shapes(False):
                 for stage_tile in candidates(
-                    tail.width, tail.outputs, DTYPES[name][0].itemsize, bool(tail.second), gpu
+                    shape.width, shape.outputs, DTYPES[name][0].itemsize, bool(shape.second), gpu
                 ):
-                    run = partial(_tail, capability, name, tail, stage_tile)
+                    run = partial(tail, capability, name, shape, stage_tile)
                     kernel = "expand_shift_tma" if stage_tile.tma else "expand_shift"
-                    yield Job(capability, name, kernel, tail.key(), str(stage_tile), run)
+                    yield Job(capability, name, kernel, shape.key(), str(stage_tile), run)
             for size in (64, 37):
-                yield Job(capability, name, "stem", f"7x7.{size}px", "", partial(_stem, capability, name, size))
+                yield Job(capability, name, "stem", f"7x7.{size}px", "", partial(stem, capability, name, size))
             for kernel, judge, what in (
                 ("bn_act", judge_bn_act, "residual"),
                 ("bn_act", judge_bn_act, "strided"),
                 ("relu_backward", judge_relu_backward, "relu"),
             ):
                 for c, size in ((64, 9), (67, 9)):
-                    run = partial(_elementwise, capability, name, judge, c, size, what)
+                    run = partial(elementwise, capability, name, judge, c, size, what)
                     yield Job(capability, name, kernel, f"{c}.{size}px.{what}", "", run)
 
 

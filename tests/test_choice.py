@@ -92,6 +92,18 @@ def test_without_matrix_units_tiles_are_small():
     assert choose_tile(gemm, 4, tma=True).persistent
 
 
+@pytest.mark.parametrize(("release", "there"), [((3, 6), False), ((3, 7), True)])
+def test_tiles_whose_matrix_instructions_a_release_serializes_are_left_out(release, there, monkeypatch):
+    monkeypatch.setattr(choice, "triton_release", lambda: release)
+    options = {"residual": False, "second": False, "gpu": Gpu(132, 90)}
+    narrow = [t for t in choice.candidates(Gemm(4096, 64, 64, 9, 4096), 2, tma=True, **options) if t.block_n < 64]
+    split = choice.candidates(Gemm(784, 512, 2048, 1, 784), 2, tma=False, **options)
+    assert bool(narrow) == there
+    assert any(t.split_k > 1 and t.num_warps == 8 for t in split) == there
+    grouped = Gemm(4096, 128, 128, 9, 4096, 4)  # no tile is wider than a group
+    assert any(t.block_n < 64 for t in choice.candidates(grouped, 2, tma=True, **options))
+
+
 @pytest.mark.parametrize(("release", "there"), [((3, 7), True), ((3, 9), False)])
 def test_tiles_that_spill_with_a_release_are_left_out(release, there, monkeypatch):
     monkeypatch.setattr(choice, "triton_release", lambda: release)

@@ -30,7 +30,8 @@ import sys
 from benchmarks.codegen import broken_gates, jobs, worse
 job = next(j for j in jobs((80,), ("fp16",)) if j.pipelined and j.rectifies)
 boxes = next(j for j in jobs((90,), ("fp16",)) if j.tma)
-good = dict(stack=0, local=0, shared=1000, matrix=8, async_loads=4, async_128=4, tma_loads=2, max_nan=True, resident=2)
+good = dict(stack=0, local=0, shared=1000, matrix=8, async_loads=4, async_128=4, tma_loads=2, max_nan=True, resident=2,
+            serialized=False)
 assert broken_gates(good, job) == []
 for field, value, word in (("stack", 8, "spills"), ("local", 1, "spills"), ("shared", 1 << 20, "shared memory"),
                            ("matrix", 0, "HMMA"), ("async_128", 3, "128-bit"), ("async_loads", 0, "asynchronous"),
@@ -42,7 +43,25 @@ assert broken_gates({**good, "tma_loads": 0}, boxes) == ["no TMA loads"]
 kept = {key: str(value) for key, value in good.items()}
 assert worse(good, kept) == []
 assert worse({**good, "resident": 1}, kept) == ["resident 1, was 2"]
+assert worse({**good, "serialized": True}, kept) == ["matrix instructions one by one"]
 """
+
+
+SASS = """
+from benchmarks.offline import one_by_one
+arrive, wait = "WARPGROUP.ARRIVE ;", "WARPGROUP.DEPBAR.LE gsb0, 0x{} ;"
+product, last = "HGMMA.64x32x16.F32 R24, R52, gdesc[UR8], R24 ;", "HGMMA.64x32x16.F32 R24, R52, gdesc[UR8], R24, gsb0 ;"
+def sass(*lines): return chr(10).join(lines)
+assert one_by_one(sass(arrive, last, wait.format(0), arrive, last, wait.format(0)))
+assert not one_by_one(sass(arrive, product, product, last, wait.format(0)))
+assert not one_by_one(sass(arrive, last, wait.format(1), arrive, last, wait.format(1), wait.format(0)))
+assert not one_by_one("HMMA.16816.F32 R4, R4, R8, R4 ;")
+"""
+
+
+def test_matrix_instructions_that_wait_for_each_other_are_seen():
+    result = run(SASS)
+    assert result.returncode == 0, result.stderr
 
 
 def test_each_gate_can_fail():

@@ -116,6 +116,9 @@ def _max(i: Instruction) -> Step:
     kind = i.parts[-1]
     if kind[0] in "us":
         return result(np.maximum, [kind] * 2, i)
+    if len(i.operands) == 4:  # of three numbers, on chips of capability 10.0 and up
+        function = _maximum(kind, "NaN" in i.parts, pair=False)
+        return result(lambda a, b, c: function(function(a, b), c), [kind] * 3, i)
     pair = kind.endswith("x2")
     read = {"f32": "f32", "f16x2": "b32", "bf16x2": "b32"}.get(kind, "b16")
     return result(_maximum(kind.removesuffix("x2"), "NaN" in i.parts, pair), [read] * 2, i)

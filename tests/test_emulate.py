@@ -1,0 +1,150 @@
+"""Compiled kernels, run without a GPU: a sample of what `make emulate` runs, faults put into them, and their counts.
+
+The interpreter and the compiler cannot both be on in one process, so these run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import pytest
+from compiling import run
+
+pytest.importorskip("triton")
+
+SMALL = """
+import sys
+from benchmarks.emulate import Job, convolution, elementwise, stem, tail
+from benchmarks.gpu.elementwise import judge_bn_act
+from benchmarks.gpu.tails import TailShape
+from benchmarks.shapes import ConvShape
+from fused_resblock.kernels.tiles import StageTile, Tile
+
+capability, name = int(sys.argv[1]), sys.argv[2]
+wide = 32 if name == "tf32" else 64
+tma = capability >= 90
+conv = lambda shape, tile: convolution(capability, name, shape, tile)
+found = {
+    "1x1": conv(ConvShape("", 64, 128, 14), Tile(64, 64, wide, 4, 3, persistent=tma)),
+    "3x3": conv(ConvShape("", 64, 64, 14, 3), Tile(128, 64, wide, 4, 3, persistent=tma)),
+    "3x3 stride 2": conv(ConvShape("", 64, 64, 14, 3, 2), Tile(64, 64, wide, 4, 2, persistent=tma)),
+    "residual": conv(ConvShape("", 64, 64, 14, residual=True), Tile(64, 32, wide, 4, 4, persistent=2 * tma)),
+    "second": conv(ConvShape("", 64, 64, 7, shortcut=64, shortcut_stride=2), Tile(64, 64, wide, 4, 2, persistent=tma)),
+    "grouped": conv(ConvShape("", 128, 128, 14, 3, groups=32), Tile(64, 32, 32, 4, 3)),
+    "split": conv(ConvShape("", 128, 64, 7, 3), Tile(64, 64, wide, 4, 3, 2)),
+    "stage": tail(capability, name, TailShape("", 64, 7, outputs=64), StageTile(64, 32, wide, 4, 2, 2, tma)),
+    "stem": stem(capability, name, 37),
+    "bn_act": elementwise(capability, name, judge_bn_act, 67, 9, "strided"),
+}
+for kernel, row in found.items():
+    assert row["status"] == "ok", (kernel, row)
+"""
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "fp16"), (90, "tf32"), (120, "bf16")])
+def test_compiled_kernels_are_right(capability, dtype):
+    result = run(SMALL, str(capability), dtype)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+FAULTS = """
+import re
+import torch
+from benchmarks.emulate import both_ways
+from benchmarks.gpu.operations import build, precision
+from benchmarks.ptx import driver
+from benchmarks.ptx.grid import Fault
+from benchmarks.ptx.parse import parse
+from benchmarks.shapes import ConvShape
+from fused_resblock.kernels.tiles import Tile
+
+def without(pattern, number):
+    def altered(text):
+        kernel = parse(text)
+        found = [i for i in kernel.instructions if re.match(pattern, i.text)]
+        chosen = found[number]
+        chosen.opcode, chosen.operands = "mov.b32", [parse_register(kernel), parse_register(kernel)]
+        return kernel
+    return altered
+
+def parse_register(kernel):
+    from benchmarks.ptx.parse import Register
+    return Register(next(n for n, width in enumerate(kernel.widths) if width == 32))
+
+def noticed(capability, tile, pattern, number=0):
+    with precision("fp16") as dtype, torch.no_grad():
+        op = build(ConvShape("x", 64, 64, 8, 3), 2, dtype, "cpu")
+        exact = op.to(torch.float64).plain()
+        driver.parse = without(pattern, number)
+        try:
+            y, fault, *_ = both_ways(capability, lambda: op.with_tile(tile))
+        except Fault:
+            return True
+        finally:
+            driver.parse = parse
+        return fault is not None or not bool((y.double() - exact).abs().max() < 0.1)
+
+plain, boxes = Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, persistent=1)
+assert noticed(80, plain, "cp.async.wait_group", 0)
+assert noticed(80, plain, "cp.async.commit_group", 2)
+assert noticed(80, plain, "bar.sync", -1)
+assert noticed(80, plain, "mma.sync", 3)
+assert noticed(80, plain, "ldmatrix", 1)
+assert noticed(90, boxes, "wgmma.wait_group", 0)
+assert noticed(90, boxes, "wgmma.wait_group", 1)
+assert noticed(90, boxes, "wgmma.mma_async", 1)
+assert noticed(90, boxes, "cp.async.bulk.wait_group", -1)
+assert noticed(90, boxes, "fence.proxy.async", -1)
+assert noticed(90, boxes, ".*mbarrier.arrive.expect_tx", 0)
+assert noticed(90, boxes, ".*cp.async.bulk.tensor.*mbarrier", 1)
+assert noticed(90, boxes, "stmatrix", 0)
+"""
+
+
+def test_faults_in_compiled_code_are_noticed():
+    result = run(FAULTS)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+COUNTS = """
+import torch
+from benchmarks.emulate import both_ways
+from benchmarks.gpu import tails
+from benchmarks.gpu.operations import build, precision
+from benchmarks.roofline import gemm_of, second_of
+from benchmarks.shapes import ConvShape
+from fused_resblock.kernels.cost import conv_bn_act_cost, expand_shift_cost
+from fused_resblock.kernels.stage import gemms_of
+from fused_resblock.kernels.tiles import StageTile, Tile
+
+def counted(call):
+    *_, (profile,), _ = both_ways(90, call)
+    return profile
+
+def close(found, expected):
+    assert abs(found / expected - 1) < 0.15, (found, expected)
+
+with precision("fp16") as dtype, torch.no_grad():
+    tile = Tile(128, 64, 64, 4, 3, persistent=1)
+    for shape in (ConvShape("3x3", 64, 64, 16, 3), ConvShape("1x1", 256, 64, 16), ConvShape("+", 64, 256, 16, residual=True)):
+        op, gemm = build(shape, 2, dtype, "cpu"), gemm_of(shape, 2)
+        cost, profile = conv_bn_act_cost(gemm, 2, tile, residual=shape.residual), counted(lambda: op.with_tile(tile))
+        close(profile.l2, cost.l2)
+        close(profile.device, cost.dram)
+        close(2 * profile.products, cost.flops)
+        assert profile.wavefronts == profile.ideal  # no bank conflicts
+    # the tail of a bottleneck with the next block's head: 20 C bytes a pixel instead of 32 C
+    width, size, images = 64, 16, 2
+    tail = tails.TailShape("tail", width, size, outputs=width)
+    asked = tail.build(images, dtype, "cpu")
+    x, other = asked.inputs()
+    tile = StageTile(128, 64, 64, 8, 3, 2, True)
+    profile = counted(lambda: tails.joined(tails.bound(asked, tile)(x, other)))
+    filters = 2 * sum(layer.weight.numel() for layer in asked.layers)
+    close((profile.device - filters) / (images * size**2), 20 * width)
+    conv, expand, second, reduce = asked.gemms()
+    close(profile.l2, expand_shift_cost(conv, expand, 2, tile, second=second, reduce=reduce).l2)
+"""
+
+
+def test_kernels_move_the_bytes_that_the_cost_model_counts():
+    result = run(COUNTS)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -1,0 +1,219 @@
+"""The machine that runs PTX: single instructions against Python, and that what a GPU would not do is a fault."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.ptx.grid import Fault, GlobalMemory
+from benchmarks.ptx.matrix import _fragment_a, _fragment_b, _scattered, _sums, swizzled
+from benchmarks.ptx.operands import bf16
+from benchmarks.ptx.parse import parse
+from benchmarks.ptx.run import Compiled, launch
+
+HEAD = """
+.visible .entry kernel(.param .u64 .ptr .global .align 1 out, .param .u64 .ptr .global .align 1 in)
+.reqntid 64
+{
+    .reg .pred %p<9>;
+    .reg .b16 %rs<9>;
+    .reg .b32 %r<19>;
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd1, [out];
+    ld.param.b64 %rd2, [in];
+    mov.u32 %r1, %tid.x;
+    mad.wide.u32 %rd3, %r1, 4, %rd1;
+    mad.wide.u32 %rd4, %r1, 4, %rd2;
+"""
+
+
+def executed(body: str, given: np.ndarray, late: bool = False, shared: int = 256) -> np.ndarray:
+    """64 words written by two warps that were given 64 words."""
+    memory = GlobalMemory()
+    parameters = {"out": memory.add(np.zeros(256, np.uint8)), "in": memory.add(given.astype("<u4").view(np.uint8))}
+    memory.seal()
+    kernel = Compiled(parse(HEAD + body + "\n    ret;\n$L__func_end0:\n}\n"))
+    options = {"late": late, "serialized": False, "notes": set()}
+    launch(kernel, (1, 1, 1), 64, parameters, memory, shared, **options)
+    return memory.read_back(parameters["out"], 256).view("<u4").copy()
+
+
+def signed(word: int) -> int:
+    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
+
+
+def quotient(a: int, b: int) -> int:
+    return 0 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+ARITHMETIC = {
+    "add.s32 %r3, %r2, %r4": lambda a, b: a + b,
+    "sub.s32 %r3, %r2, %r4": lambda a, b: a - b,
+    "mul.lo.s32 %r3, %r2, %r4": lambda a, b: a * b,
+    "mul.hi.s32 %r3, %r2, %r4": lambda a, b: (signed(a) * signed(b)) >> 32,
+    "mul.hi.u32 %r3, %r2, %r4": lambda a, b: (a * b) >> 32,
+    "and.b32 %r3, %r2, %r4": lambda a, b: a & b,
+    "xor.b32 %r3, %r2, %r4": lambda a, b: a ^ b,
+    "shl.b32 %r3, %r2, %r4": lambda a, b: a << b if b < 32 else 0,
+    "shr.u32 %r3, %r2, %r4": lambda a, b: a >> b if b < 32 else 0,
+    "shr.s32 %r3, %r2, %r4": lambda a, b: signed(a) >> min(b, 31),
+    "bfe.u32 %r3, %r2, 3, 5": lambda a, b: (a >> 3) & 31,
+    "bfe.s32 %r3, %r2, 28, 4": lambda a, b: signed(a) >> 28,
+    "max.u32 %r3, %r2, %r4": max,
+    "min.s32 %r3, %r2, %r4": lambda a, b: min(signed(a), signed(b)),
+    "prmt.b32 %r3, %r2, %r4, 0x5410U": lambda a, b: (a & 0xFFFF) | (b & 0xFFFF) << 16,
+    "setp.lt.s32 %p1, %r2, %r4; selp.b32 %r3, 1, 2, %p1": lambda a, b: 1 if signed(a) < signed(b) else 2,
+}
+WORDS = st.one_of(st.integers(0, 40), st.integers(0, 2**32 - 1), st.sampled_from([0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]))
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=code.split()[0]) for code in ARITHMETIC])
+@settings(max_examples=20, deadline=None)
+@given(words=st.lists(WORDS, min_size=64, max_size=64))
+def test_integers(code, words):
+    body = f"""
+    ld.global.b32 {{ %r2 }}, [ %rd4 + 0 ];
+    xor.b32 %r5, %r1, 1;
+    mad.wide.u32 %rd5, %r5, 4, %rd2;
+    ld.global.b32 {{ %r4 }}, [ %rd5 + 0 ];
+    {code};
+    st.global.b32 [ %rd3 + 0 ], {{ %r3 }};"""
+    expected = [ARITHMETIC[code](words[i], words[i ^ 1]) & 0xFFFFFFFF for i in range(64)]
+    assert executed(body, np.array(words)).tolist() == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(words=st.lists(st.integers(-1000, 1000), min_size=64, max_size=64))
+def test_division_goes_towards_zero(words):
+    body = """
+    ld.global.b32 { %r2 }, [ %rd4 + 0 ];
+    div.s32 %r3, %r2, 7;
+    rem.s32 %r4, %r2, 7;
+    mad.lo.s32 %r5, %r3, 1000, %r4;
+    st.global.b32 [ %rd3 + 0 ], { %r5 };"""
+    found = executed(body, np.array(words, np.int32).view(np.uint32)).view(np.int32)
+    assert found.tolist() == [quotient(w, 7) * 1000 + w - 7 * quotient(w, 7) for w in words]
+
+
+def test_maximum_with_and_without_nan():
+    nan = np.full(64, np.nan, np.float32).view(np.uint32)
+    body = """
+    ld.global.b32 {{ %r2 }}, [ %rd4 + 0 ];
+    max{0}.f32 %r3, %r2, 0f3F800000;
+    st.global.b32 [ %rd3 + 0 ], {{ %r3 }};"""
+    assert np.isnan(executed(body.format(".NaN"), nan).view(np.float32)).all()
+    assert (executed(body.format(""), nan).view(np.float32) == 1).all()
+
+
+def test_branches_join_again():
+    body = """
+    setp.lt.u32 %p1, %r1, 5;
+    mov.b32 %r2, 0;
+    @%p1 bra $L__BB0_2;
+    mov.b32 %r2, 100;
+    bra.uni $L__BB0_3;
+$L__BB0_2:
+    add.s32 %r2, %r2, 1;
+    setp.le.u32 %p2, %r2, %r1;
+    @%p2 bra $L__BB0_2;
+$L__BB0_3:
+    add.s32 %r2, %r2, 1000;
+    st.global.b32 [ %rd3 + 0 ], { %r2 };"""
+    assert executed(body, np.zeros(64)).tolist() == [1001, 1002, 1003, 1004, 1005] + [1100] * 59
+
+
+EXCHANGE = """
+    mov.b32 %r2, global_smem;
+    mad.lo.s32 %r3, %r1, 4, %r2;
+    st.shared.b32 [ %r3 + 0 ], {{ %r1 }};
+    {barrier}
+    xor.b32 %r4, %r1, 32;
+    mad.lo.s32 %r5, %r4, 4, %r2;
+    ld.shared.b32 %r6, [%r5];
+    st.global.b32 [ %rd3 + 0 ], {{ %r6 }};"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_missing_barrier_shows(late):
+    other = [i ^ 32 for i in range(64)]
+    assert executed(EXCHANGE.format(barrier="bar.sync 0;"), np.zeros(64), late).tolist() == other
+    assert executed(EXCHANGE.format(barrier=""), np.zeros(64), late).tolist() != other
+
+
+COPY = """
+    mov.b32 %r2, global_smem;
+    mad.lo.s32 %r3, %r1, 4, %r2;
+    cp.async.ca.shared.global [ %r3 + 0 ], [ %rd4 + 0 ], 0x4;
+    cp.async.commit_group;
+    {wait}
+    ld.shared.b32 %r6, [%r3];
+    st.global.b32 [ %rd3 + 0 ], {{ %r6 }};"""
+
+
+def test_a_missing_wait_shows():
+    words = np.arange(64) + 7
+    for late in (False, True):
+        assert executed(COPY.format(wait="cp.async.wait_group 0;"), words, late).tolist() == words.tolist()
+    for wait in ("", "cp.async.wait_group 1;"):
+        assert executed(COPY.format(wait=wait), words, late=True).tolist() != words.tolist()
+
+
+FAULTS = {
+    "outside": ("ld.global.b32 { %r2 }, [ %rd4 + 4 ];", "outside of every tensor"),
+    "misaligned": ("ld.global.v2.b32 { %r2, %r3 }, [ %rd4 + 0 ];", "misaligned"),
+    "shared": ("mov.b32 %r2, global_smem; ld.shared.b32 %r3, [%r2+256];", "at shared 0x500"),
+    "barrier": ("setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 0;", "a part of"),
+    "shuffle": ("setp.lt.u32 %p1, %r1, 3; @%p1 shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;", "a part of a warp"),
+    "no barrier": ("mov.b32 %r2, global_smem; mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r2], 0;", "no barrier"),
+    "for ever": (
+        "mov.b32 %r2, global_smem; setp.eq.b32 %p2, %r1, 0; @%p2 mbarrier.init.shared::cta.b64 [%r2], 1; bar.sync 0;"
+        " $L__A: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r2], 0; @!%p1 bra $L__A;",
+        "waits for ever",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_a_gpu_would_not_do(case):
+    body, words = FAULTS[case]
+    with pytest.raises(Fault, match=words):
+        executed(body, np.zeros(64))
+
+
+@pytest.mark.parametrize("code", ["vote.sync.ballot.b32 %r2, %p1, -1;", "add.sat.s32 %r2, %r1, %r1;", "bar.sync 1;"])
+def test_an_instruction_that_is_not_known_is_refused(code):
+    with pytest.raises(NotImplementedError):
+        executed(code, np.zeros(64))
+
+
+@given(st.floats(width=32))
+def test_bf16_is_torchs(value):
+    import torch
+
+    ours = bf16(np.array([value], np.float32)).astype(np.uint32) << 16
+    theirs = torch.tensor([value], dtype=torch.float32).to(torch.bfloat16).float().numpy()
+    assert np.array_equal(ours.view(np.float32), theirs, equal_nan=True)
+
+
+def test_fragments_of_a_matrix_are_where_the_instruction_set_says():
+    lane, register = 5, 2  # row 1 and 9, columns 2 and 3; the third register is to the right
+    words = np.zeros((1, 32, 4), np.uint32)
+    words[0, lane, register] = 0x3C00 | 0x4000 << 16  # 1 and 2 in fp16
+    a = _fragment_a(words, "f16")[0]
+    assert (a[1, 10], a[1, 11]) == (1, 2)
+    assert a.sum() == 3
+    b = _fragment_b(words[:, :, 1:3], "f16")[0]  # column 1, rows 10 and 11
+    assert (b[10, 1], b[11, 1]) == (1, 2)
+    assert b.sum() == 3
+    sums = np.random.default_rng(0).normal(size=(2, 16, 24)).astype(np.float32)
+    assert np.array_equal(_sums(_scattered(sums)), sums)
+
+
+def test_swizzles_permute_the_pieces_of_eight_rows():
+    at = np.arange(0, 1024, 16)
+    for row in (32, 64, 128):
+        assert sorted(swizzled(at, row)) == at.tolist()
+    assert swizzled(np.array([128 * 3 + 16 * 5]), 128) == 128 * 3 + 16 * (5 ^ 3)
+    assert np.array_equal(swizzled(at, 0), at)
