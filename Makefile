@@ -7,7 +7,7 @@ CONSTRAINTS = $(if $(RELEASE),tests/releases/torch-$(RELEASE).txt,constraints.tx
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help venv demo test lint format bench-cpu readme plots codegen roofline mutants clean
+.PHONY: help venv demo test lint format bench-cpu readme plots codegen emulate roofline mutants clean
 .PHONY: gpu gpu-check gpu-tune gpu-bench gpu-profile gpu-install
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test       run the tests (ARGS='-k conv'; RELEASE=2.11 or 2.15: with the oldest or the newest torch)"
 	@echo "make lint       ruff and mypy; make format repairs what ruff can"
 	@echo "make codegen    compile every kernel for six chips without a GPU; make roofline predicts their time"
+	@echo "make emulate    run the compiled kernels without a GPU (ARGS='--capability 90 --dtype fp16'; some minutes each)"
 	@echo "make mutants    put faults into copies of the library, one by one: the tests must notice each"
 	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md, make plots draws them"
 	@echo "make gpu        check, tune, measure and profile on an NVIDIA GPU, with python3's own torch (OUT=folder)"
@@ -72,6 +73,9 @@ clean:
 
 codegen: $(STAMP)
 	$(PY) -m benchmarks.codegen $(ARGS)
+
+emulate: $(STAMP)
+	$(PY) -m benchmarks.emulate $(ARGS)
 
 roofline: $(STAMP)
 	$(PY) -m benchmarks.roofline $(ARGS)

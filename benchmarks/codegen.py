@@ -269,11 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--triton", metavar="VERSION|WHEEL", help="compile with another release of Triton")
     args = parser.parse_args(argv)
     if args.triton is not None:
-        given = list(sys.argv[1:] if argv is None else argv)
-        place = next(i for i, word in enumerate(given) if word.startswith("--triton"))
-        del given[place : place + (1 if "=" in given[place] else 2)]
         try:
-            return run_with(args.triton, "benchmarks.codegen", given)
+            return run_with(args.triton, "benchmarks.codegen", sys.argv[1:] if argv is None else argv)
         except ValueError as error:
             parser.error(str(error))
     args.out = args.out or table_of(triton.__version__)

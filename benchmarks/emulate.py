@@ -33,7 +33,7 @@ from fused_resblock.kernels.pool import POOL
 from fused_resblock.kernels.stage import candidates
 from fused_resblock.kernels.tiles import StageTile, Tile
 
-from .codegen import shipped, table_of
+from .codegen import KEY, read, shipped, table_of
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, poisoned, precision
@@ -51,7 +51,6 @@ NAMES = ("fp16", "bf16", "tf32")
 IMAGES = {56: 2, 28: 2, 14: 2, 7: 4}
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
-KEY = ("capability", "dtype", "kernel", "case", "tile")
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")
 
 
@@ -217,6 +216,17 @@ def rows_of(numbers: Sequence[int], capabilities: Sequence[int], dtypes: Sequenc
         yield from tqdm(pool.imap(_run_numbered, numbers), total=len(numbers), unit="kernel", disable=None)
 
 
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put rows into a table, in the order of `jobs`; what it holds of kernels that were not run stays."""
+    kept = {**read(path), **{tuple(str(row[field]) for field in KEY): row for row in rows}}
+    keys = [tuple(str(getattr(job, field)) for field in KEY) for job in jobs()]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        fields = ["triton", *KEY, "status", "max_error", "error_bound", *COUNTS, "note"]
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(kept[key] for key in keys if key in kept)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print what is wrong, write the table; 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emulate", description=__doc__)
@@ -224,17 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=NAMES, help="default: all")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="default: all")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth; writes no table")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE.csv", help="default: the kept table of this Triton, if all run"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the kept table of this Triton")
     parser.add_argument("--triton", metavar="VERSION|WHEEL", help="compile with another release of Triton")
     args = parser.parse_args(argv)
     if args.triton is not None:
-        given = list(sys.argv[1:] if argv is None else argv)
-        place = next(i for i, word in enumerate(given) if word.startswith("--triton"))
-        del given[place : place + (1 if "=" in given[place] else 2)]
         try:
-            return run_with(args.triton, "benchmarks.emulate", given)
+            return run_with(args.triton, "benchmarks.emulate", sys.argv[1:] if argv is None else argv)
         except ValueError as error:
             parser.error(str(error))
     capabilities, dtypes = args.capability or CAPABILITIES, args.dtype or NAMES
@@ -246,15 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if row["status"] != "ok":
             faults += 1
             tqdm.write(" ".join(str(row[field]) for field in (*KEY, "status", "note")))
-    out = args.out
-    if len(numbers) == sum(1 for _ in jobs()):
-        out = out or table_of(triton.__version__, "emulate")
-    if out is not None:
-        with out.open("w", newline="", encoding="utf-8") as file:
-            fields = ["triton", *KEY, "status", "max_error", "error_bound", *COUNTS, "note"]
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(rows)
+    if args.every == 1:
+        write(args.out or table_of(triton.__version__, "emulate"), rows)
     print(f"Triton {triton.__version__}: {len(rows)} kernels, {faults} not right")
     return 1 if faults else 0
 

@@ -48,6 +48,22 @@ def codegen(rows: Rows) -> str:
     return f"Triton {rows[0]['triton']}.\n\n{markdown(headers, lines, numbers=4)}"
 
 
+def emulated(rows: Rows) -> str:
+    """Per Triton and chip: compiled kernels that were run, how many were right, and the worst bank conflicts."""
+    if not rows:
+        return NOT_MEASURED
+    lines = []
+    for release, capability in dict.fromkeys((row["triton"], row["capability"]) for row in rows):
+        own = [row for row in rows if (row["triton"], row["capability"]) == (release, capability)]
+        counted = [row for row in own if int(row["ideal"] or 0)]
+        conflicts = max((int(row["wavefronts"]) / int(row["ideal"]) - 1 for row in counted), default=0.0)
+        dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in own))
+        right = sum(row["status"] == "ok" for row in own)
+        lines.append([release, f"sm_{capability}", dtypes, len(own), right, f"{conflicts:.0%}"])
+    headers = ["Triton", "chip", "dtypes", "kernels and tiles", "right", "most bank conflicts"]
+    return markdown(headers, lines, numbers=3)
+
+
 def networks(rows: Rows) -> str:
     """Per GPU and versions: median milliseconds of every provider, as CUDA graphs."""
     timed = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]

@@ -59,12 +59,15 @@ def unpack(wheel: Path, folder: Path = FOLDER) -> Path:
 
 
 def run_with(name: str, module: str, arguments: Sequence[str]) -> int:
-    """Run a module of this checkout with another Triton; its exit status.
+    """Run a module of this checkout with another Triton, without the `--triton` in its arguments; its exit status.
 
     Raises:
         ValueError: see `wheel_of`.
     """
-    folder = unpack(wheel_of(name))
+    folder, given = unpack(wheel_of(name)), list(arguments)
+    place = next((i for i, word in enumerate(given) if word.startswith("--triton")), None)
+    if place is not None:
+        del given[place : place + (1 if "=" in given[place] else 2)]
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-m", module, *given]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=Path(__file__).parents[1]).returncode
