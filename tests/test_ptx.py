@@ -11,6 +11,7 @@ from benchmarks.ptx.grid import Fault, GlobalMemory
 from benchmarks.ptx.matrix import _fragment_a, _fragment_b, _scattered, _sums, swizzled
 from benchmarks.ptx.operands import bf16
 from benchmarks.ptx.parse import parse
+from benchmarks.ptx.profile import Profile
 from benchmarks.ptx.run import Compiled, launch
 
 HEAD = """
@@ -29,13 +30,15 @@ HEAD = """
 """
 
 
-def executed(body: str, given: np.ndarray, late: bool = False, shared: int = 256) -> np.ndarray:
+def executed(
+    body: str, given: np.ndarray, late: bool = False, shared: int = 256, profile: Profile | None = None
+) -> np.ndarray:
     """64 words written by two warps that were given 64 words."""
     memory = GlobalMemory()
     parameters = {"out": memory.add(np.zeros(256, np.uint8)), "in": memory.add(given.astype("<u4").view(np.uint8))}
     memory.seal()
     kernel = Compiled(parse(HEAD + body + "\n    ret;\n$L__func_end0:\n}\n"))
-    options = {"late": late, "serialized": False, "notes": set()}
+    options = {"late": late, "serialized": False, "notes": set(), "profile": profile}
     launch(kernel, (1, 1, 1), 64, parameters, memory, shared, **options)
     return memory.read_back(parameters["out"], 256).view("<u4").copy()
 
@@ -186,6 +189,21 @@ def test_what_a_gpu_would_not_do(case):
 def test_an_instruction_that_is_not_known_is_refused(code):
     with pytest.raises(NotImplementedError):
         executed(code, np.zeros(64))
+
+
+@pytest.mark.parametrize(("apart", "conflicts"), [(1, 1), (2, 2), (8, 8), (32, 32), (33, 1), (0, 1)])
+def test_bank_conflicts_and_sectors_are_counted(apart, conflicts):
+    profile = Profile()
+    body = f"""
+    mov.b32 %r2, global_smem;
+    mad.lo.s32 %r3, %r1, {4 * apart}, %r2;
+    ld.shared.b32 %r4, [%r3];
+    ld.global.b32 {{ %r5 }}, [ %rd4 + 0 ];
+    st.global.b32 [ %rd3 + 0 ], {{ %r5 }};"""
+    executed(body, np.zeros(64), shared=64 * 4 * max(1, apart), profile=profile)
+    assert (profile.wavefronts, profile.ideal) == (2 * conflicts, 2)
+    assert profile.l2 == profile.device == 512
+    assert profile.instructions == 2 * 10
 
 
 @given(st.floats(width=32))
