@@ -65,7 +65,7 @@ def test_out_of_memory_and_a_passed_deadline(context, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(stems, "_operation", lambda *args: full() if args[3] != "meta" else build(*args))
+    monkeypatch.setattr(stems, "operation", lambda *args: full() if args[3] != "meta" else build(*args))
     build = stems.build
     monkeypatch.setattr(stems, "_case", lambda size: "stem")
     stems.tune(context, table)
