@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from tqdm import tqdm
 
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.gpu import Gpu
@@ -35,6 +33,7 @@ from .gpu.operations import build
 from .offline import CHIPS, compiling_for, inspect
 from .other_triton import run_with
 from .shapes import ConvShape, all_shapes, wide_shapes
+from .workers import in_order
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -195,24 +194,11 @@ def compile_job(job: Job) -> dict[str, Any]:
     return {**{field: getattr(job, field) for field in KEY}, **facts}
 
 
-_todo: list[Job] = []  # of a worker
-
-
-def _prepare(capabilities: Sequence[int], dtypes: Sequence[str]) -> None:
-    _todo[:] = jobs(capabilities, dtypes)
-
-
-def _compile_numbered(index: int) -> dict[str, Any]:
-    return compile_job(_todo[index])
-
-
 def compile_all(capabilities: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Every job with its row, in order, compiled on all cores; a launch cannot be sent to a worker, its number can."""
-    todo = list(jobs(capabilities, dtypes))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), _prepare, (capabilities, dtypes)) as pool:
-        rows = tqdm(pool.imap(_compile_numbered, range(len(todo))), total=len(todo), unit="kernel", disable=None)
-        yield from zip(todo, rows, strict=True)
+    """Every job with its row, in order, compiled on all cores."""
+    listing = partial(jobs, capabilities, dtypes)
+    todo = list(listing())
+    yield from zip(todo, in_order(listing, compile_job, range(len(todo)), "kernel"), strict=True)
 
 
 def broken_gates(row: dict[str, Any], job: Job) -> list[str]:

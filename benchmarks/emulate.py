@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +41,7 @@ from .other_triton import run_with
 from .ptx.driver import emulated
 from .ptx.profile import Profile
 from .shapes import ConvShape
+from .workers import in_order
 
 #: chips whose instructions are known; 10.x multiplies in a memory of its own
 CAPABILITIES = (80, 86, 89, 90, 120)
@@ -197,25 +196,6 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
                     yield Job(capability, name, kernel, f"{c}.{size}px.{what}", "", run)
 
 
-_todo: list[Job] = []  # of a worker
-
-
-def _prepare(capabilities: Sequence[int], dtypes: Sequence[str]) -> None:
-    torch.set_num_threads(1)
-    _todo[:] = jobs(capabilities, dtypes)
-
-
-def _run_numbered(number: int) -> dict[str, Any]:
-    return _todo[number].row()
-
-
-def rows_of(numbers: Sequence[int], capabilities: Sequence[int], dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of some jobs in order, run on all cores; a job cannot be sent to a worker, its number can."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), _prepare, (capabilities, dtypes)) as pool:
-        yield from tqdm(pool.imap(_run_numbered, numbers), total=len(numbers), unit="kernel", disable=None)
-
-
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put rows into a table, in the order of `jobs`; what it holds of kernels that were not run stays."""
     kept = {**read(path), **{tuple(str(row[field]) for field in KEY): row for row in rows}}
@@ -243,10 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
     capabilities, dtypes = args.capability or CAPABILITIES, args.dtype or NAMES
-    todo = list(jobs(capabilities, dtypes))
-    numbers = [n for n, job in enumerate(todo) if not args.kernel or job.kernel in args.kernel][:: args.every]
+    listing = partial(jobs, capabilities, dtypes)
+    numbers = [n for n, job in enumerate(listing()) if not args.kernel or job.kernel in args.kernel][:: args.every]
     rows, faults = [], 0
-    for row in rows_of(numbers, capabilities, dtypes):
+    for row in in_order(listing, Job.row, numbers, "kernel"):
         rows.append(row)
         if row["status"] != "ok":
             faults += 1

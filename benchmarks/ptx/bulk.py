@@ -10,8 +10,8 @@ import numpy as np
 
 from .grid import Array, Descriptor, Fault, Grid
 from .matrix import swizzled
-from .memory import active_of, addresses
-from .operands import Step, source
+from .memory import active_of, addresses, groups_of
+from .operands import Builder, Step, source
 from .parse import Address, Instruction
 from .profile import SECTOR
 
@@ -191,22 +191,14 @@ def _fence(i: Instruction) -> Step:
     return run
 
 
-def _commit(i: Instruction) -> Step:
-    return lambda g, active: g.stores.commit(active_of(g, active))
-
-
-def _wait(i: Instruction) -> Step:
-    left = i.operands[0].bits
-    return lambda g, active: g.stores.wait(active_of(g, active), left)
-
-
-BUILDERS: dict[str, Callable[[Instruction], Step]] = {
+_COMMIT, _WAIT = groups_of("stores")
+BUILDERS: dict[str, Builder] = {
     "mbarrier.init": _init,
     "mbarrier.inval": _inval,
     "mbarrier.arrive.expect_tx": _expect,
     "mbarrier.try_wait": _try_wait,
     "cp.async.bulk.tensor": _tensor,
-    "cp.async.bulk.commit_group": _commit,
-    "cp.async.bulk.wait_group": _wait,
+    "cp.async.bulk.commit_group": _COMMIT,
+    "cp.async.bulk.wait_group": _WAIT,
     "fence.proxy.async": _fence,
 }

@@ -66,7 +66,7 @@ class Driver:
         self.launched: list[tuple[str, Any]] = []  # names and compiled kernels
         self.profiles: list[Profile] = []  # of the launches, where they are wanted
         self.notes: set[str] = set()
-        self._compiled: dict[str, Compiled] = {}
+        self._compiled: dict[str, tuple[Compiled, bool]] = {}  # and whether the assembler serializes it
 
     def get_current_target(self) -> GPUTarget:
         """The chip."""
@@ -94,9 +94,8 @@ class Driver:
     def _run(self, kernel: Any, grid: Sequence[int], types: Sequence[str], args: Sequence[Any], metadata: Any) -> None:
         text = kernel.asm["ptx"]
         if text not in self._compiled:
-            self._compiled[text] = Compiled(parse(text))
-            self._compiled[text].serialized = "wgmma" in text and one_by_one(disassembled(kernel))
-        compiled, memory = self._compiled[text], _Memory()
+            self._compiled[text] = Compiled(parse(text)), "wgmma" in text and one_by_one(disassembled(kernel))
+        (compiled, serialized), memory = self._compiled[text], _Memory()
         parameters: dict[str, Any] = {"descriptors": {}}
         values = _values(types, args, metadata, memory, parameters["descriptors"])
         for name, _ in compiled.kernel.parameters:
@@ -104,7 +103,7 @@ class Driver:
         memory.memory.seal()
         self.launched.append((compiled.kernel.name, kernel))
         profile = Profile() if self.profiling else None
-        options = {"late": self.late, "serialized": compiled.serialized, "notes": self.notes, "profile": profile}
+        options = {"late": self.late, "serialized": serialized, "notes": self.notes, "profile": profile}
         launch(compiled, grid, 32 * metadata.num_warps, parameters, memory.memory, metadata.shared, **options)
         self.profiles += [] if profile is None else [profile]
         memory.copy_back()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .parse import Kernel
-from .profile import Profile
+from .profile import Array, Profile
 
 #: where a program's shared memory begins: the first KiB belongs to the system
 SHARED_BASE = 1024
@@ -17,7 +17,6 @@ SHARED_BASE = 1024
 STORAGE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 #: how a byte that was not fenced came into shared memory: by threads, or by `cp.async`
 STORED, COPIED = 1, 2
-Array = Any  # of numpy, one element a thread
 
 
 class Fault(Exception):

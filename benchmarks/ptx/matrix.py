@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .grid import STORED, Array, Fault, Grid
-from .memory import active_of, whole_warps
-from .operands import Step, floats, source
+from .memory import active_of, groups_of, whole_warps
+from .operands import Builder, Step, floats, source
 from .parse import Instruction, Number, Register, Vector
 
 
@@ -216,23 +215,15 @@ def arrive(g: Grid, slot: int, threads: Array, new: Array) -> None:
     g.write(slot, np.where(landed, value, g.registers[slot]), None)
 
 
-def _wait(i: Instruction) -> Step:
-    left = i.operands[0].bits
-    return lambda g, active: g.products.wait(active_of(g, active), left)
-
-
-def _commit(i: Instruction) -> Step:
-    return lambda g, active: g.products.commit(active_of(g, active))
-
-
 def _nothing(i: Instruction) -> Step:
     return lambda g, active: None
 
 
-BUILDERS: dict[str, Callable[[Instruction], Step]] = {
+_COMMIT, _WAIT = groups_of("products")
+BUILDERS: dict[str, Builder] = {
     "mma.sync": _mma,
     "wgmma.mma_async": _wgmma,
-    "wgmma.commit_group": _commit,
-    "wgmma.wait_group": _wait,
+    "wgmma.commit_group": _COMMIT,
+    "wgmma.wait_group": _WAIT,
     "wgmma.fence": _nothing,
 }

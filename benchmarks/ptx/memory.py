@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .grid import COPIED, STORAGE, STORED, Array, Fault, Grid
-from .operands import Step, source
+from .grid import COPIED, STORED, Array, Fault, Grid
+from .operands import KINDS, Builder, Step, source
 from .parse import Address, Instruction, Number, Register, Vector
 
 
@@ -46,7 +46,7 @@ def _place(g: Grid, space: str, at: Array, size: int, threads: Array, storing: b
 def _load(i: Instruction) -> Step:
     space = i.parts[1]
     where, items, width = addresses(i.operands[1]), _items(i.operands[0]), _width(i)
-    kind = STORAGE[8 * width] if width > 1 else np.uint8
+    kind = KINDS[f"b{8 * width}"]
 
     def run(g: Grid, active: Array | None) -> None:
         everybody = active_of(g, active)
@@ -64,7 +64,7 @@ def _store(i: Instruction) -> Step:
     space = i.parts[1]
     where, items, width = addresses(i.operands[0]), _items(i.operands[1]), _width(i)
     reads = [source(item, f"b{8 * width}") for item in items]
-    kind = np.dtype(f"uint{8 * width}")
+    kind = KINDS[f"b{8 * width}"]
 
     def run(g: Grid, active: Array | None) -> None:
         everybody = active_of(g, active)
@@ -120,7 +120,9 @@ def _copy(i: Instruction) -> Step:
     return run
 
 
-def _group(flights: str) -> tuple[object, object]:
+def groups_of(flights: str) -> tuple[Builder, Builder]:
+    """What closes a group of a kind of asynchronous work, and what waits for all but the newest groups."""
+
     def commit(i: Instruction) -> Step:
         return lambda g, active: getattr(g, flights).commit(active_of(g, active))
 
@@ -208,7 +210,7 @@ def _elect(i: Instruction) -> Step:
     return run
 
 
-_COMMIT, _WAIT = _group("copies")
+_COMMIT, _WAIT = groups_of("copies")
 BUILDERS = {
     "ld.param": _load_parameter,
     "ld.global": _load,

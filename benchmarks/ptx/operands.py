@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .grid import Array, Grid
+from .grid import SHARED_BASE, Array, Grid
 from .parse import Instruction, Number, Operand, Register, Symbol
 
 Step = Callable[[Grid, Array | None], None]
+Builder = Callable[[Instruction], Step]
 _INTEGERS = {
     f"{kind}{bits}": np.dtype(f"{'u' if kind in 'ub' else ''}int{bits}") for kind in "ubs" for bits in (8, 16, 32, 64)
 }
@@ -62,7 +63,7 @@ def symbol(g: Grid, operand: Symbol) -> Array:
     if operand.name in g.specials:
         return g.specials[operand.name]
     if operand.name == "global_smem":
-        return np.full(g.size, 1024 + operand.offset, np.uint64)
+        return np.full(g.size, SHARED_BASE + operand.offset, np.uint64)
     return np.full(g.size, g.parameters[operand.name] + operand.offset, np.uint64)
 
 

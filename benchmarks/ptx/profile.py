@@ -7,8 +7,16 @@ from typing import Any
 
 import numpy as np
 
-Array = Any
+Array = Any  # of numpy, one element a thread
 SECTOR = 32  # bytes that move together between the memories
+
+
+def _distinct(rows: Array) -> tuple[Array, Array]:
+    """Each row in order, and which of its numbers are there for the first time; -1 counts as nothing."""
+    rows = np.sort(rows, 1)
+    first = rows >= 0
+    first[:, 1:] &= rows[:, 1:] != rows[:, :-1]
+    return rows, first
 
 
 @dataclass
@@ -42,11 +50,7 @@ class Profile:
         sectors = offsets // SECTOR
         if size > SECTOR:
             raise NotImplementedError(f"vectors of {size} bytes")
-        rows = np.where(active, sectors, -1).reshape(-1, together)
-        rows = np.sort(rows, 1)
-        distinct = np.ones(rows.shape, bool)
-        distinct[:, 1:] = rows[:, 1:] != rows[:, :-1]
-        distinct &= rows >= 0
+        rows, distinct = _distinct(np.where(active, sectors, -1).reshape(-1, together))
         self.l2 += SECTOR * int(distinct.sum())
         (self._written if storing else self._read).update(np.unique(rows[distinct]).tolist())
 
@@ -63,9 +67,7 @@ class Profile:
 
     def lines(self, words: Array) -> None:
         """Words of shared memory that each warp touches at once, -1 for none: (warps, words)."""
-        words = np.sort(words, 1)
-        distinct = words >= 0
-        distinct[:, 1:] &= words[:, 1:] != words[:, :-1]
+        words, distinct = _distinct(words)
         warp = np.broadcast_to(np.arange(len(words))[:, None], words.shape)
         counts = np.bincount((warp * 32 + words % 32)[distinct], minlength=32 * len(words)).reshape(-1, 32)
         self.wavefronts += int(counts.max(1).sum())

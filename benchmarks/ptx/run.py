@@ -60,7 +60,6 @@ class Compiled:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self._steps: list[Callable[..., Any] | None] = [_step(i) for i in kernel.instructions]
-        self.serialized = False  # see `Grid`
         self._collective = [i.parts[0] in _COLLECTIVE for i in kernel.instructions]
 
     def run(self, g: Grid) -> None:
