@@ -94,7 +94,7 @@ def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
         yield Job(
             gpu.capability,
             name,
-            "conv_tma" if tma else "conv_bn_act",
+            convolution_of(tile),
             case,
             str(tile),
             launch,
@@ -107,6 +107,16 @@ def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
 def _conv(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Conv:
     weight = _meta(k, c, size, size, dtype=dtype)
     return Conv(weight, None, _affine(k), (stride, stride), (size // 2, size // 2))  # type: ignore[arg-type]
+
+
+def convolution_of(tile: Tile) -> str:
+    """The kernel that a convolution's tile is for."""
+    return "conv_halo" if tile.halo else "conv_tma" if tile.persistent else "conv_bn_act"
+
+
+def kernel_of(tile: StageTile) -> str:
+    """The stage kernel that a tile is for."""
+    return "expand_shift" + ("_halo" if tile.halo else "_tma" if tile.tma else "")
 
 
 def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
@@ -146,7 +156,7 @@ def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
                 yield Job(
                     gpu.capability,
                     name,
-                    "expand_shift_tma" if tile.tma else "expand_shift",
+                    kernel_of(tile),
                     f"{width}.{case}",
                     str(tile),
                     launch,

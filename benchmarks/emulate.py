@@ -25,13 +25,13 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fused_resblock.backends import triton as backend
-from fused_resblock.kernels import conv_tma
+from fused_resblock.kernels import conv_halo, conv_tma, expand_shift_halo, halo
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.pool import POOL
 from fused_resblock.kernels.stage import candidates
 from fused_resblock.kernels.tiles import StageTile, Tile
 
-from .codegen import KEY, read, shipped, table_of
+from .codegen import KEY, convolution_of, kernel_of, read, shipped, table_of
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, poisoned, precision
@@ -48,6 +48,7 @@ CAPABILITIES = (80, 86, 89, 90, 120)
 NAMES = ("fp16", "bf16", "tf32")
 #: images by size, so that there are several tiles
 IMAGES = {56: 2, 28: 2, 14: 2, 7: 4}
+OTHERS = 9
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")
@@ -89,11 +90,13 @@ def _rounded(t: Tensor) -> Tensor:
 @contextmanager
 def _few_multiprocessors(capability: int) -> Iterator[None]:
     before = conv_tma.gpu_of
-    conv_tma.gpu_of = lambda device: Gpu(FEW, capability)
+    for module in (conv_halo, conv_tma, expand_shift_halo, halo):
+        module.gpu_of = lambda device: Gpu(FEW, capability)
     try:
         yield
     finally:
-        conv_tma.gpu_of = before
+        for module in (conv_halo, conv_tma, expand_shift_halo, halo):
+            module.gpu_of = before
 
 
 def both_ways(capability: int, call: Callable[[], Tensor]) -> tuple[Tensor, str | None, list[Profile], str]:
@@ -131,7 +134,7 @@ def _own(name: str, function: Callable[[], Tensor]) -> Tensor:
 def convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dict[str, Any]:
     """A convolution of the shape table with a tile."""
     with precision(name) as dtype, torch.no_grad():
-        op = build(shape, IMAGES[shape.out_size], dtype, "cpu")
+        op = build(shape, IMAGES.get(shape.out_size, OTHERS), dtype, "cpu")
         exact = op.to(torch.float64).plain()
         return judged(capability, lambda: op.with_tile(tile), _own(name, op.plain), exact)
 
@@ -139,7 +142,7 @@ def convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dic
 def tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) -> dict[str, Any]:
     """A bottleneck's tail with a tile of the stage kernel."""
     with precision(name) as dtype, torch.no_grad():
-        asked = shape.build(IMAGES[shape.size], dtype, "cpu")
+        asked = shape.build(IMAGES.get(shape.size, OTHERS), dtype, "cpu")
         x, other = asked.inputs()
         exact = tails.joined(asked.plain(x.double(), None if other is None else other.double()))
         same = _own(name, lambda: tails.joined(asked.plain(x, other)))
@@ -175,14 +178,14 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
         for name in dtypes:
             for shape, _, tile, _ in shipped(gpu, name):
                 run = partial(convolution, capability, name, shape, tile)
-                kernel = "conv_tma" if tile.persistent else "conv_bn_act"
+                kernel = convolution_of(tile)
                 yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)
             for shape in tails.shapes(False):
                 for stage_tile in candidates(
                     shape.width, shape.outputs, DTYPES[name][0].itemsize, bool(shape.second), gpu
                 ):
                     run = partial(tail, capability, name, shape, stage_tile)
-                    kernel = "expand_shift_tma" if stage_tile.tma else "expand_shift"
+                    kernel = kernel_of(stage_tile)
                     yield Job(capability, name, kernel, shape.key(), str(stage_tile), run)
             for size in (64, 37):
                 yield Job(capability, name, "stem", f"7x7.{size}px", "", partial(stem, capability, name, size))

@@ -14,10 +14,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from fused_resblock.backends.triton import joined_groups
 from fused_resblock.kernels.choice import choose_tile, predicted_seconds
 from fused_resblock.kernels.cost import (
     LAUNCH,
@@ -31,7 +32,8 @@ from fused_resblock.kernels.cost import (
     stem_cost,
 )
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.stage import TailGemms, choose_stage_tile
+from fused_resblock.kernels.halo import boxes_of
+from fused_resblock.kernels.stage import TailGemms, candidates, choose_stage_tile
 from fused_resblock.kernels.stage import predicted_seconds as stage_seconds
 from fused_resblock.kernels.tiles import StemTile, Tile
 from fused_resblock.table import format_table
@@ -85,7 +87,8 @@ def gemm_of(shape: ConvShape, batch: int) -> Gemm:
     """The convolution as a GEMM; a strided 1x1 reads only the pixels that it keeps."""
     m = batch * shape.out_size**2
     pixels = m if shape.kernel == 1 else batch * shape.size**2
-    return Gemm(m, shape.out_channels, shape.channels, shape.kernel**2, pixels, shape.groups)
+    boxes, *_ = boxes_of(batch, shape.out_size, shape.out_size)
+    return Gemm(m, shape.out_channels, shape.channels, shape.kernel**2, pixels, shape.groups, boxes)
 
 
 def second_of(shape: ConvShape, batch: int) -> Gemm | None:
@@ -94,15 +97,21 @@ def second_of(shape: ConvShape, batch: int) -> Gemm | None:
     return Gemm(m, shape.out_channels, shape.shortcut, 1, m) if shape.shortcut else None
 
 
+def _joined(gemm: Gemm) -> Gemm:
+    """As the kernels see it, with small groups joined into larger ones."""
+    joined = joined_groups(gemm.n, gemm.k, gemm.groups)
+    return replace(gemm, groups=gemm.groups // joined)
+
+
 def predicted_of(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings) -> float:
     """What a convolution should take in our kernels with the tile that is chosen for it."""
-    gemm, second = gemm_of(shape, batch), second_of(shape, batch)
+    gemm, second = _joined(gemm_of(shape, batch)), second_of(shape, batch)
     tile = _tile(shape, batch, itemsize, chip)
     return predicted_seconds(gemm, itemsize, tile, chip, residual=shape.residual, second=second)
 
 
 def _tile(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings) -> Tile:
-    gemm, second = gemm_of(shape, batch), second_of(shape, batch)
+    gemm, second = _joined(gemm_of(shape, batch)), second_of(shape, batch)
     gpu = Gpu(chip.multiprocessors)
     return choose_tile(gemm, itemsize, residual=shape.residual, second=second, tma=True, gpu=gpu)
 
@@ -171,10 +180,14 @@ def _l2_whole(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceil
     """A bottleneck by `whole_bottleneck`, with the stage kernel's tile; None where there is no such kernel."""
     reduce, conv, expand = (gemm_of(shape, batch) for shape in shapes)
     second = second_of(shapes[2], batch)
-    tile = choose_stage_tile(TailGemms(conv, expand, second, None), itemsize, Gpu(chip.multiprocessors))
-    if tile is None:
-        return None
-    return whole_seconds(reduce, conv, expand, second, itemsize, tile, batch, shapes[1].out_size, chip)
+    tiles = candidates(conv.n, 0, itemsize, second is not None, Gpu(chip.multiprocessors))
+    size = shapes[1].out_size
+    times = [
+        whole_seconds(reduce, conv, expand, second, itemsize, tile, batch, size, chip)
+        for tile in tiles
+        if not tile.halo
+    ]
+    return min((time for time in times if time is not None), default=None)
 
 
 def tail_of(

@@ -10,7 +10,7 @@ A convolution of stride 2 reads every second row and column. An image of even he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,21 +69,27 @@ def image_box(x: torch.Tensor, size: Sequence[int], stride: int, box: Box, chann
     return TensorDescriptor(x, shape, strides, [box.images, box.rows, 1, box.columns, channels])
 
 
-class ImageBoxes:
-    """Makes the `image_box` of tensors of one shape and dtype; what they have in common is checked once.
+class Descriptors:
+    """Makes the descriptors of tensors of one shape and dtype; what they have in common is checked once.
 
     A tensor has to begin at a multiple of 16 bytes: see `unaligned`.
+
+    Args:
+        make: makes the descriptor of a tensor, as `image_box` does.
+        arguments: the others of `make`.
     """
 
-    def __init__(self, size: Sequence[int], stride: int, box: Box, channels: int) -> None:
-        self._arguments = size, stride, box, channels
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self._make, self._arguments = make, arguments
+        self._kind: type = object
         self._fields: dict[str, Any] | None = None
 
-    def __call__(self, x: torch.Tensor) -> TensorDescriptor:
+    def __call__(self, x: torch.Tensor) -> Any:
         """The descriptor of x."""
         if self._fields is None:
-            self._fields = {**vars(image_box(x, *self._arguments)), "base": None}  # keeps no tensor alive
-        made: TensorDescriptor = object.__new__(TensorDescriptor)
+            first = self._make(x, *self._arguments)
+            self._kind, self._fields = type(first), {**vars(first), "base": None}  # keeps no tensor alive
+        made = object.__new__(self._kind)
         made.__dict__.update(self._fields, base=x)
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,11 +14,13 @@ from .cost import (
     Cost,
     Gemm,
     conv_bn_act_cost,
+    conv_halo_cost,
     elementwise_cost,
     predicted,
     resident_programs,
 )
 from .gpu import Gpu, triton_release
+from .halo import blocks_of
 from .tiles import Tile
 
 #: by generation: vendors' figures of device memory and dense fp16 rates, at what kernels reach of them (80 to 90 and
@@ -43,6 +46,8 @@ SHAPES = (
     (256, 128, 8),
 )
 SPLITS = (1, 2, 4, 8, 16)
+#: of `conv_halo`, of which two programs fit a multiprocessor
+HALO = Tile(64, 64, 64, 4, 1, persistent=2, halo=True)
 
 
 def chip_of(gpu: Gpu) -> Ceilings:
@@ -87,6 +92,8 @@ def candidates(
     second GEMM (two of them) a quarter of the registers. R x S kernels without TMA stay at 4 warps: with 8, a
     flattened loop over taps and channels has miscompiled (pytorch#173068).
     """
+    if tma and not second and takes_halo(gemm, itemsize, gpu):
+        yield HALO
     shared = chip_of(gpu).shared
     width = power_of_two(gemm.n // gemm.groups, 16, 256)
     block_k = power_of_two(gemm.k // gemm.groups, 16, 128 // itemsize)
@@ -121,10 +128,30 @@ def candidates(
                         yield Tile(block_m, min(block_n, width), block_k, warps, stages, split)
 
 
+def takes_halo(gemm: Gemm, itemsize: int, gpu: Gpu) -> bool:
+    """Whether `conv_halo` takes a 3x3: blocks of 64 channels in 16 bits, as many pixels out as in."""
+    fits = gemm.taps == 9 and gemm.m == gemm.in_pixels and blocks_of(gemm.n, gemm.k, gemm.groups) > 0
+    return fits and itemsize == 2 and gpu.halo
+
+
+def _halo_seconds(gemm: Gemm, itemsize: int, tile: Tile, chip: Ceilings, residual: bool) -> float:
+    """Programs that load their filters, then wait for their pixels, their products and their sums in each tile."""
+    blocks = gemm.n // tile.block_n
+    tiles = (gemm.boxes or -(-gemm.m // tile.block_m)) * blocks
+    programs = min(tiles, tile.persistent * chip.multiprocessors)
+    cost = conv_halo_cost(replace(gemm, groups=blocks), itemsize, programs, residual=residual)
+    filters = tile.block_n * tile.block_k * gemm.taps * itemsize
+    start = filters * max(programs, chip.multiprocessors) / chip.l2
+    product = 2 * tile.block_m * filters // itemsize * chip.multiprocessors / chip.matrix
+    return start + predicted(cost, tiles, tile.persistent, chip, step_seconds=product + 3 * LATENCY)
+
+
 def predicted_seconds(
     gemm: Gemm, itemsize: int, tile: Tile, chip: Ceilings, *, residual: bool = False, second: Gemm | None = None
 ) -> float:
     """What a convolution should take with a tile on a chip."""
+    if tile.halo:
+        return _halo_seconds(gemm, itemsize, tile, chip, residual)
     cost = conv_bn_act_cost(gemm, itemsize, tile, residual=residual, second=second)
     whole = Cost(cost.dram, cost.l2, gemm.tile_flops(tile) + (0 if second is None else second.tile_flops(tile)))
     steps = gemm.steps(tile) + (0 if second is None else second.steps(tile))

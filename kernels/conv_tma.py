@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .boxes import ImageBoxes, choose_box, matrix_box, tiles_of, unaligned
+from .boxes import Descriptors, choose_box, image_box, matrix_box, tiles_of, unaligned
 from .conv_bn_act import bind_conv_bn_act
 from .epilogue import eps_of, nan_relu, scale_shift, vectors
 from .gpu import gpu_of
@@ -208,9 +208,9 @@ def bind_conv_tma(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fal
     dtype, device = x.dtype, x.device
     other_block = tile.block_n if branch is None else block_k
     in_place = overwrite and other is not None and branch is None
-    of_x = ImageBoxes(size, conv.stride[0], box, block_k)
-    of_other = ImageBoxes(size2, stride2, box, other_block)
-    of_y = ImageBoxes((n, p, q, k), 1, box, tile.block_n)
+    of_x = Descriptors(image_box, size, conv.stride[0], box, block_k)
+    of_other = Descriptors(image_box, size2, stride2, box, other_block)
+    of_y = Descriptors(image_box, (n, p, q, k), 1, box, tile.block_n)
 
     def run(x, other):
         if unaligned(x, other):

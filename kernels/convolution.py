@@ -12,6 +12,7 @@ from .conv_tma import bind_conv_tma
 from .conv_tma import refusal as tma_refusal
 from .cost import Gemm
 from .gpu import Gpu, gpu_of, tf32_allowed
+from .halo import boxes_of, by_boxes, conv_refusal
 from .tables import Entry
 from .tiles import Tile
 
@@ -22,7 +23,7 @@ def gemms_of(x, conv, epilogue) -> tuple[Gemm, Gemm | None]:
     k, _, r, s = conv.weight.shape
     p, q = conv.output_size(h, w)
     m = n * p * q
-    gemm = Gemm(m, k, c, r * s, m if r * s == 1 else n * h * w, conv.groups)
+    gemm = Gemm(m, k, c, r * s, m if r * s == 1 else n * h * w, conv.groups, boxes_of(n, p, q)[0])
     branch = epilogue.shortcut
     return gemm, None if branch is None else Gemm(m, k, branch.weight.shape[1], 1, m)
 
@@ -44,18 +45,26 @@ def _options(x, conv, other, epilogue, gpu: Gpu) -> dict[str, Any]:
     return {**options, "ieee": x.dtype == torch.float32 and not tf32_allowed()}
 
 
+def _refused(x, conv, other, epilogue, tile: Tile) -> bool:
+    """Whether the kernel that a tile is for cannot run the convolution."""
+    if tile.halo:
+        if conv_refusal(x, conv, other, epilogue, tile) is not None:
+            return True
+        tile = by_boxes(conv, tile)
+    return tile.persistent > 0 and tma_refusal(x, conv, other, epilogue, tile) is not None
+
+
 def likely_tiles(x, conv, other, epilogue, gpu: Gpu) -> list[Tile]:
     """The tiles that the kernels take, the one with the least predicted time first."""
     tiles = ranked(**_options(x, conv, other, epilogue, gpu))
-    return [t for t in tiles if not t.persistent or tma_refusal(x, conv, other, epilogue, t) is None]
+    return [tile for tile in tiles if not _refused(x, conv, other, epilogue, tile)]
 
 
 def choose(x, conv, other, epilogue, gpu: Gpu) -> Tile:
     """The tile with the least predicted time."""
-    options = _options(x, conv, other, epilogue, gpu)
-    tile = choose_tile(**options)
-    if tile.persistent and tma_refusal(x, conv, other, epilogue, tile) is not None:  # a piece over a group's edge
-        tile = choose_tile(**{**options, "tma": False})
+    tile = choose_tile(**_options(x, conv, other, epilogue, gpu))
+    if _refused(x, conv, other, epilogue, tile):  # a piece over a group's edge, another padding
+        tile = likely_tiles(x, conv, other, epilogue, gpu)[0]
     return tile
 
 
@@ -64,10 +73,14 @@ def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None, *, over
 
     Args:
         tile: None for the one that `choose` picks.
-        overwrite: the result may be written over a residual; only `conv_tma`, which reads each piece of it once and
-            before it writes that piece, does so.
+        overwrite: the result may be written over a residual; only the kernels with TMA, which read each piece of it
+            once and before they write that piece, do so.
     """
     tile = tile or choose(x, conv, other, epilogue, gpu_of(x.device))
+    if tile.halo:
+        from .conv_halo import bind_conv_halo
+
+        return bind_conv_halo(x, conv, other, epilogue, tile, overwrite=overwrite)
     if tile.persistent:
         return bind_conv_tma(x, conv, other, epilogue, tile, overwrite=overwrite)
     return bind_conv_bn_act(x, conv, other, epilogue, tile)
@@ -77,5 +90,4 @@ def usable(entry: Entry | None, x, conv, other, epilogue) -> Tile | None:
     """The tile of a table's entry, None where it has none or the kernel refuses this convolution."""
     if entry is None or entry.tile is None:
         return None
-    fits = not entry.tile.persistent or tma_refusal(x, conv, other, epilogue, entry.tile) is None
-    return entry.tile if fits else None
+    return None if _refused(x, conv, other, epilogue, entry.tile) else entry.tile

@@ -57,7 +57,8 @@ class Cost:
 class Gemm:
     """A convolution as a GEMM: M output pixels, N output channels, K input channels a tap, all groups together.
 
-    `in_pixels` counts the input pixels that are read at all: those of a strided 1x1 are M, not N*H*W.
+    `in_pixels` counts the input pixels that are read at all: those of a strided 1x1 are M, not N*H*W. `boxes` are those
+    of 8x8 pixels that cover the images; 0 is for as many as M pixels need.
     """
 
     m: int
@@ -66,6 +67,7 @@ class Gemm:
     taps: int
     in_pixels: int
     groups: int = 1
+    boxes: int = 0
 
     @property
     def flops(self) -> int:
@@ -113,6 +115,20 @@ def conv_bn_act_cost(
     return cost
 
 
+def halo_l2(pixels: int, filters: int, programs: int, rows: int = 8) -> int:
+    """Bytes that `halo` loads: boxes of `rows` rows three times, each with a row above and below, filters a program."""
+    return pixels * 3 * (rows + 2) // rows + programs * filters
+
+
+def conv_halo_cost(gemm: Gemm, itemsize: int, programs: int, *, residual: bool = False) -> Cost:
+    """Cost of one `conv_bn_act` by so many programs that read their taps from shared memory."""
+    pixels, output = (itemsize * size for size in (gemm.in_pixels * gemm.k, gemm.m * gemm.n))
+    epilogue = output * (2 if residual else 1)
+    filters = (gemm.dram(itemsize) - pixels) // gemm.groups  # a program has those of its group
+    loaded = halo_l2(pixels, filters, programs)
+    return Cost(gemm.dram(itemsize) + epilogue, loaded + epilogue, gemm.flops)
+
+
 def elementwise_cost(elements: int, itemsize: int, reads: int, writes: int = 1) -> Cost:
     """Cost of a pass that reads and writes tensors of `elements` each."""
     moved = elements * itemsize * (reads + writes)
@@ -134,7 +150,7 @@ def expand_shift_cost(
     flops = conv.flops + expand.flops
     if second is not None:
         dram += second.dram(itemsize) - y  # in the place of the residual
-        chunks = -(-second.n // tile.block_n)
+        chunks = 1 if tile.held else -(-second.n // tile.block_n)
         l2 += programs * itemsize * second.k * (chunks * tile.block_m + second.n) - y
         flops += second.flops
     if reduce is not None:
@@ -143,6 +159,17 @@ def expand_shift_cost(
         l2 += g + programs * reduce.n * reduce.k * itemsize
         flops += reduce.flops
     return Cost(dram, l2, flops)
+
+
+def expand_shift_halo_cost(
+    conv: Gemm, expand: Gemm, itemsize: int, programs: int, *, second: Gemm | None = None, reduce: Gemm | None = None
+) -> Cost:
+    """Cost of one `expand_shift` by so many programs that read their taps from shared memory and keep all filters."""
+    whole = StageTile(conv.m, expand.n, conv.k, 0, 0, 0)
+    cost = expand_shift_cost(conv, expand, itemsize, whole, second=second, reduce=reduce)
+    pixels = conv.in_pixels * conv.k * itemsize
+    filters = itemsize * sum(g.n * g.k * g.taps for g in (conv, expand, second, reduce) if g is not None)
+    return Cost(cost.dram, cost.dram - pixels - filters + halo_l2(pixels, filters, programs), cost.flops)
 
 
 def stem_cost(conv: Gemm, pooled: int, itemsize: int, tile: StemTile) -> Cost:

@@ -21,8 +21,8 @@ def scale_shift(
     scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale; or both as they were formed beforehand, which
     spares each thread three loads and a square root for each of its channels.
     """
-    scale = tl.full(offs.shape, 1.0, ACC)
-    shift = tl.zeros(offs.shape, ACC)
+    shift = (offs * 0).to(ACC)  # zeros in the layout of `offs`, which Gluon kernels choose
+    scale = shift + 1.0
     if bias_ptr is not None:
         shift = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(ACC)
     if mean_ptr is not None:
@@ -72,6 +72,11 @@ def vectors(norm):
     if norm is None:
         return (None,) * 4
     return norm[:4] if hasattr(norm, "eps") else (None, None, *norm)
+
+
+def layer_vectors(conv):
+    """Bias and the norm's `vectors` of a convolution; None each where they are absent, or there is no convolution."""
+    return (None,) * 5 if conv is None else (conv.bias, *vectors(conv.norm))
 
 
 def eps_of(norm) -> float:

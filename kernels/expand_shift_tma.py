@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .boxes import ImageBoxes, choose_box, matrix_box, tiles_of, unaligned
-from .epilogue import eps_of, nan_relu, scale_shift, vectors
+from .boxes import Descriptors, choose_box, image_box, matrix_box, tiles_of, unaligned
+from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .expand_shift import bind_expand_shift
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .tiles import StageTile
@@ -75,6 +75,7 @@ def _expand_shift_tma_kernel(
     BLOCK_K: tl.constexpr,  # input channels a step of the 3x3 and of the downsample branch
     TAP_STAGES: tl.constexpr,
     CHUNK_STAGES: tl.constexpr,
+    HELD: tl.constexpr,  # whether the downsample branch's input is loaded once, and not for every chunk
 ):
     """h2 = relu(bn(conv3x3(h))); y = relu(bn3(h2 W3) + (other | bn2(other W2))); g = relu(bn1(y W1)).
 
@@ -105,6 +106,10 @@ def _expand_shift_tma_kernel(
     if UPCAST:
         h2 = h2.to(tl.float32)
 
+    if SECOND and HELD:
+        x2 = other_desc.load([i, p, 0, q, 0]).reshape(BLOCK_M, C2)
+        if UPCAST:
+            x2 = x2.to(tl.float32)
     offs_g = tl.arange(0, G)
     reduced = tl.zeros((BLOCK_M, G), ACC)
     for n in tl.range(0, K, BLOCK_N, num_stages=CHUNK_STAGES):
@@ -117,16 +122,22 @@ def _expand_shift_tma_kernel(
         scale3, shift3 = scale_shift(bias3_ptr, mean3_ptr, var3_ptr, gamma3_ptr, beta3_ptr, offs_n, mask_n, EPS3, ACC)
         z = e * scale3[None, :] + shift3[None, :]
         if SECOND:
-            down = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-            for c in range(0, C2, BLOCK_K):
-                x2 = other_desc.load([i, p, 0, q, c]).reshape(BLOCK_M, BLOCK_K)
-                w2 = w2_desc.load([n, c])
-                if C2 % BLOCK_K != 0:  # with a stride, other pixels lie behind the channels
-                    x2 = tl.where((c + tl.arange(0, BLOCK_K) < C2)[None, :], x2, tl.zeros_like(x2))
+            if HELD:
+                w2 = w2_desc.load([n, 0])
                 if UPCAST:
-                    x2 = x2.to(tl.float32)
                     w2 = w2.to(tl.float32)
-                down = tl.dot(x2, w2.T, down, input_precision=PRECISION, out_dtype=ACC)
+                down = tl.dot(x2, w2.T, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                down = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+                for c in range(0, C2, BLOCK_K):
+                    part = other_desc.load([i, p, 0, q, c]).reshape(BLOCK_M, BLOCK_K)
+                    w2 = w2_desc.load([n, c])
+                    if C2 % BLOCK_K != 0:  # with a stride, other pixels lie behind the channels
+                        part = tl.where((c + tl.arange(0, BLOCK_K) < C2)[None, :], part, tl.zeros_like(part))
+                    if UPCAST:
+                        part = part.to(tl.float32)
+                        w2 = w2.to(tl.float32)
+                    down = tl.dot(part, w2.T, down, input_precision=PRECISION, out_dtype=ACC)
             scale2, shift2 = scale_shift(
                 bias2_ptr, mean2_ptr, var2_ptr, gamma2_ptr, beta2_ptr, offs_n, mask_n, EPS2, ACC
             )
@@ -163,6 +174,8 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
     channels2 = k if shortcut is None else shortcut.weight.shape[1]
     box = choose_box(tile.block_m, n, p, q)
     block_k = min(tile.block_k, c)
+    held = tile.held and channels2 in (16, 32, 64, 128, 256)  # a box has 256 channels at most
+    block2 = channels2 if held else block_k
     layers = (conv, expand, shortcut, reduce)
     taps = conv.weight.shape[2] * conv.weight.shape[3]
     launch = Launch(
@@ -171,15 +184,15 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
         (
             matrix_box(conv.weight, c, taps * c, (c, block_k)),
             matrix_box(expand.weight, k, c, (tile.block_n, c)),
-            None if shortcut is None else matrix_box(shortcut.weight, k, channels2, (tile.block_n, block_k)),
+            None if shortcut is None else matrix_box(shortcut.weight, k, channels2, (tile.block_n, block2)),
             None if reduce is None else matrix_box(reduce.weight, outputs, k, (outputs, tile.block_n)),
-            *(v for layer in layers for v in _vectors(layer)),
+            *(v for layer in layers for v in layer_vectors(layer)),
             *(-(-p // box.rows), -(-q // box.columns)),
             *(c, k, channels2, outputs, *conv.weight.shape[2:], conv.stride[0] - 1, *conv.padding),
             *(0.0 if layer is None else eps_of(layer.norm) for layer in layers),
             *(shortcut is not None, accumulator(h.dtype), dot_precision(h.dtype)),
             interpreted() and h.dtype == torch.bfloat16,
-            *(box.images, box.rows, box.columns, tile.block_n, block_k, tile.tap_stages, tile.chunk_stages),
+            *(box.images, box.rows, box.columns, tile.block_n, block_k, tile.tap_stages, tile.chunk_stages, held),
         ),
         h.device,
         num_warps=tile.num_warps,
@@ -189,10 +202,10 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
     by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, small)
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
     size, size2 = (n, height, width, c), (n, p * stride2, q * stride2, channels2)
-    of_h = ImageBoxes(size, conv.stride[0], box, block_k)
-    of_other = ImageBoxes(size2, stride2, box, tile.block_n if shortcut is None else block_k)
-    of_y = ImageBoxes((n, p, q, k), 1, box, tile.block_n)
-    of_g = ImageBoxes((n, p, q, outputs), 1, box, outputs)
+    of_h = Descriptors(image_box, size, conv.stride[0], box, block_k)
+    of_other = Descriptors(image_box, size2, stride2, box, tile.block_n if shortcut is None else block2)
+    of_y = Descriptors(image_box, (n, p, q, k), 1, box, tile.block_n)
+    of_g = Descriptors(image_box, (n, p, q, outputs), 1, box, outputs)
 
     def run(h, other):
         if unaligned(h, other):
@@ -203,8 +216,3 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
         return y, g
 
     return run
-
-
-def _vectors(conv):
-    """Bias and the norm's vectors, None each where they are absent."""
-    return (None,) * 5 if conv is None else (conv.bias, *vectors(conv.norm))

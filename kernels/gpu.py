@@ -23,6 +23,11 @@ class Gpu:
         """
         return self.capability >= 90 and (self.capability < 120 or triton_release() >= (3, 7))
 
+    @property
+    def halo(self) -> bool:
+        """Whether 3x3s may read their taps from shared memory: on Hopper, and while Triton's Gluon is as it was."""
+        return self.capability == 90 and (3, 6) <= triton_release() <= (3, 9)
+
 
 @cache
 def triton_release() -> tuple[int, ...]:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .choice import chip_of
-from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, predicted
+from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, expand_shift_halo_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
 from .expand_shift_tma import bind_expand_shift_tma
 from .gpu import Gpu, triton_release
+from .halo import PIXELS, boxes_of, halo_buffers, tail_refusal
 from .tiles import StageTile
 
 __all__ = ["TailGemms", "bind_stage", "candidates", "choose_stage_tile", "gemms_of", "predicted_seconds", "refusal"]
@@ -57,7 +58,7 @@ def gemms_of(size: Sequence[int], conv, expand, shortcut, reduce) -> TailGemms:
     m, k = n * p * q, expand.weight.shape[0]
     taps = conv.weight.shape[2] * conv.weight.shape[3]
     return TailGemms(
-        Gemm(m, conv.weight.shape[0], c, taps, n * h * w),
+        Gemm(m, conv.weight.shape[0], c, taps, n * h * w, boxes=boxes_of(n, p, q)[0]),
         Gemm(m, k, expand.weight.shape[1], 1, m),
         None if shortcut is None else Gemm(m, k, shortcut.weight.shape[1], 1, m),
         None if reduce is None else Gemm(m, reduce.weight.shape[0], k, 1, m),
@@ -90,13 +91,20 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
         crowded = known == 128 if itemsize == 4 else known == 256 and gpu.capability >= 120 and not gpu.tma
         stages, chunk_stages = 2, 1 if crowded else 2
     block_k = min(width, 128 // itemsize)
-    return [StageTile(m, n, block_k, warps, stages, chunk_stages, gpu.tma) for m, n, warps in blocks]
+    # where it fits the registers, and without fewer programs a multiprocessor
+    held = second and gpu.tma and itemsize == 2 and (known == 64 or (known == 128 and gpu.capability == 90))
+    tiles = [StageTile(m, n, block_k, warps, stages, chunk_stages, gpu.tma, False, held) for m, n, warps in blocks]
+    buffers = halo_buffers(width, 4 * width, outputs, second)
+    if buffers and gpu.halo and itemsize == 2:
+        tiles.append(StageTile(PIXELS, width, width, 4, 1, buffers, True, True))
+    return tiles
 
 
 def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | None:
     """The candidate with the least predicted time, or None where there is none."""
     outputs = 0 if gemms.reduce is None else gemms.reduce.n
     tiles = candidates(gemms.conv.n, outputs, itemsize, gemms.second is not None, gpu)
+    tiles = [tile for tile in tiles if not tile.halo or _halo_fits(gemms)]
     chip = chip_of(gpu)
 
     def seconds(tile: StageTile) -> float:
@@ -105,9 +113,18 @@ def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | 
     return min(tiles, key=seconds, default=None)
 
 
+def _halo_fits(gemms: TailGemms) -> bool:
+    """Whether `expand_shift_halo` may take a tail: its `halo_refusal` asks the rest."""
+    conv, expand, second, _ = gemms
+    same = (conv.taps, conv.k, conv.in_pixels, expand.n) == (9, conv.n, conv.m, 4 * conv.n)
+    return same and (second is None or second.k == conv.n)
+
+
 def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
     """What a tail should take with a tile on a chip."""
     conv, expand, second, reduce = gemms
+    if tile.halo:
+        return _halo_seconds(gemms, itemsize, tile, chip)
     cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
     outputs = 0 if reduce is None else reduce.n
     branch = 0 if second is None else second.k
@@ -135,6 +152,21 @@ def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ce
     return predicted(cost, programs, resident, chip, step_seconds=taps * tap + chunks * chunk)
 
 
+def _halo_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
+    """One program a multiprocessor, whose steps wait for each other: filters, 3x3, chunk after chunk, next reduce."""
+    conv, expand, second, reduce = gemms
+    tiles = conv.boxes or -(-conv.m // tile.block_m)
+    programs = min(tiles, chip.multiprocessors)
+    cost = expand_shift_halo_cost(conv, expand, itemsize, programs, second=second, reduce=reduce)
+    filters = sum(gemm.n * gemm.k * gemm.taps for gemm in gemms if gemm is not None) * itemsize
+    start = filters * chip.multiprocessors / chip.l2
+    rate = 2 * tile.block_m * chip.multiprocessors / chip.matrix
+    width = conv.n + (0 if second is None else second.k) + (0 if reduce is None else reduce.n)
+    chunk = max(LATENCY, tile.block_n * width * rate)
+    step = conv.taps * conv.k * conv.n * rate + expand.n // tile.block_n * chunk + 2 * LATENCY
+    return start + predicted(cost, tiles, 1, chip, step_seconds=step)
+
+
 def _boxes_hold(x, conv) -> bool:
     """Whether `boxes.image_box` can see the image at the convolution's stride: 1, or 2 with even height and width."""
     return conv.stride == (1, 1) or (conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0)
@@ -142,6 +174,10 @@ def _boxes_hold(x, conv) -> bool:
 
 def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile):
     """Prepare the kernel that the tile is for; arguments and result are those of `bind_expand_shift`."""
+    if tile.halo and tail_refusal(h, conv, expand, shortcut, reduce, tile) is None:
+        from .expand_shift_halo import bind_expand_shift_halo
+
+        return bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile)
     boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
     bind = bind_expand_shift_tma if tile.tma and boxes else bind_expand_shift
     return bind(h, conv, expand, other, shortcut, reduce, tile)

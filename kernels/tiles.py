@@ -30,7 +30,7 @@ class Tile:
 
     With `split_k` above 1 that many programs share the taps and channels of each piece. With `persistent` above 0 so
     many programs a multiprocessor stay resident and take piece after piece, which TMA moves (`conv_tma`); 0 is a
-    program a piece (`conv_bn_act`).
+    program a piece (`conv_bn_act`). With `halo` the taps come from shared memory, too (`conv_halo`).
     """
 
     block_m: int
@@ -40,10 +40,12 @@ class Tile:
     num_stages: int
     split_k: int = 1
     persistent: int = 0
+    halo: bool = False
 
     def __str__(self) -> str:
         name = f"{self.block_m}x{self.block_n}x{self.block_k}.w{self.num_warps}.s{self.num_stages}"
-        return name + f".k{self.split_k}" * (self.split_k > 1) + f".p{self.persistent}" * (self.persistent > 0)
+        name += f".k{self.split_k}" * (self.split_k > 1) + f".p{self.persistent}" * (self.persistent > 0)
+        return name + ".h1" * self.halo
 
     @classmethod
     def parse(cls, name: str) -> Tile:
@@ -53,7 +55,8 @@ class Tile:
             ValueError: if it is none's.
         """
         blocks, fields = _parts(name)
-        tile = cls(*blocks, fields.get("w", 0), fields.get("s", 0), fields.get("k", 1), fields.get("p", 0))
+        numbers = (fields.get(letter, 0) for letter in "ws")
+        tile = cls(*blocks, *numbers, fields.get("k", 1), fields.get("p", 0), bool(fields.get("h")))
         return _checked(tile, name)
 
 
@@ -62,7 +65,8 @@ class StageTile:
     """What a program of `expand_shift` computes: `block_m` pixels, `block_n` expanded channels at a time.
 
     `block_k` channels a step of the 3x3; its loop and that over the chunks have so many stages; `tma` moves the tiles
-    (`expand_shift_tma`).
+    (`expand_shift_tma`), and with `halo` the taps come from shared memory, too (`expand_shift_halo`). With `held` a
+    downsample branch's input is loaded once and not for every chunk (`expand_shift_tma`).
     """
 
     block_m: int
@@ -72,10 +76,12 @@ class StageTile:
     tap_stages: int
     chunk_stages: int
     tma: bool = False
+    halo: bool = False
+    held: bool = False
 
     def __str__(self) -> str:
-        blocks = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{blocks}.w{self.num_warps}.s{self.tap_stages}.c{self.chunk_stages}" + ".t1" * self.tma
+        name = f"{self.block_m}x{self.block_n}x{self.block_k}.w{self.num_warps}.s{self.tap_stages}.c{self.chunk_stages}"
+        return name + ".t1" * self.tma + ".h1" * self.halo + ".x1" * self.held
 
     @classmethod
     def parse(cls, name: str) -> StageTile:
@@ -85,7 +91,8 @@ class StageTile:
             ValueError: if it is none's.
         """
         blocks, fields = _parts(name)
-        tile = cls(*blocks, fields.get("w", 0), fields.get("s", 0), fields.get("c", 0), bool(fields.get("t")))
+        numbers = (fields.get(letter, 0) for letter in "wsc")
+        tile = cls(*blocks, *numbers, *(bool(fields.get(letter)) for letter in "thx"))
         return _checked(tile, name)
 
 

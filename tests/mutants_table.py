@@ -175,14 +175,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_tables.py::test_nearest_within_a_factor_of_four",
         ),
     ],
-    "fused_resblock/backends/triton.py": [
-        (
-            "joined groups mixed up",
-            "wide[:, group, :, group] = own[:, group]",
-            "wide[:, group, :, 0] = own[:, group]",
-            "tests/test_conv_bn_act.py::test_geometry[2 groups-triton]",
-        ),
-    ],
     "fused_resblock/backends/folding.py": [
         (
             "cache ignores the version",

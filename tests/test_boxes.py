@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from fused_resblock.kernels.boxes import Box, ImageBoxes, choose_box, image_box, tiles_of
+from fused_resblock.kernels.boxes import Box, Descriptors, choose_box, image_box, tiles_of
 
 SIZES = st.integers(1, 70)
 
@@ -58,11 +58,11 @@ def test_descriptor_of_an_image(stride):
 def test_prepared_boxes_are_those_of_any_tensor():
     images = [torch.randn(2, 8, 6, 4).to(memory_format=torch.channels_last) for _ in range(2)]
     arguments = (2, 6, 4, 8), 2, Box(1, 2, 2), 8
-    make = ImageBoxes(*arguments)
+    make = Descriptors(image_box, *arguments)
     made = [make(x) for x in images]
     for x, desc in zip(images, made, strict=True):
         assert desc == image_box(x, *arguments)
         assert desc.base is x
     freed = weakref.ref(images[0])
     del images, made, x, desc
-    assert freed() is None, "the boxes keep a tensor alive"
+    assert freed() is None, "the descriptors keep a tensor alive"

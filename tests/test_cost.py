@@ -14,8 +14,10 @@ from fused_resblock.kernels.cost import (
     Cost,
     Gemm,
     conv_bn_act_cost,
+    conv_halo_cost,
     elementwise_cost,
     expand_shift_cost,
+    expand_shift_halo_cost,
     predicted,
     register_count,
     resident_programs,
@@ -113,6 +115,29 @@ def test_stage_kernel_by_hand():
     first = expand_shift_cost(conv, expand, 2, tile, second=second, reduce=reduce)
     assert first.dram == cost.dram - 2 * m * 256 + 2 * (m * 64 + 64 * 256)
     assert first.flops == cost.flops + 2 * m * 64 * 256
+    held = expand_shift_cost(conv, expand, 2, replace(tile, held=True), second=second, reduce=reduce)
+    assert (held.dram, held.flops) == (first.dram, first.flops)
+    assert first.l2 - held.l2 == 3 * 2 * m * 64  # for one chunk of four
+
+
+def test_taps_from_shared_memory_by_hand():
+    """Three boxes with two rows more than eight instead of nine taps; filters once a program."""
+    m = 1 << 20
+    conv, expand, reduce = Gemm(m, 64, 64, 9, m), Gemm(m, 256, 64, 1, m), Gemm(m, 64, 256, 1, m)
+    pixels, filters = 2 * m * 64, 2 * 64 * 64 * 9
+    alone, added = conv_halo_cost(conv, 2, 264), conv_halo_cost(conv, 2, 264, residual=True)
+    assert (alone.dram, alone.flops) == (2 * pixels + filters, 2 * m * 64 * 64 * 9)
+    assert alone.l2 == pixels * 30 // 8 + 264 * filters + pixels
+    assert added == alone + Cost(pixels, pixels, 0)
+    grouped = conv_halo_cost(Gemm(m, 128, 128, 9, m, 2), 2, 264)
+    assert grouped.l2 == 2 * (pixels * 30 // 8 + pixels) + 264 * filters
+    filters += 2 * (64 * 256 + 256 * 64)
+    tail, before = (
+        expand_shift_halo_cost(conv, expand, 2, 132, reduce=reduce),
+        expand_shift_cost(conv, expand, 2, StageTile(64, 64, 64, 4, 3, 2), reduce=reduce),
+    )
+    assert (tail.dram, tail.flops) == (before.dram, before.flops)
+    assert tail.l2 == pixels * 30 // 8 + 132 * filters + 2 * m * (256 + 256 + 64)
 
 
 def test_shared_memory_and_registers():

@@ -16,6 +16,7 @@ from benchmarks.emulate import Job, convolution, elementwise, stem, tail
 from benchmarks.gpu.elementwise import judge_bn_act
 from benchmarks.gpu.tails import TailShape
 from benchmarks.shapes import ConvShape
+from fused_resblock.kernels.choice import HALO
 from fused_resblock.kernels.tiles import StageTile, Tile
 
 capability, name = int(sys.argv[1]), sys.argv[2]
@@ -34,6 +35,17 @@ found = {
     "stem": stem(capability, name, 37),
     "bn_act": elementwise(capability, name, judge_bn_act, 67, 9, "strided"),
 }
+if capability == 90 and name != "tf32":  # taps from shared memory
+    two, four = (StageTile(64, 64, 64, 4, 1, buffers, True, True) for buffers in (2, 4))
+    for shape, tile in (
+        (TailShape("next", 64, 13, outputs=64), four),
+        (TailShape("next stage", 64, 13, outputs=128), two),
+        (TailShape("last", 64, 13), four),
+        (TailShape("first", 64, 13, second=64, outputs=64), two),
+    ):
+        found[shape] = tail(capability, name, shape, tile)
+    for shape in (ConvShape("", 64, 64, 13, 3, residual=True), ConvShape("", 128, 128, 13, 3, groups=32)):
+        found[shape] = conv(shape, HALO)
 for kernel, row in found.items():
     assert row["status"] == "ok", (kernel, row)
 """
@@ -48,13 +60,14 @@ def test_compiled_kernels_are_right(capability, dtype):
 FAULTS = """
 import re
 import torch
-from benchmarks.emulate import both_ways
+from benchmarks.emulate import both_ways, tail
 from benchmarks.gpu.operations import build, precision
+from benchmarks.gpu.tails import TailShape
 from benchmarks.ptx import driver
 from benchmarks.ptx.grid import Fault
 from benchmarks.ptx.parse import parse
 from benchmarks.shapes import ConvShape
-from fused_resblock.kernels.tiles import Tile
+from fused_resblock.kernels.tiles import StageTile, Tile
 
 def without(pattern, number):
     def altered(text):
@@ -82,6 +95,16 @@ def noticed(capability, tile, pattern, number=0):
             driver.parse = parse
         return fault is not None or not bool((y.double() - exact).abs().max() < 0.1)
 
+def noticed_in_tail(shape, buffers, pattern, number=0):
+    tile = StageTile(64, 64, 64, 4, 1, buffers, True, True)
+    driver.parse = without(pattern, number)
+    try:
+        return tail(90, "fp16", shape, tile)["status"] != "ok"
+    except Fault:
+        return True
+    finally:
+        driver.parse = parse
+
 plain, boxes = Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, persistent=1)
 assert noticed(80, plain, "cp.async.wait_group", 0)
 assert noticed(80, plain, "cp.async.commit_group", 2)
@@ -96,6 +119,17 @@ assert noticed(90, boxes, "fence.proxy.async", -1)
 assert noticed(90, boxes, ".*mbarrier.arrive.expect_tx", 0)
 assert noticed(90, boxes, ".*cp.async.bulk.tensor.*mbarrier", 1)
 assert noticed(90, boxes, "stmatrix", 0)
+
+tails = TailShape("", 64, 13, outputs=64), TailShape("", 64, 13, second=64), TailShape("", 64, 13, outputs=128)
+for shape, buffers, pattern, number in (
+    (tails[0], 4, "fence.proxy.async", 1),
+    (tails[0], 4, "wgmma.wait_group", 1),
+    (tails[0], 4, ".*try_wait", 1),
+    (tails[0], 4, "stmatrix", 4),
+    (tails[1], 2, "cp.async.bulk.wait_group", 0),
+    (tails[2], 2, "cp.async.bulk.wait_group", 1),
+):
+    assert noticed_in_tail(shape, buffers, pattern, number), (shape, pattern, number)
 """
 
 
@@ -111,8 +145,8 @@ from benchmarks.gpu import tails
 from benchmarks.gpu.operations import build, precision
 from benchmarks.roofline import gemm_of, second_of
 from benchmarks.shapes import ConvShape
-from fused_resblock.kernels.cost import conv_bn_act_cost, expand_shift_cost
-from fused_resblock.kernels.stage import gemms_of
+from fused_resblock.kernels.cost import conv_bn_act_cost, conv_halo_cost, expand_shift_cost, expand_shift_halo_cost
+from fused_resblock.kernels.choice import HALO
 from fused_resblock.kernels.tiles import StageTile, Tile
 
 def counted(call):
@@ -142,6 +176,18 @@ with precision("fp16") as dtype, torch.no_grad():
     close((profile.device - filters) / (images * size**2), 20 * width)
     conv, expand, second, reduce = asked.gemms()
     close(profile.l2, expand_shift_cost(conv, expand, 2, tile, second=second, reduce=reduce).l2)
+    # with taps from shared memory; filters of every program
+    programs = images * size**2 // 64
+    profile = counted(lambda: tails.joined(tails.bound(asked, StageTile(64, 64, 64, 4, 1, 4, True, True))(x, other)))
+    close(profile.l2, expand_shift_halo_cost(conv, expand, 2, programs, second=second, reduce=reduce).l2)
+    close((profile.device - filters) / (images * size**2), 20 * width)
+    assert profile.wavefronts == profile.ideal
+    shape = ConvShape("3x3", 64, 64, 16, 3, residual=True)
+    op, cost = build(shape, 2, dtype, "cpu"), conv_halo_cost(gemm_of(shape, 2), 2, programs, residual=True)
+    profile = counted(lambda: op.with_tile(HALO))
+    close(profile.l2, cost.l2)
+    close(profile.device, cost.dram)
+    assert profile.wavefronts == profile.ideal
 """
 
 

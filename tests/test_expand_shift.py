@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BF16, DEVICE, FP16, FP32, FP64, cast, floor, require, slack_of
@@ -63,6 +65,14 @@ def test_every_case(case, tile):
 def test_other_dtypes(case, tma, dtype):
     require("triton", dtype)
     check(case.build(dtype), StageTile(32, 16, 16, 4, 2, 2, tma), dtype)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d)[6:]) for d in (FP32, FP16, BF16)])
+@pytest.mark.parametrize(("second", "stride"), [(16, 1), (32, 2), (24, 2)])
+def test_input_of_the_downsample_branch_is_held(second, stride, dtype):
+    """Loaded once for all chunks; 24 channels are no power of two and come for each."""
+    require("triton", dtype)
+    check(StageCase(stride=stride, size=(8, 6), second=second).build(dtype), replace(TILES[1], held=True), dtype)
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "TMA"])
@@ -163,7 +173,7 @@ def test_candidates(width, itemsize, capability):
 
 
 def test_choice_is_the_fastest_by_prediction():
-    """A full batch takes the largest tile, one image a small one that leaves fewer multiprocessors idle."""
+    """A full batch takes the tile whose filters stay, one image another, which need not load them all first."""
     chosen = {}
     for images in (1, 128):
         asked = TailShape("l1", 64, 56, outputs=64).build(images, FP16, "meta")
@@ -171,8 +181,17 @@ def test_choice_is_the_fastest_by_prediction():
         tile = choose_stage_tile(gemms, 2, gpu)
         times = [predicted_seconds(gemms, 2, t, chip_of(gpu)) for t in candidates(64, 64, 2, False, gpu)]
         assert predicted_seconds(gemms, 2, tile, chip_of(gpu)) == min(times)
-        chosen[images] = tile.block_m
-    assert chosen[1] < chosen[128]
+        chosen[images] = tile.halo
+    assert chosen == {1: False, 128: True}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [TailShape("", 64, 28, 2, second=64), TailShape("", 64, 56, second=32, outputs=64), TailShape("", 128, 56)],
+)
+def test_taps_of_other_tails_do_not_come_from_shared_memory(shape):
+    gemms = shape.build(128, FP16, "meta").gemms()
+    assert not choose_stage_tile(gemms, 2, Gpu()).halo
 
 
 def test_no_candidate_no_tile():

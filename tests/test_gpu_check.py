@@ -22,7 +22,7 @@ from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.records import read_json
 from benchmarks.roofline import read_ceilings
 from benchmarks.shapes import ConvShape
-from fused_resblock.kernels.choice import chip_of
+from fused_resblock.kernels.choice import HALO, chip_of
 from fused_resblock.kernels.convolution import choose
 from fused_resblock.kernels.cost import resident_programs, shared_bytes
 from fused_resblock.kernels.gpu import Gpu
@@ -47,6 +47,10 @@ def test_every_shape_has_tiles_that_fit_the_chip(capability, dtype):
             assert shared_bytes(tile, item, residual=residual, second=second) < chip_of(gpu).shared
             assert resident_programs(tile, item, chip_of(gpu).shared, residual=residual, second=second)
         assert any(tile.persistent for tile in tiles) == (capability >= 90)
+        plain = (shape.kernel, shape.stride, shape.shortcut) == (3, 1, 0)
+        blocks = shape.channels == shape.out_channels and shape.channels // shape.groups in (4, 8, 16, 32, 64)
+        taken = plain and blocks and capability == 90 and dtype == "fp16"
+        assert (HALO in tiles) == taken
 
 
 def test_the_tile_that_ships_is_the_librarys_own():

@@ -7,11 +7,12 @@ from functools import lru_cache
 
 import torch
 
-from fused_resblock.kernels.choice import chip_of, power_of_two
+from fused_resblock.kernels.choice import HALO, chip_of, power_of_two
 from fused_resblock.kernels.conv_tma import refusal
 from fused_resblock.kernels.convolution import choose, gemms_of
 from fused_resblock.kernels.cost import resident_programs
 from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.halo import conv_refusal
 from fused_resblock.kernels.tables import case_name
 from fused_resblock.kernels.tiles import Tile
 
@@ -49,7 +50,7 @@ def chosen(shape: ConvShape, batch: int, dtype: str, gpu: Gpu) -> Tile:
 
 
 def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[Tile]:
-    """Every tile worth trying: TMA first, where the chip has it, then plain pointers, then split loops.
+    """Every tile worth trying: taps from shared memory, TMA, where the chip has them, plain pointers, split loops.
 
     Left out: what does not fit the registers or the shared memory, blocks wider than the convolution, stages where the
     loop has a single step, and split loops where there are programs enough without.
@@ -66,6 +67,8 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
     def fits(tile: Tile) -> int:
         return resident_programs(tile, item, shared, residual=residual, second=second is not None)
 
+    if gpu.halo and conv_refusal(*arguments, HALO) is None:
+        yield HALO
     if gpu.tma:
         for block_m, block_n, warps in BOXES:
             for stages in (3, 4, 2):

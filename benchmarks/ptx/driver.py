@@ -18,7 +18,7 @@ from .parse import parse
 from .profile import Profile
 from .run import Compiled, launch
 
-_DESCRIPTORS = 0xDE5C00000000  # where tensor maps are taken to lie
+_DESCRIPTORS = 0x5C000000  # where tensor maps are taken to lie: parameters have 32-bit addresses
 _SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
 
 

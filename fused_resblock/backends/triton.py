@@ -68,23 +68,13 @@ def affine(norm: BatchNorm | None, bias: Tensor | None, dtype: torch.dtype) -> A
     return _affines.get((*norm[:2], norm.weight, norm.bias, bias), (wide, norm.eps), compute)
 
 
-def joined_groups(conv: Conv) -> int:
-    """How many groups a kernel takes for one: as many as make 32 channels, where that divides them."""
-    per_group = min(conv.weight.shape[1], conv.weight.shape[0] // conv.groups)
+def joined_groups(outputs: int, channels: int, groups: int) -> int:
+    """How many groups of a convolution a kernel takes for one: as many as make 32 channels, where that divides them."""
+    per_group = min(channels, outputs) // groups
     joined = 1
-    while joined * per_group < 32 and conv.groups % (2 * joined) == 0:
+    while joined * per_group < 32 and groups % (2 * joined) == 0:
         joined *= 2
     return joined
-
-
-def join_groups(weight: Tensor, groups: int, joined: int) -> Tensor:
-    """The filter `[K, joined * C, R, S]` of `groups / joined` groups: 0 for the channels of the others in a group."""
-    k, c, r, s = weight.shape
-    own = weight.reshape(groups // joined, joined, k // groups, c, r, s)
-    wide = weight.new_zeros(groups // joined, joined, k // groups, joined, c, r, s)
-    for group in range(joined):
-        wide[:, group, :, group] = own[:, group]
-    return wide.reshape(k, joined * c, r, s)
 
 
 def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
@@ -94,6 +84,8 @@ def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
     if joined > 1 or weight.dtype != dtype or not dense:
 
         def compute() -> Tensor:
+            from ..kernels.halo import join_groups
+
             wide = join_groups(weight.detach(), conv.groups, joined) if joined > 1 else weight.detach()
             return wide.to(dtype).clone(
                 memory_format=torch.channels_last
@@ -116,7 +108,8 @@ def prepared(
     """
     if epilogue.shortcut is not None:
         epilogue = epilogue._replace(shortcut=prepare(epilogue.shortcut, x.dtype))
-    return x, prepare(conv, x.dtype, joined_groups(conv)), other, epilogue
+    joined = joined_groups(conv.weight.shape[0], conv.weight.shape[1] * conv.groups, conv.groups)
+    return x, prepare(conv, x.dtype, joined), other, epilogue
 
 
 def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
