@@ -48,6 +48,7 @@ CAPABILITIES = (80, 86, 89, 90, 120)
 NAMES = ("fp16", "bf16", "tf32")
 #: images by size, so that there are several tiles
 IMAGES = {56: 2, 28: 2, 14: 2, 7: 4}
+#: images of any other size
 OTHERS = 9
 #: multiprocessors, so few that programs take several pieces
 FEW = 16

@@ -58,6 +58,7 @@ SHAPES = {
     "grouped": partial(bottleneck_shapes, 32, 4),
     "wide": wide_shapes,
 }
+ANY = Tile(64, 64, 32, 4, 1)  # floors are the same with every tile
 STEM_PROGRAMS = 2  # that a multiprocessor holds at once: `make codegen`
 
 
@@ -97,23 +98,12 @@ def second_of(shape: ConvShape, batch: int) -> Gemm | None:
     return Gemm(m, shape.out_channels, shape.shortcut, 1, m) if shape.shortcut else None
 
 
-def _joined(gemm: Gemm) -> Gemm:
-    """As the kernels see it, with small groups joined into larger ones."""
-    joined = joined_groups(gemm.n, gemm.k, gemm.groups)
-    return replace(gemm, groups=gemm.groups // joined)
-
-
 def predicted_of(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings) -> float:
-    """What a convolution should take in our kernels with the tile that is chosen for it."""
-    gemm, second = _joined(gemm_of(shape, batch)), second_of(shape, batch)
-    tile = _tile(shape, batch, itemsize, chip)
+    """What a convolution should take in our kernels, which join small groups, with the tile that is chosen for it."""
+    gemm, second = gemm_of(shape, batch), second_of(shape, batch)
+    gemm = replace(gemm, groups=gemm.groups // joined_groups(gemm.n, gemm.k, gemm.groups))
+    tile = choose_tile(gemm, itemsize, residual=shape.residual, second=second, tma=True, gpu=Gpu(chip.multiprocessors))
     return predicted_seconds(gemm, itemsize, tile, chip, residual=shape.residual, second=second)
-
-
-def _tile(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings) -> Tile:
-    gemm, second = _joined(gemm_of(shape, batch)), second_of(shape, batch)
-    gpu = Gpu(chip.multiprocessors)
-    return choose_tile(gemm, itemsize, residual=shape.residual, second=second, tma=True, gpu=gpu)
 
 
 def floors_of(
@@ -140,20 +130,19 @@ def floors_of(
     flops = 0
     for shape in shapes:
         gemm, second = gemm_of(shape, batch), second_of(shape, batch)
-        tile = _tile(shape, batch, itemsize, chip)
-        fused = conv_bn_act_cost(gemm, itemsize, tile, residual=shape.residual, second=second)
+        fused = conv_bn_act_cost(gemm, itemsize, ANY, residual=shape.residual, second=second)
         mine = predicted_of(shape, batch, itemsize, chip)
         ours += mine
         flops += fused.flops
         elements = gemm.m * gemm.n
-        plain = conv_bn_act_cost(gemm, itemsize, tile)
+        plain = conv_bn_act_cost(gemm, itemsize, ANY)
         norm = elementwise_cost(elements, itemsize, 1)
         before = per_conv
         if second is None:
             per_conv += fused.floor(chip)
         else:  # conv by conv, the branch is written by one kernel and read by the other as its residual
-            branch = conv_bn_act_cost(second, itemsize, tile)
-            per_conv += branch.floor(chip) + conv_bn_act_cost(gemm, itemsize, tile, residual=True).floor(chip)
+            branch = conv_bn_act_cost(second, itemsize, ANY)
+            per_conv += branch.floor(chip) + conv_bn_act_cost(gemm, itemsize, ANY, residual=True).floor(chip)
             eager += branch.floor(chip) + norm.floor(chip)
         of_convs.append((per_conv - before, mine))
         eager += plain.floor(chip) + norm.floor(chip) * 2  # batch norm, ReLU
@@ -214,7 +203,7 @@ def stem_floors(batch: int, itemsize: int, chip: Ceilings) -> Floors:
     """The floors of the 7x7 convolution and the max-pool: with one kernel for both nothing lies between them."""
     conv = Gemm(batch * 112**2, 64, 3, 49, batch * 224**2)
     pixels, elements, tile = batch * 56**2, conv.m * conv.n, StemTile()
-    plain = conv_bn_act_cost(conv, itemsize, Tile(64, 64, 32, 4, 1))
+    plain = conv_bn_act_cost(conv, itemsize, ANY)
     pool = Cost((elements + pixels * conv.n) * itemsize, 0, 0).floor(chip)
     eager = plain.floor(chip) + 2 * elementwise_cost(elements, itemsize, 1).floor(chip) + pool
     whole = Cost(conv.dram(itemsize) + pixels * conv.n * itemsize, 0, conv.flops).floor(chip)

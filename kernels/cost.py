@@ -74,9 +74,14 @@ class Gemm:
         """Operations of the convolution."""
         return 2 * self.m * self.n * (self.k // self.groups) * self.taps
 
+    @property
+    def filters(self) -> int:
+        """Elements of the filters."""
+        return self.n * (self.k // self.groups) * self.taps
+
     def dram(self, itemsize: int) -> int:
         """Bytes of input and filters."""
-        return itemsize * (self.in_pixels * self.k + self.n * (self.k // self.groups) * self.taps)
+        return itemsize * (self.in_pixels * self.k + self.filters)
 
     def pieces(self, tile: Tile) -> int:
         """Pieces of the output that the tile cuts it into."""
@@ -124,7 +129,7 @@ def conv_halo_cost(gemm: Gemm, itemsize: int, programs: int, *, residual: bool =
     """Cost of one `conv_bn_act` by so many programs that read their taps from shared memory."""
     pixels, output = (itemsize * size for size in (gemm.in_pixels * gemm.k, gemm.m * gemm.n))
     epilogue = output * (2 if residual else 1)
-    filters = (gemm.dram(itemsize) - pixels) // gemm.groups  # a program has those of its group
+    filters = itemsize * gemm.filters // gemm.groups  # a program has those of its group
     loaded = halo_l2(pixels, filters, programs)
     return Cost(gemm.dram(itemsize) + epilogue, loaded + epilogue, gemm.flops)
 
@@ -168,7 +173,7 @@ def expand_shift_halo_cost(
     whole = StageTile(conv.m, expand.n, conv.k, 0, 0, 0)
     cost = expand_shift_cost(conv, expand, itemsize, whole, second=second, reduce=reduce)
     pixels = conv.in_pixels * conv.k * itemsize
-    filters = itemsize * sum(g.n * g.k * g.taps for g in (conv, expand, second, reduce) if g is not None)
+    filters = itemsize * sum(gemm.filters for gemm in (conv, expand, second, reduce) if gemm is not None)
     return Cost(cost.dram, cost.dram - pixels - filters + halo_l2(pixels, filters, programs), cost.flops)
 
 

@@ -114,7 +114,7 @@ def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | 
 
 
 def _halo_fits(gemms: TailGemms) -> bool:
-    """Whether `expand_shift_halo` may take a tail: its `halo_refusal` asks the rest."""
+    """Whether `expand_shift_halo` may take a tail: `halo.tail_refusal` asks the rest."""
     conv, expand, second, _ = gemms
     same = (conv.taps, conv.k, conv.in_pixels, expand.n) == (9, conv.n, conv.m, 4 * conv.n)
     return same and (second is None or second.k == conv.n)
@@ -158,7 +158,7 @@ def _halo_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilin
     tiles = conv.boxes or -(-conv.m // tile.block_m)
     programs = min(tiles, chip.multiprocessors)
     cost = expand_shift_halo_cost(conv, expand, itemsize, programs, second=second, reduce=reduce)
-    filters = sum(gemm.n * gemm.k * gemm.taps for gemm in gemms if gemm is not None) * itemsize
+    filters = itemsize * sum(gemm.filters for gemm in gemms if gemm is not None)
     start = filters * chip.multiprocessors / chip.l2
     rate = 2 * tile.block_m * chip.multiprocessors / chip.matrix
     width = conv.n + (0 if second is None else second.k) + (0 if reduce is None else reduce.n)

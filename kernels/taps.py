@@ -118,18 +118,18 @@ def convolve(
     return warpgroup_mma_wait(0, [acc])
 
 
-def swizzled(channels: int, rank: int) -> gl.NVMMASharedLayout:
-    """How 16-bit channels lie in shared memory, in pieces of 64 where there are more."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * channels), element_bitwidth=16, rank=rank)
+def swizzled(rank: int) -> gl.NVMMASharedLayout:
+    """How 16-bit channels lie in shared memory: in pieces of 64, which are 128 bytes."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 def image_box(x: torch.Tensor, size: tuple[int, int, int, int], rows: int, parts: int = 1):
     """A descriptor of channels_last images of `(N, H, W, C)`: boxes of `rows` rows, 8 columns, `64*parts` channels."""
     n, h, w, c = size
     block = [1, rows, SIDE, parts * WIDTH]
-    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], block, swizzled(WIDTH, 4))
+    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], block, swizzled(4))
 
 
 def matrix_box(weight: torch.Tensor, rows: int, columns: int, block: tuple[int, int]):
-    """A descriptor of a weight seen as a row-major matrix."""
-    return TensorDescriptor(weight, [rows, columns], [columns, 1], list(block), swizzled(block[1], 2))
+    """A descriptor of a weight seen as a row-major matrix, in blocks of 64 columns."""
+    return TensorDescriptor(weight, [rows, columns], [columns, 1], list(block), swizzled(2))

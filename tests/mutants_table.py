@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutant import Mutant
+from mutants_halo import HALO
 from mutants_kernels import KERNELS
 
 
@@ -21,6 +22,7 @@ def _next_chain(change: str) -> str:
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
+    **HALO,
     "fused_resblock/gradients.py": [
         (
             "dbeta unmasked twice",
