@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from . import backends
+from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
 from .stage import FusedStage, is_stage
-from .stem import find_stems, fuse_stem, unfuse_stem
+from .stem import find_networks, find_stems, fuse_stem, unfuse_stem
 from .swap import swapped_class, undo
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -27,6 +28,7 @@ def fuse(
     strict: bool = False,
     stages: bool | str = True,
     stems: bool = True,
+    heads: bool = True,
 ) -> nn.Module:
     """Make the residual blocks of a model fast.
 
@@ -44,6 +46,7 @@ def fuse(
             measured table says that it is faster, the tail of a bottleneck and the head of the next one are then one
             kernel; "kernel" asks for it wherever it can run.
         stems: also run a convolution, its norm, its ReLU and a max-pool that stand outside of blocks as one operation.
+        heads: also run the global average pool and the classifier behind the blocks faster; in fp16 and bf16 on a CPU.
 
     Returns:
         The fused model. `explain` says what became of each block.
@@ -65,14 +68,22 @@ def fuse(
     if strict and kept:
         reasons = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in kept)
         raise ValueError(f"model must hold only blocks that can be fused when strict, got {reasons}")
-    found_stems = find_stems(model, {module for _, module, _ in found}) if stems else []
+    networks = list(find_networks(model, {module for _, module, _ in found})) if stems or heads else []
     if not inplace:
         model = copy.deepcopy(model)
-    for network_name, stem in found_stems:
-        network = model.get_submodule(network_name)
-        conv_name = f"{network_name}.{stem[0]}".lstrip(".")
-        if filter_fn is None or filter_fn(conv_name, network.get_submodule(stem[0])):
-            fuse_stem(network, stem, backend)
+    for name, graph in networks:
+        network = model.get_submodule(name)
+
+        def wanted(path: str, name: str = name) -> bool:
+            full = f"{name}.{path}".lstrip(".")
+            return filter_fn is None or filter_fn(full, model.get_submodule(full))
+
+        for path in find_heads(network, graph) if heads else ():
+            if wanted(path):
+                fuse_head(network.get_submodule(path), backend)
+        for stem in find_stems(network, graph) if stems else ():
+            if wanted(stem[0]):
+                fuse_stem(network, stem, backend)
     for name, _, outcome in found:
         block = model.get_submodule(name)
         if not isinstance(outcome, Plan):
@@ -105,6 +116,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         if undo(FusedStage, module):
             module.__dict__.pop("_fused_kernel", None)
         unfuse_stem(module)
+        unfuse_head(module)
         if undo(FusedBlock, module):
             for attribute in ("_fused_plan", "_fused_reason", "_fused_layout", "_fused_backend"):
                 module.__dict__.pop(attribute, None)

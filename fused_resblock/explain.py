@@ -10,6 +10,7 @@ from torch import nn
 
 from . import backends
 from .convert import blocks
+from .head import Head, is_fast
 from .modules import FusedBlock
 from .plan import Plan
 from .stage import FusedStage, kernel_state
@@ -31,7 +32,7 @@ class BlockReport(NamedTuple):
 
 
 class PartReport(NamedTuple):
-    """A stem, or a stage whose blocks run as one chain: its name, its modules, whether it runs as one now, and why."""
+    """A stem, a stage run as one chain, or a fast head: its name, its modules, whether it is so now, and why."""
 
     name: str
     modules: str
@@ -76,6 +77,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _parts(model: nn.Module) -> Iterator[PartReport]:
+    example = next((p for p in model.parameters() if p.is_floating_point()), None)
     for name, module in model.named_modules():
         if isinstance(module, FusedNetwork):
             for stem in module._fused_stems:
@@ -87,6 +89,8 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
             reason = stage_obstacle(module)  # type: ignore[arg-type]
             said = reason or f"one chain{kernel_state(module)}"  # type: ignore[arg-type]
             yield PartReport(name, f"{len(module)} blocks", reason is None, said)  # type: ignore[arg-type]
+        elif isinstance(module, Head) and example is not None and is_fast(module, example):
+            yield PartReport(name, own_class(module).__name__, True, module.WHY)
 
 
 def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:

@@ -18,7 +18,6 @@ from .program import last_reads
 from .programs import Programs
 from .swap import Swapped, register
 from .tail import Tail, find_tails
-from .watch import untraceable
 
 
 def obstacle(stage: nn.Sequential) -> str | None:
@@ -52,7 +51,7 @@ class FusedStage(Swapped):
 
     def _run(self, x: Tensor) -> Tensor | None:
         """The chain's output, or None where the blocks have to be called one by one."""
-        if torch.compiler.is_compiling() or untraceable(x) or torch.is_grad_enabled() or not dispatch.plain((x,)):
+        if not dispatch.plain((x,)) or torch.is_grad_enabled():
             return None
         programs = _programs.get(self)
         if programs is not None:
@@ -61,7 +60,7 @@ class FusedStage(Swapped):
                 if handover.fits(self, program):
                     return handover.run(self, program, x)
                 _programs.pop(self, None)
-        return self._bind(x) if isinstance(x, Tensor) else None
+        return self._bind(x)
 
     def _bind(self, x: Tensor) -> Tensor | None:
         """Bind a program and give its result; None as `_run` gives it."""

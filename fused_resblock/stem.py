@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .program import Operation, Program
 from .programs import Programs
 from .swap import Swapped, base_class, intact, swapped_class, undo
 from .tracing import graph_of
-from .watch import Guard, untraceable
+from .watch import Guard
 
 
 class FusedNetwork(Swapped):
@@ -52,12 +52,12 @@ class StemConv(Swapped):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        size = None if torch.compiler.is_compiling() else self._deferred(input)
+        size = self._deferred(input)
         return super().forward(input) if size is None else Pending(input, (self,), size)
 
     def _deferred(self, x: Tensor) -> tuple[int, ...] | None:
         """The output's shape if the work may be left to others, else None."""
-        if not allowed() or untraceable(x) or torch.is_grad_enabled() or not dispatch.plain((x,)):
+        if not dispatch.plain((x,)) or torch.is_grad_enabled() or not allowed():
             return None
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device or _hooked(self):
@@ -150,29 +150,33 @@ def _bind(x: Tensor, chain: tuple[nn.Module, ...]) -> tuple[Program, list[Tensor
     return Program(dtype, operations), tensors
 
 
-def find_stems(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> list[tuple[str, tuple[str, ...]]]:
-    """Every stem outside of the residual blocks of a module: the name of its network, and those of its modules.
+def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> Iterator[tuple[str, fx.Graph]]:
+    """The name and the graph of every network around residual blocks, itself outside of them.
 
-    A stem is a convolution followed by a batch norm, a ReLU and a max-pool, some of which may be absent, each of them
-    reading the one before it and nothing else reading what lies between. Where a forward cannot be traced, the modules
-    in it that hold blocks are looked at one by one.
+    Where a forward cannot be traced, the modules in it that hold blocks are looked at one by one.
     """
     if module in blocks or not any(m in blocks for m in module.modules()):
-        return []
+        return
     try:
-        swapped_class(FusedNetwork, type(module))
-        return [(name, stem) for stem in _stems_in(module, graph_of(module, blocks))]
+        if not isinstance(module, FusedNetwork):
+            swapped_class(FusedNetwork, type(module))
+        graph = graph_of(module, blocks)
     except Exception:  # no graph, or no class can be derived from the module's
-        found = []
         for child_name, child in module.named_children():
-            found += find_stems(child, blocks, f"{name}.{child_name}" if name else child_name)
-        return found
+            yield from find_networks(child, blocks, f"{name}.{child_name}" if name else child_name)
+    else:
+        yield name, graph
 
 
-def _stems_in(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
-    """The names, within the module, of the modules of every stem in the graph of its forward."""
+def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
+    """The names, within a network, of the modules of every stem in the graph of its forward; fused ones come first.
+
+    A stem is a convolution followed by a batch norm, a ReLU and a max-pool, some of which may be absent, each of them
+    reading the one before it and nothing else reading what lies between.
+    """
     modules = dict(module.named_modules())
-    found = []
+    fused: tuple[tuple[str, ...], ...] = module._fused_stems if isinstance(module, FusedNetwork) else ()
+    found = [stem for stem in fused if isinstance(modules.get(stem[0]), StemConv)]
     for node in graph.nodes:
         names, kind, end = [str(node.target)], 0, node
         if node.op != "call_module" or _kind(modules[names[0]]) != 0:
@@ -219,10 +223,13 @@ def fuse_stem(network: nn.Module, stem: Sequence[str], backend: str) -> None:
     if not isinstance(network, FusedNetwork):
         network.__class__ = swapped_class(FusedNetwork, type(network))
         network.__dict__["_fused_stems"] = ()
-    network.__dict__["_fused_stems"] += (tuple(stem),)
     first, *rest = (network.get_submodule(path) for path in stem)
+    first.__dict__["_fused_backend"] = backend
+    if isinstance(first, StemConv):  # fused before
+        return
+    network.__dict__["_fused_stems"] += (tuple(stem),)
     first.__class__ = swapped_class(StemConv, type(first))
-    first.__dict__.update(_fused_backend=backend, _fused_length=len(stem))
+    first.__dict__["_fused_length"] = len(stem)
     for module in rest:
         if not isinstance(module, StemFollower):  # a ReLU may serve several stems
             module.__class__ = swapped_class(StemFollower, type(module))

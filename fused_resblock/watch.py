@@ -98,6 +98,9 @@ class Guard:
         self._filters = [t for t in tensors if t.dim() > 1]
         self._states = self._states_now()
         self._words = words(self._tensors)
+        # one copy touches them all at once; one after the other they would be as many misses of the cache in a row
+        touched = (*self._places, *self._values, *inner, *self._hooks, *self._attributes, *self._tensors, *self._words)
+        self._touched = list({id(thing): thing for thing in touched}.values())
         self._seen = read(self._words)
 
     def _states_now(self) -> tuple[list[Any], ...]:
@@ -107,6 +110,7 @@ class Guard:
 
     def holds(self) -> bool:
         """Ask everything again."""
+        self._touched.copy()  # into the cache
         try:
             if not all(map(is_, map(getitem, self._places, self._names), self._values)):
                 return False

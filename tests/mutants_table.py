@@ -19,10 +19,32 @@ def _next_chain(change: str) -> str:
     return f"tests/test_handover_changes.py::test_change_of_the_next_chain[{change}]"
 
 
+_HEAD = "tests/test_head.py::test_"
+
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
     **HALO,
+    "fused_resblock/head.py": [
+        (
+            "heads in fp32",
+            "if dtype not in (torch.float16, torch.bfloat16):",
+            "if False:",
+            _HEAD + "where_it_does_not_apply",
+        ),
+        (
+            "heads under autocast",
+            " or dispatch.autocast_dtype(x) is not None",
+            "",
+            _HEAD + "other_inputs_of_the_classifier",
+        ),
+        (
+            "classifier of any class",
+            "and intact(type(self).__mro__[1], self)",
+            "",
+            _HEAD + "changes_are_seen[weight norm]",
+        ),
+    ],
     "fused_resblock/gradients.py": [
         (
             "dbeta unmasked twice",

@@ -232,6 +232,10 @@ def test_fuse_twice():
     fused = frb.fuse(frb.fuse(network()))
     assert len(parts(fused)) == 1
     assert len(fused._fused_stems) == 1
+    for backend in ("eager", "auto"):
+        frb.fuse(fused, inplace=True, backend=backend)
+        assert fused.conv1.__dict__["_fused_backend"] == backend
+    assert len(fused._fused_stems) == 1
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

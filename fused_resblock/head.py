@@ -1,0 +1,105 @@
+"""What stands behind the blocks, on a CPU: a global average pool, and a classifier whose weight is packed once.
+
+Each stays the module that it is and is called as ever. In fp16 and bf16 alone: in fp32 oneDNN's product and the plain
+sum of a window lose more digits than what torch runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from . import backends, dispatch
+from .backends import onednn
+from .swap import Swapped, intact, own_class, swapped_class, undo
+
+
+@cache
+def _refusal(device: str, dtype: torch.dtype, backend: str) -> str | None:
+    """Why modules compute as ever on tensors of this device type and dtype; None when they do not."""
+    if device != "cpu":
+        return f"only on a CPU, not on {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype}: only in fp16 and bf16"
+    choice = backends.resolve(backend, backends.Problem(device, dtype))
+    return None if choice.backend == "onednn" else choice.reason
+
+
+class Head(Swapped):
+    """Mixin of a module behind the blocks: computes as ever under autograd and autocast, and while it is traced."""
+
+    WHY: ClassVar[str]  # what makes it fast, in words
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self._fast(input)
+        return super().forward(input) if y is None else y
+
+    def _fast(self, x: Any) -> Tensor | None:
+        if not dispatch.plain((x,)) or torch.is_grad_enabled() or dispatch.autocast_dtype(x) is not None:
+            return None
+        backend = backends.check_name(self.__dict__["_fused_backend"])
+        fits = x.numel() > 0 and intact(type(self).__mro__[1], self)
+        return self._compute(x) if fits and _refusal(x.device.type, x.dtype, backend) is None else None
+
+    def _compute(self, x: Tensor) -> Tensor | None:
+        """The result; None if this x, or the module as it is now, is for the module's own forward."""
+        raise NotImplementedError
+
+
+class GlobalPool(Head):
+    """Mixin of an average pool to a single pixel: a window of the whole image, which torch runs faster."""
+
+    WHY = "a window of the whole image"
+
+    def _compute(self, x: Tensor) -> Tensor | None:
+        size: Any = self.output_size
+        if size not in (1, (1, 1)) or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+            return None
+        return F.avg_pool2d(x, x.shape[2:])
+
+
+class Classifier(Head):
+    """Mixin of a Linear: its weight packed as oneDNN wants it, until it changes."""
+
+    WHY = "oneDNN on a prepacked weight"
+
+    def _compute(self, x: Tensor) -> Tensor | None:
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if weight is None or not dispatch.plain((weight, bias)) or x.dtype != weight.dtype or x.device != weight.device:
+            return None
+        if x.dim() != 2 or x.shape[1] != weight.shape[1]:
+            return None
+        return onednn.linear(x, weight, bias)
+
+
+_MIXINS: dict[type[nn.Module], type[Head]] = {nn.AdaptiveAvgPool2d: GlobalPool, nn.Linear: Classifier}
+
+
+def find_heads(module: nn.Module, graph: fx.Graph) -> list[str]:
+    """The names, within a network, of the pools and classifiers in the graph of its forward."""
+    called = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
+    return [path for path in called if own_class(module.get_submodule(path)) in _MIXINS]
+
+
+def fuse_head(module: nn.Module, backend: str) -> None:
+    """Give a module that `find_heads` found its fast class."""
+    if not isinstance(module, Head):
+        module.__class__ = swapped_class(_MIXINS[type(module)], type(module))
+    module.__dict__["_fused_backend"] = backend
+
+
+def unfuse_head(module: nn.Module) -> None:
+    """Take the class of `fuse_head` back, if the module has one."""
+    if any(undo(mixin, module) for mixin in _MIXINS.values()):
+        module.__dict__.pop("_fused_backend", None)
+
+
+def is_fast(module: Head, example: Tensor) -> bool:
+    """Whether a head would be fast now in a network with parameters such as `example`."""
+    backend = backends.check_name(module.__dict__["_fused_backend"])
+    return "forward" not in module.__dict__ and _refusal(example.device.type, example.dtype, backend) is None
