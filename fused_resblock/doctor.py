@@ -17,6 +17,7 @@ _PACKAGES = ("triton", "torchvision", "timm", "numpy")
 _VARIABLES = (
     "FUSED_RESBLOCK_BACKEND",
     "FUSED_RESBLOCK_CONFIG_DIR",
+    "FUSED_RESBLOCK_PDL",
     "TRITON_INTERPRET",
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_MAX_",

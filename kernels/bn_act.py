@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..params import PLAIN
+from .dependent import wait_for_input
 from .epilogue import eps_of, nan_relu, scale_shift, strided_rows, vectors
 from .launch import Launch, accumulator
 
@@ -45,6 +46,7 @@ def _bn_act_kernel(
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,  # see `dependent`
 ):
     """y = act(scale*sum(x) + shift [+ residual | + scale2*residual + shift2]), sum over the PARTIALS in order.
 
@@ -55,6 +57,7 @@ def _bn_act_kernel(
     mask_c = offs_c < C
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     offs = offs_m[:, None].to(tl.int64) * C + offs_c[None, :]  # [BLOCK_M, BLOCK_C]
+    wait_for_input(PDL)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
     for part in range(1, PARTIALS):
         x += tl.load(x_ptr + offs + part * tl.cast(M, tl.int64) * C, mask=mask, other=0.0).to(ACC)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .bn_act import bind_bn_act
+from .dependent import wait_for_input
 from .epilogue import eps_of, nan_relu, scale_shift, strided_rows, vectors
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .tiles import Tile
@@ -71,6 +72,7 @@ def _conv_bn_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,  # see `dependent`
 ):
     """y = act(scale*conv(x, w) + shift [+ residual | + scale2*conv1x1(other, w2) + shift2]).
 
@@ -108,6 +110,7 @@ def _conv_bn_act_kernel(
         begin = tl.program_id(1) * share
         end = min(begin + share, steps)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    wait_for_input(PDL)
     for step in range(begin, end):
         # all taps of a channel block before the next block: the taps' overlap is still in cache
         c = (step // (R * S)) * BLOCK_K

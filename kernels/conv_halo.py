@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .boxes import Descriptors, unaligned
 from .conv_tma import bind_conv_tma
+from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .gpu import gpu_of
 from .halo import SIDE, WIDTH, boxes_of, by_boxes, join_groups
@@ -53,6 +54,7 @@ def _conv_halo_kernel(
     EPS: gl.constexpr,
     APPLY_RELU: gl.constexpr,
     PROGRAMS: gl.constexpr,  # of a block
+    PDL: gl.constexpr,  # see `dependent`
 ):
     """y = act(scale*conv(x, w) + shift [+ residual]); sums in fp32, rounded once, at the store."""
     ROWS: gl.constexpr = x_desc.block_shape[1]
@@ -76,6 +78,7 @@ def _conv_halo_kernel(
 
     tile = gl.program_id(0) // BLOCKS
     n, p, q = box_of(tile, TILES_P, TILES_Q, x_desc)
+    wait_for_input(PDL)
     load_halo(x_desc, edge_desc, x_smem, bars.index(1), n, p, q, c, True)
     if RESIDUAL:
         load_box(residual_desc, [n, p, q, c], bars.index(2), y_smem, True)

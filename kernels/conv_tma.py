@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .boxes import Descriptors, choose_box, image_box, matrix_box, tiles_of, unaligned
 from .conv_bn_act import bind_conv_bn_act
+from .dependent import wait_for_input
 from .epilogue import eps_of, nan_relu, scale_shift, vectors
 from .gpu import gpu_of
 from .launch import Launch, accumulator, dot_precision, interpreted
@@ -64,6 +65,7 @@ def _conv_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PDL: tl.constexpr,  # see `dependent`
 ):
     """y = act(scale*conv(x, w) + shift [+ residual | + scale2*conv1x1(other, w2) + shift2]).
 
@@ -78,6 +80,7 @@ def _conv_tma_kernel(
     ACC_M: tl.constexpr = BLOCK_N if FILTERS_FIRST else BLOCK_M
     ACC_N: tl.constexpr = BLOCK_M if FILTERS_FIRST else BLOCK_N
     tiles = TILES_N * TILES_P * TILES_Q * tiles_k
+    wait_for_input(PDL)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         group = (tile % tiles_k) // (tiles_k // GROUPS)  # neighbours share their pixels in L2
         k = (tile % (tiles_k // GROUPS)) * BLOCK_N

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_input
 from .epilogue import eps_of, nan_relu, scale_shift, strided_rows, vectors
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .tiles import StageTile
@@ -82,6 +83,7 @@ def _expand_shift_kernel(
     BLOCK_K: tl.constexpr,  # input channels a step of the 3x3 and of the downsample branch
     TAP_STAGES: tl.constexpr,  # of the 3x3's loop; 1: plain loads, which keep the taps' overlap in L1
     CHUNK_STAGES: tl.constexpr,
+    PDL: tl.constexpr,  # see `dependent`
 ):
     """h2 = relu(bn(conv3x3(h))); y = relu(bn3(h2 W3) + (other | bn2(other W2))); g = relu(bn1(y W1)).
 
@@ -100,6 +102,7 @@ def _expand_shift_kernel(
     h_rows = h_ptr + rows[:, None] * C + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
     w_cols = w_ptr + offs_c[None, :] * (R * S * C) + offs_k[:, None]  # [BLOCK_K, C]
     acc = tl.zeros((BLOCK_M, C), ACC)
+    wait_for_input(PDL)
     for step in tl.range(0, R * S * (C // BLOCK_K), num_stages=TAP_STAGES):
         # all taps of a channel block before the next block: the taps' overlap is still in cache
         c = (step // (R * S)) * BLOCK_K

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .boxes import Descriptors, unaligned
+from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .expand_shift_tma import bind_expand_shift_tma
 from .gpu import gpu_of
@@ -87,6 +88,7 @@ def _expand_shift_halo_kernel(
     SECOND: gl.constexpr,
     BUFFERS: gl.constexpr,  # for chunks of C expanded channels; divides their number
     PROGRAMS: gl.constexpr,
+    PDL: gl.constexpr,  # see `dependent`
 ):
     """h2 = relu(bn(conv3x3(h))); y = relu(bn3(h2 W3) + (other | bn2(other W2))); g = relu(bn1(y W1)).
 
@@ -129,6 +131,7 @@ def _expand_shift_halo_kernel(
 
     tile = gl.program_id(0)
     n, p, q = box_of(tile, TILES_P, TILES_Q, h_desc)
+    wait_for_input(PDL)
     load_halo(h_desc, edge_desc, h_smem, bars.index(1), n, p, q, 0, True)
     if SECOND:
         load_box(other_desc, [n, p, q, 0], bars.index(2), x2_smem.index(0), True)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .boxes import Descriptors, choose_box, image_box, matrix_box, tiles_of, unaligned
+from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .expand_shift import bind_expand_shift
 from .launch import Launch, accumulator, dot_precision, interpreted
@@ -76,6 +77,7 @@ def _expand_shift_tma_kernel(
     TAP_STAGES: tl.constexpr,
     CHUNK_STAGES: tl.constexpr,
     HELD: tl.constexpr,  # whether the downsample branch's input is loaded once, and not for every chunk
+    PDL: tl.constexpr,  # see `dependent`
 ):
     """h2 = relu(bn(conv3x3(h))); y = relu(bn3(h2 W3) + (other | bn2(other W2))); g = relu(bn1(y W1)).
 
@@ -89,6 +91,7 @@ def _expand_shift_tma_kernel(
     i = (pixels // (TILES_Q * TILES_P)) * IMAGES
     offs_c = tl.arange(0, C)
     acc = tl.zeros((BLOCK_M, C), ACC)
+    wait_for_input(PDL)
     for step in tl.range(0, R * S * (C // BLOCK_K), num_stages=TAP_STAGES):
         # all taps of a channel block before the next block: the taps' overlap is still in L2
         c = (step // (R * S)) * BLOCK_K

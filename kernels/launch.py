@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from triton import knobs
 
+from .dependent import starts_early
 from .gpu import tf32_allowed
 
 
@@ -46,7 +47,7 @@ class Launch:
     Args:
         kernel: a `@triton.jit` function.
         grid: programs along up to three axes.
-        fixed: the arguments behind the activations, constexprs included, in order.
+        fixed: the arguments behind the activations, constexprs included, in order, but for the last one, `PDL`.
         device: of the tensors.
         options: `num_warps`, `num_stages` and the like.
     """
@@ -57,14 +58,17 @@ class Launch:
         self._kernel, self._fixed, self._device, self._options = kernel, tuple(fixed), device, options
         self._grid = (*grid, 1, 1)[:3]
         self._compiled: Any = None
+        self._early = False  # whether that starts before the kernel before it has ended
 
     def __call__(self, *activations: Any) -> None:
         """Launch on the current stream of the device; activations are tensors, tensor descriptors or None."""
         aligned = not any(isinstance(t, torch.Tensor) and t.data_ptr() % 16 for t in activations)
         with current(self._device):
             if aligned and self._compiled is not None:
-                self._compiled(*activations, *self._fixed)
+                self._compiled(*activations, *self._fixed, self._early)
                 return
-            compiled = self._kernel[self._grid](*activations, *self._fixed, **self._options)
+            early = starts_early()
+            arguments = *activations, *self._fixed, early
+            compiled = self._kernel[self._grid](*arguments, launch_pdl=early, **self._options)
         if aligned and compiled is not None and self._device.type == "cuda":
-            self._compiled = compiled[self._grid]
+            self._compiled, self._early = compiled[self._grid], early

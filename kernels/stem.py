@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_input
 from .epilogue import eps_of, nan_relu, scale_shift, vectors
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .pool import is_stem_pool
@@ -40,6 +41,7 @@ def _pack_kernel(
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,  # see `dependent`
 ):
     """y[n, TOP + h, LEFT + w, c] = x[n, c, h, w]; 0 around it and behind its channels."""
     row = tl.program_id(0)  # of all images' rows
@@ -50,6 +52,7 @@ def _pack_kernel(
     c = tl.arange(0, 4)
     inside = (w >= 0) & (w < tl.where((h >= 0) & (h < H), W, 0))  # no column, where the row is outside
     offs = n * STRIDE_N + h.to(tl.int64) * STRIDE_H + w[:, None] * STRIDE_W + c[None, :] * STRIDE_C
+    wait_for_input(PDL)
     x = tl.load(x_ptr + offs, mask=inside[:, None] & (c < C)[None, :], other=0.0)
     target = (row.to(tl.int64) * WIDTH + columns[:, None]) * 4 + c[None, :]
     tl.store(y_ptr + target, x, mask=(columns < WIDTH)[:, None])
@@ -112,6 +115,7 @@ def _stem_kernel(
     ROWS: tl.constexpr,  # pooled rows of a program
     BLOCK_Q: tl.constexpr,  # columns of the convolution's output, two for each pooled one and two in front
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,  # see `dependent`
 ):
     """y = maxpool3x3(relu(scale*conv(x, w) + shift)), stride 2 and padding 1 of the pool.
 
@@ -133,6 +137,7 @@ def _stem_kernel(
     pooled_q = q0 + tl.arange(0, half)
     mask = ((tl.arange(0, half) > 0) & (pooled_q < Q2))[:, None] & (offs_k < K)[None, :]
     before = tl.maximum(tl.arange(0, half) - 1, 0)[:, None].broadcast_to(half, BLOCK_K)
+    wait_for_input(PDL)
     above = tl.zeros((BLOCK_Q, BLOCK_K), KEPT)  # the last row of the convolution that the pooled row shares
     if first > 0:
         rows = x_rows + (2 * first - 1) * 2 * pitch

@@ -11,9 +11,10 @@
 enum { SHARED = 227 << 10, THREADS = 1024, MULTIPROCESSORS = 132 };
 
 static int context;  // its address is every handle
-static int count;
+static int count, early;  // launches, and those that may begin before the one before has ended
 
 int stub_launches(void) { return count; }
+int stub_early(void) { return early; }
 
 static CUresult refuse(const char *what, unsigned long long got) {
   fprintf(stderr, "driver stub: %s, got %llu\n", what, got);
@@ -175,5 +176,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   if (config->sharedMemBytes > SHARED)
     return refuse("a program must have 227 KiB of shared memory at most", config->sharedMemBytes);
   count++;
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      early += config->attrs[i].value.programmaticStreamSerializationAllowed == 1;
   return CUDA_SUCCESS;
 }

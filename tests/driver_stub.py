@@ -44,6 +44,11 @@ class Launches:
     def __len__(self) -> int:
         return int(self._stub.stub_launches())
 
+    @property
+    def early(self) -> int:
+        """How many of them may begin before the launch before them has ended."""
+        return int(self._stub.stub_early())
+
 
 def install() -> Launches:
     """Make the stub the active device: capability 9.0, number 0, stream 0."""

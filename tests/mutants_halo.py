@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _HALO = "tests/test_halo.py::test_on_hopper_what_no_descriptor_names_and_nan"
+_EARLY = "tests/test_launch.py::test_where_a_kernel_may_start_before_the_last_one_has_ended"
 _COMPILED = "tests/test_emulate.py::test_compiled_kernels_are_right[90-fp16]"
 
 #: (name, old text, new text, killers) by file.
@@ -17,7 +18,23 @@ HALO: dict[str, list[tuple[str, str, str, str]]] = {
             _HALO,
         ),
     ],
+    "kernels/dependent.py": [
+        ("no wait for the kernel before", "        gdc_wait()\n", "", _COMPILED),
+        ("early start before Hopper", "target.arch >= 90", "target.arch >= 80", _EARLY + "[cuda-89-None-False]"),
+        (
+            "early start not switched off",
+            'os.environ.get("FUSED_RESBLOCK_PDL") == "0"',
+            "False",
+            _EARLY + "[cuda-90-0-False]",
+        ),
+    ],
     "kernels/conv_halo.py": [
+        (
+            "pixels asked for before the wait",
+            "    wait_for_input(PDL)\n    load_halo(x_desc, edge_desc, x_smem, bars.index(1), n, p, q, c, True)\n",
+            "    load_halo(x_desc, edge_desc, x_smem, bars.index(1), n, p, q, c, True)\n    wait_for_input(PDL)\n",
+            _COMPILED,
+        ),
         ("residual forgotten", "z += y_smem.load(MMA)", "z + y_smem.load(MMA)", _HALO),
         ("ReLU forgotten", "if APPLY_RELU:", "if False:", _HALO),
         ("residual not overwritten", "in_place = overwrite and other is not None", "in_place = False", _HALO),

@@ -34,11 +34,11 @@ from fused_resblock.kernels.launch import Launch
 call, prepared = Launch.__call__, set()
 
 def twice(self, *activations):
-    taken = len(launches)
+    taken, early = len(launches), launches.early
     call(self, *activations)
     assert self._compiled is not None
     call(self, *activations)
-    assert len(launches) == taken + 2
+    assert len(launches) == taken + 2 and launches.early == early + 2
     by_jit, directly = launches.settings[-2:]
     assert by_jit == directly
     by_jit, directly = launches.arguments[-2:]
@@ -83,6 +83,7 @@ from fused_resblock.kernels.bn_act import bind_bn_act
 
 x = torch.empty(2, 8, 4, 4, device="meta").to(memory_format=torch.channels_last)
 bind_bn_act(x.shape, x.dtype, None, device=x.device)(x, None)
+assert launches.early == 1
 (launch,), taken, arguments = launches.prepared, len(launches), launches.arguments[-1]
 
 def refusal(function, *args):
@@ -94,7 +95,7 @@ def refusal(function, *args):
 
 print(refusal(launch._compiled, "x", *arguments[1:]))  # not a pointer
 launch._grid, launch._compiled = (1, 70000, 1), None
-print(refusal(launch, *arguments[:-len(launch._fixed)]))  # 65535 at most
+print(refusal(launch, *arguments[: -len(launch._fixed) - 1]))  # 65535 at most
 utils, half = driver.active.utils, 6
 fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # before Triton 3.7
 fill(0, 3, 2, half, [64, 64], [1024, 64], [64, 1], 0)

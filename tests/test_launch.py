@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fused_resblock.kernels import dependent
 from fused_resblock.kernels import launch as module
 from fused_resblock.kernels.launch import Launch
 
@@ -40,6 +42,7 @@ class Compiled:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(module, "current", lambda device: nullcontext())
+    monkeypatch.setattr(module, "starts_early", lambda: False)
     return Kernel()
 
 
@@ -51,9 +54,41 @@ def test_second_call_goes_straight_to_the_compiled_kernel(kernel):
     launch(ALIGNED, None)
     launch(ALIGNED, None)
     assert kernel.calls == [
-        ("jit", (3, 2, 1), (ALIGNED, None, 1, None), {"num_warps": 4}),
-        ("compiled", (3, 2, 1), (ALIGNED, None, 1, None), {}),
+        ("jit", (3, 2, 1), (ALIGNED, None, 1, None, False), {"num_warps": 4, "launch_pdl": False}),
+        ("compiled", (3, 2, 1), (ALIGNED, None, 1, None, False), {}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "setting", "early"),
+    [
+        ("cuda", 90, None, True),
+        ("cuda", 120, "1", True),
+        ("cuda", 90, "0", False),
+        ("cuda", 89, None, False),
+        ("hip", "gfx942", None, False),
+    ],
+)
+def test_where_a_kernel_may_start_before_the_last_one_has_ended(backend, arch, setting, early, kernel, monkeypatch):
+    active = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch))
+    monkeypatch.setattr(dependent, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(dependent.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(module, "starts_early", dependent.starts_early)
+    monkeypatch.delenv("FUSED_RESBLOCK_PDL", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("FUSED_RESBLOCK_PDL", setting)
+    launch = Launch(kernel, (1,), (7,), torch.device("cuda", 0))
+    launch(ALIGNED)
+    launch(ALIGNED)
+    assert kernel.calls == [
+        ("jit", (1, 1, 1), (ALIGNED, 7, early), {"launch_pdl": early}),
+        ("compiled", (1, 1, 1), (ALIGNED, 7, early), {}),
+    ]
+
+
+def test_the_interpreter_starts_nothing_early(monkeypatch):
+    monkeypatch.setattr(dependent.knobs.runtime, "interpret", True)
+    assert not dependent.starts_early()
 
 
 def test_misaligned_activations_are_looked_at_again(kernel):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,14 +33,23 @@ HEAD = """
 
 
 def executed(
-    body: str, given: np.ndarray, late: bool = False, shared: int = 256, profile: Profile | None = None
+    body: str,
+    given: np.ndarray,
+    late: bool = False,
+    shared: int = 256,
+    profile: Profile | None = None,
+    early: bool = False,
+    settled: bool = False,
 ) -> np.ndarray:
     """64 words written by two warps that were given 64 words."""
     memory = GlobalMemory()
-    parameters = {"out": memory.add(np.zeros(256, np.uint8)), "in": memory.add(given.astype("<u4").view(np.uint8))}
+    parameters = {
+        "out": memory.add(np.zeros(256, np.uint8)),
+        "in": memory.add(given.astype("<u4").view(np.uint8), 0, settled),
+    }
     memory.seal()
     kernel = Compiled(parse(HEAD + body + "\n    ret;\n$L__func_end0:\n}\n"))
-    options = {"late": late, "serialized": False, "notes": set(), "profile": profile}
+    options = {"late": late, "serialized": False, "early": early, "notes": set(), "profile": profile}
     launch(kernel, (1, 1, 1), 64, parameters, memory, shared, **options)
     return memory.read_back(parameters["out"], 256).view("<u4").copy()
 
@@ -235,3 +246,28 @@ def test_swizzles_permute_the_pieces_of_eight_rows():
         assert sorted(swizzled(at, row)) == at.tolist()
     assert swizzled(np.array([128 * 3 + 16 * 5]), 128) == 128 * 3 + 16 * (5 ^ 3)
     assert np.array_equal(swizzled(at, 0), at)
+
+
+@pytest.mark.parametrize(
+    ("steps", "settled", "fault"),
+    [
+        ("launch wait read write", False, None),
+        ("read wait write", True, None),
+        ("read wait write", False, "an activation is read"),
+        ("read write wait", True, "a write"),
+        ("some read write", False, "an activation is read"),
+    ],
+    ids=["waits first", "reads a filter first", "reads first", "writes first", "a thread does not wait"],
+)
+def test_kernels_that_start_early_wait(steps, settled, fault):
+    code = {
+        "launch": "griddepcontrol.launch_dependents;",
+        "wait": "griddepcontrol.wait;",
+        "some": "setp.eq.u32 %p1, %r1, 3;\n    @!%p1 griddepcontrol.wait;",
+        "read": "ld.global.b32 %r2, [%rd4];",
+        "write": "st.global.b32 [%rd3], %r2;",
+    }
+    body = "\n    ".join(code[step] for step in steps.split())
+    for early in (True, False):
+        with pytest.raises(Fault, match=fault) if early and fault else nullcontext():
+            assert (executed(body, np.arange(64), early=early, settled=settled) == np.arange(64)).all()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,15 @@ def _fused(model: nn.Module, x: Tensor, backend: str, stages: bool | str = True)
     return frb.fuse(model, backend=backend, stages=stages)
 
 
+@torch.no_grad()
+def in_order(model: nn.Module, x: Tensor) -> Call:
+    """The fused model, with no kernel started before the one before it has ended (`kernels.dependent`)."""
+    fused = frb.fuse(model)
+    with patch.dict(os.environ, FUSED_RESBLOCK_PDL="0"):
+        fused(x)
+    return fused
+
+
 #: group -> provider -> makes the callable for a model in eval mode and its input
 GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
     "main": {
@@ -107,6 +118,7 @@ GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
         "fused": partial(_fused, backend="auto"),
         "triton": partial(_fused, backend="triton"),
         "stages": partial(_fused, backend="triton", stages="kernel"),
+        "in-order": in_order,
     },
     "compile": {
         "eager": lambda model, x: model,

@@ -9,7 +9,18 @@ from .context import Context
 from .records import Row, read_json
 
 KERNELS = ("conv_bn_act", "bn_act", "relu_backward", "expand_shift", "stem")
-PROVIDERS = ("eager", "folded", "cudnn", "fused", "triton", "stages", "compile", "max-autotune", "onnxruntime")
+PROVIDERS = (
+    "eager",
+    "folded",
+    "cudnn",
+    "fused",
+    "triton",
+    "stages",
+    "in-order",
+    "compile",
+    "max-autotune",
+    "onnxruntime",
+)
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -143,6 +143,8 @@ def _tensor(i: Instruction) -> Step:
             tensor: Descriptor = g.parameters["descriptors"][int(tensors[thread])]
             inside, far, near = _box(g, tensor, [int(s[thread]) for s in start], at)
             near = near + program * g.stride
+            here = np.full(g.size, tensor.address - g.memory.BASE)
+            g.check_early(here, np.arange(g.size) == thread, not loading)
             if g.profile is not None:
                 g.profile.box(far[inside] // SECTOR, not loading)
                 g.profile.wavefronts += near.size // 128

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ..offline import disassembled, one_by_one
-from .grid import Descriptor, GlobalMemory
+from .dependent import SETTLED
+from .grid import Descriptor, Fault, GlobalMemory
 from .parse import parse
 from .profile import Profile
 from .run import Compiled, launch
@@ -37,13 +38,13 @@ class _Memory:
         self.memory = GlobalMemory()
         self._storages: dict[int, tuple[Tensor, int]] = {}
 
-    def address(self, t: Tensor) -> int:
+    def address(self, t: Tensor, settled: bool) -> int:
         """Where the tensor begins; its whole storage is copied in."""
         storage = t.untyped_storage()
         key = storage.data_ptr()
         if key not in self._storages:
             content = torch.tensor([], dtype=torch.uint8).set_(storage)
-            self._storages[key] = content, self.memory.add(content.numpy(), key % 16)
+            self._storages[key] = content, self.memory.add(content.numpy(), key % 16, settled)
         return self._storages[key][1] + t.data_ptr() - key
 
     def copy_back(self) -> None:
@@ -82,7 +83,7 @@ class Driver:
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
         """What is called with a compiled kernel's grid and arguments."""
-        types = list(src.signature.values())
+        types = list(src.signature.items())
 
         def run(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
             self._run(self._kernel, (x, y, z), types, rest[-len(types) :], metadata)
@@ -91,7 +92,9 @@ class Driver:
 
     _kernel: Any = None  # that is launched: the launcher is not told
 
-    def _run(self, kernel: Any, grid: Sequence[int], types: Sequence[str], args: Sequence[Any], metadata: Any) -> None:
+    def _run(
+        self, kernel: Any, grid: Sequence[int], types: Sequence[tuple[str, str]], args: Sequence[Any], metadata: Any
+    ) -> None:
         text = kernel.asm["ptx"]
         if text not in self._compiled:
             self._compiled[text] = Compiled(parse(text)), "wgmma" in text and one_by_one(disassembled(kernel))
@@ -104,24 +107,32 @@ class Driver:
         self.launched.append((compiled.kernel.name, kernel))
         profile = Profile() if self.profiling else None
         options = {"late": self.late, "serialized": serialized, "notes": self.notes, "profile": profile}
+        options["early"] = metadata.launch_pdl
+        if metadata.launch_pdl and "griddepcontrol.wait" not in text:
+            raise Fault(f"{compiled.kernel.name} is started early and never waits")
         launch(compiled, grid, 32 * metadata.num_warps, parameters, memory.memory, metadata.shared, **options)
         self.profiles += [] if profile is None else [profile]
         memory.copy_back()
 
 
 def _values(
-    types: Sequence[str], args: Sequence[Any], metadata: Any, memory: _Memory, descriptors: dict[int, Descriptor]
+    types: Sequence[tuple[str, str]],
+    args: Sequence[Any],
+    metadata: Any,
+    memory: _Memory,
+    descriptors: dict[int, Descriptor],
 ) -> Iterator[int]:
     """The values of the kernel's parameters in order, as bits."""
     metas = iter(getattr(metadata, "tensordesc_meta", None) or ())
-    for kind, value in zip(types, args, strict=True):
+    for (name, kind), value in zip(types, args, strict=True):
+        settled = name.startswith(SETTLED)
         if kind == "constexpr":
             continue
         if kind.startswith("*"):
-            yield 0 if value is None else memory.address(value)
+            yield 0 if value is None else memory.address(value, settled)
         elif kind.startswith("tensordesc"):
             key = _DESCRIPTORS + 128 * len(descriptors)
-            descriptors[key] = _descriptor(value, next(metas), memory)
+            descriptors[key] = _descriptor(value, next(metas), memory, settled)
             yield key
             yield from value.shape
             yield from value.strides
@@ -131,10 +142,10 @@ def _values(
             yield int(value)
 
 
-def _descriptor(value: Any, meta: dict[str, Any], memory: _Memory) -> Descriptor:
+def _descriptor(value: Any, meta: dict[str, Any], memory: _Memory, settled: bool) -> Descriptor:
     itemsize = value.base.element_size()
     return Descriptor(
-        memory.address(value.base),
+        memory.address(value.base, settled),
         list(value.shape)[::-1],
         [itemsize * stride for stride in value.strides][::-1],
         list(meta["block_size"])[::-1],

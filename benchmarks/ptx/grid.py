@@ -32,18 +32,27 @@ class GlobalMemory:
         self.bytes = np.zeros(0, np.uint8)
         self._starts: list[int] = []
         self._ends: list[int] = []
+        self._settled: list[bool] = []
 
-    def add(self, content: np.ndarray, misalignment: int = 0) -> int:
-        """Copy bytes in; their address, a multiple of 256 plus the misalignment."""
+    def add(self, content: np.ndarray, misalignment: int = 0, settled: bool = False) -> int:
+        """Copy bytes in; their address, a multiple of 256 plus the misalignment.
+
+        They are `settled` if a kernel that was started early may read them at once; see `dependent`.
+        """
         start = -(-(len(self.bytes) + self.GAP) // 256) * 256 + misalignment
         self.bytes = np.concatenate([self.bytes, np.zeros(start - len(self.bytes), np.uint8), content])
         self._starts.append(start)
         self._ends.append(len(self.bytes))
+        self._settled.append(settled)
         return self.BASE + start
 
     def seal(self) -> None:
         """Nothing more is added; room behind the last piece, so that vectors can be read."""
         self.bytes = np.concatenate([self.bytes, np.zeros(self.GAP + -len(self.bytes) % 16, np.uint8)])
+
+    def unsettled(self, offsets: Array) -> Array:
+        """Whether what lies there must not be read before the kernels before have ended."""
+        return ~np.take(self._settled, np.searchsorted(self._starts, offsets, side="right") - 1)
 
     def read_back(self, address: int, size: int) -> np.ndarray:
         """What lies there now."""
@@ -89,6 +98,7 @@ class Grid:
         shared: bytes of a program.
         late: whether asynchronous work lands as late as it may, and not at once.
         serialized: whether the assembler has each wgmma waited for.
+        early: whether the launch may begin before the one before has ended.
         notes: what is to be said of the launch.
         profile: where to count what is issued and moved, if anywhere.
     """
@@ -104,6 +114,7 @@ class Grid:
         shared: int,
         late: bool,
         serialized: bool,
+        early: bool,
         notes: set[str],
         profile: Profile | None = None,
     ) -> None:
@@ -127,6 +138,7 @@ class Grid:
         self.limit = SHARED_BASE + shared
         self.unfenced = np.zeros(len(self.shared), np.uint8)  # for the asynchronous proxy: STORED, or COPIED
         self.exited = np.zeros(self.size, bool)
+        self.early, self.waited = early, np.zeros(self.size, bool)  # see dependent.py
         self.blocked = False  # an instruction cannot go on before others have run
         self.barriers: dict[tuple[int, int], Any] = {}  # see bulk.py
         self.copies = Flights(self.size)  # cp.async
@@ -141,6 +153,12 @@ class Grid:
         if wrong.any():
             raise Fault(f"{size} bytes at shared {int(addresses[wrong][0]):#x}: outside of {self.limit} or misaligned")
         return np.where(active, self.program * self.stride + addresses, 0)
+
+    def check_early(self, offsets: Array, threads: Array, storing: bool) -> None:
+        """Fault if one of the threads may not touch these places of global memory yet; see `dependent`."""
+        early = threads & ~self.waited if self.early else None
+        if early is not None and early.any() and (storing or self.memory.unsettled(offsets[early]).any()):
+            raise Fault(f"{'a write' if storing else 'an activation is read'} before griddepcontrol.wait")
 
     def write(self, number: int, value: Array, active: Array | None) -> None:
         """Set a register in the active threads (None: in all); arrays are never changed in place."""

@@ -38,6 +38,7 @@ def _place(g: Grid, space: str, at: Array, size: int, threads: Array, storing: b
             g.profile.banks(start, size, threads)
         return g.shared, start
     start = g.memory.offsets(at, size, threads)
+    g.check_early(start, threads, storing)
     if g.profile is not None:
         g.profile.moved(start, size, threads, storing, 32 if storing else g.threads)
     return g.memory.bytes, start

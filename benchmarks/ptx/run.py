@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arithmetic, bulk, matrix, memory, moves
+from . import arithmetic, bulk, dependent, matrix, memory, moves
 from .grid import Array, Fault, GlobalMemory, Grid
 from .operands import Step
 from .parse import Instruction, Kernel, Symbol
@@ -16,7 +16,8 @@ from .parse import Instruction, Kernel, Symbol
 LIMIT = 2_000_000
 #: that run together: numpy is idle with fewer
 THREADS = 8192
-_BUILDERS = {**arithmetic.BUILDERS, **moves.BUILDERS, **memory.BUILDERS, **matrix.BUILDERS, **bulk.BUILDERS}
+_BUILDERS = {**arithmetic.BUILDERS, **moves.BUILDERS, **memory.BUILDERS, **matrix.BUILDERS}
+_BUILDERS |= {**bulk.BUILDERS, **dependent.BUILDERS}
 _COLLECTIVE = ("bar", "wgmma")  # of more than one warp
 
 
