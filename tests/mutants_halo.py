@@ -20,12 +20,12 @@ HALO: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "kernels/dependent.py": [
         ("no wait for the kernel before", "        gdc_wait()\n", "", _COMPILED),
-        ("early start before Hopper", "target.arch >= 90", "target.arch >= 80", _EARLY + "[cuda-89-None-False]"),
+        ("early start before Hopper", "target.arch >= 90", "target.arch >= 80", _EARLY + "[cuda-89-12080-None-False]"),
         (
             "early start not switched off",
             'os.environ.get("FUSED_RESBLOCK_PDL") == "0"',
             "False",
-            _EARLY + "[cuda-90-0-False]",
+            _EARLY + "[cuda-90-12080-0-False]",
         ),
     ],
     "kernels/conv_halo.py": [

@@ -60,18 +60,22 @@ def test_second_call_goes_straight_to_the_compiled_kernel(kernel):
 
 
 @pytest.mark.parametrize(
-    ("backend", "arch", "setting", "early"),
+    ("backend", "arch", "version", "setting", "early"),
     [
-        ("cuda", 90, None, True),
-        ("cuda", 120, "1", True),
-        ("cuda", 90, "0", False),
-        ("cuda", 89, None, False),
-        ("hip", "gfx942", None, False),
+        ("cuda", 90, 12080, None, True),
+        ("cuda", 120, 12030, "1", True),
+        ("cuda", 90, 12080, "0", False),
+        ("cuda", 90, 12020, None, False),
+        ("cuda", 89, 12080, None, False),
+        ("hip", "gfx942", 12080, None, False),
     ],
 )
-def test_where_a_kernel_may_start_before_the_last_one_has_ended(backend, arch, setting, early, kernel, monkeypatch):
+def test_where_a_kernel_may_start_before_the_last_one_has_ended(
+    backend, arch, version, setting, early, kernel, monkeypatch
+):
     active = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch))
     monkeypatch.setattr(dependent, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version, raising=False)
     monkeypatch.setattr(dependent.knobs.runtime, "interpret", False)
     monkeypatch.setattr(module, "starts_early", dependent.starts_early)
     monkeypatch.delenv("FUSED_RESBLOCK_PDL", raising=False)
