@@ -69,8 +69,10 @@ class Classifier(Head):
 
     def _compute(self, x: Tensor) -> Tensor | None:
         parameters = self._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
-        if weight is None or not dispatch.plain((weight, bias)) or x.dtype != weight.dtype or x.device != weight.device:
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if weight is None or "bias" not in parameters:  # computed by somebody, as pruning does
+            return None
+        if not dispatch.plain((weight, bias)) or x.dtype != weight.dtype or x.device != weight.device:
             return None
         if x.dim() != 2 or x.shape[1] != weight.shape[1]:
             return None

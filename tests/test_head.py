@@ -10,6 +10,7 @@ import torch
 from cases import BF16, FP16, FP32, require
 from parity import assert_parity
 from torch import nn
+from torch.nn.utils import prune
 
 import fused_resblock as frb
 from fused_resblock import head
@@ -111,6 +112,8 @@ CHANGES = {
     "loaded": lambda fc: fc.load_state_dict({k: v + 1 for k, v in fc.state_dict().items()}),
     "fewer classes": lambda fc: setattr(fc, "weight", nn.Parameter(fc.weight[:4].clone())) or setattr(fc, "bias", None),
     "weight norm": torch.nn.utils.parametrizations.weight_norm,
+    "weight pruned": lambda fc: prune.l1_unstructured(fc, "weight", 0.5),
+    "bias pruned": lambda fc: prune.l1_unstructured(fc, "bias", 0.5),
     "a hook": lambda fc: fc.register_forward_hook(lambda m, args, y: y + 1),
     "a forward of its own": lambda fc: setattr(fc, "forward", lambda x: x),
 }
