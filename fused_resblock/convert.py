@@ -71,18 +71,17 @@ def fuse(
     networks = list(find_networks(model, {module for _, module, _ in found})) if stems or heads else []
     if not inplace:
         model = copy.deepcopy(model)
+
+    def wanted(path: str) -> bool:
+        return filter_fn is None or filter_fn(path, model.get_submodule(path))
+
     for name, graph in networks:
-        network = model.get_submodule(name)
-
-        def wanted(path: str, name: str = name) -> bool:
-            full = f"{name}.{path}".lstrip(".")
-            return filter_fn is None or filter_fn(full, model.get_submodule(full))
-
+        network, prefix = model.get_submodule(name), f"{name}." if name else ""
         for path in find_heads(network, graph) if heads else ():
-            if wanted(path):
+            if wanted(prefix + path):
                 fuse_head(network.get_submodule(path), backend)
         for stem in find_stems(network, graph) if stems else ():
-            if wanted(stem[0]):
+            if wanted(prefix + stem[0]):
                 fuse_stem(network, stem, backend)
     for name, _, outcome in found:
         block = model.get_submodule(name)

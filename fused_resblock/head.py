@@ -19,14 +19,11 @@ from .swap import Swapped, intact, own_class, swapped_class, undo
 
 
 @cache
-def _refusal(device: str, dtype: torch.dtype, backend: str) -> str | None:
-    """Why modules compute as ever on tensors of this device type and dtype; None when they do not."""
-    if device != "cpu":
-        return f"only on a CPU, not on {device}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"{dtype}: only in fp16 and bf16"
-    choice = backends.resolve(backend, backends.Problem(device, dtype))
-    return None if choice.backend == "onednn" else choice.reason
+def _applies(device: str, dtype: torch.dtype, backend: str) -> bool:
+    """Whether heads are fast on tensors of this device type and dtype."""
+    if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return backends.resolve(backend, backends.Problem(device, dtype)).backend == "onednn"
 
 
 class Head(Swapped):
@@ -41,9 +38,12 @@ class Head(Swapped):
     def _fast(self, x: Any) -> Tensor | None:
         if not dispatch.plain((x,)) or torch.is_grad_enabled() or dispatch.autocast_dtype(x) is not None:
             return None
-        backend = backends.check_name(self.__dict__["_fused_backend"])
-        fits = x.numel() > 0 and intact(type(self).__mro__[1], self)
-        return self._compute(x) if fits and _refusal(x.device.type, x.dtype, backend) is None else None
+        fits = x.numel() > 0 and intact(_MIXINS[own_class(self)], self) and self.applies(x)
+        return self._compute(x) if fits else None
+
+    def applies(self, example: Tensor) -> bool:
+        """Whether the module may be fast on tensors of this device and dtype."""
+        return _applies(example.device.type, example.dtype, backends.check_name(self.__dict__["_fused_backend"]))
 
     def _compute(self, x: Tensor) -> Tensor | None:
         """The result; None if this x, or the module as it is now, is for the module's own forward."""
@@ -103,5 +103,4 @@ def unfuse_head(module: nn.Module) -> None:
 
 def is_fast(module: Head, example: Tensor) -> bool:
     """Whether a head would be fast now in a network with parameters such as `example`."""
-    backend = backends.check_name(module.__dict__["_fused_backend"])
-    return "forward" not in module.__dict__ and _refusal(example.device.type, example.dtype, backend) is None
+    return "forward" not in module.__dict__ and module.applies(example)

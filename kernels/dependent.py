@@ -8,17 +8,9 @@ Source: NVIDIA, CUDA programming guide, "Programmatic Dependent Launch and Synch
 
 from __future__ import annotations
 
-import os
-
-import torch
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.runtime import driver
-
-#: the first driver that captures such launches in a CUDA graph
-GRAPHS = 12030
 
 
 @triton.jit
@@ -30,17 +22,3 @@ def wait_for_input(PDL: tl.constexpr):  # whether the kernel was launched so
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-
-
-def starts_early() -> bool:
-    """Whether kernels are launched so: from Hopper and a driver of 12.3 on, unless `FUSED_RESBLOCK_PDL` is 0."""
-    if knobs.runtime.interpret or os.environ.get("FUSED_RESBLOCK_PDL") == "0":
-        return False
-    target = driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= 90 and _driver_version() >= GRAPHS)
-
-
-def _driver_version() -> int:
-    """Of the CUDA driver, 12030 for 12.3; as if it were new enough where there is none, so that nothing is launched."""
-    version = getattr(torch._C, "_cuda_getDriverVersion", int)
-    return version() or GRAPHS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 import triton.language as tl
 from triton import knobs
+from triton.runtime import driver
 
-from .dependent import starts_early
 from .gpu import tf32_allowed
+
+#: the first CUDA driver, 12.3, that captures a launch which starts early in a CUDA graph
+CAPTURES_EARLY = 12030
 
 
 def interpreted() -> bool:
@@ -33,6 +37,18 @@ def current(device: torch.device):
     """A context in which the device is the current one; Triton launches on the current device."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+def starts_early() -> bool:
+    """Whether kernels start before the last one has ended: from Hopper on, unless `FUSED_RESBLOCK_PDL` is 0.
+
+    See `dependent`; not in the interpreter, and not with a driver that could not capture it.
+    """
+    if interpreted() or os.environ.get("FUSED_RESBLOCK_PDL") == "0":
+        return False
+    target = driver.active.get_current_target()
+    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # 0: no driver, and nothing is launched
+    return bool(target.backend == "cuda" and target.arch >= 90 and (version == 0 or version >= CAPTURES_EARLY))
 
 
 class Launch:

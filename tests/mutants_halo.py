@@ -20,6 +20,8 @@ HALO: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "kernels/dependent.py": [
         ("no wait for the kernel before", "        gdc_wait()\n", "", _COMPILED),
+    ],
+    "kernels/launch.py": [
         ("early start before Hopper", "target.arch >= 90", "target.arch >= 80", _EARLY + "[cuda-89-12080-None-False]"),
         (
             "early start not switched off",

@@ -28,8 +28,8 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/head.py": [
         (
             "heads in fp32",
-            "if dtype not in (torch.float16, torch.bfloat16):",
-            "if False:",
+            'if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):',
+            'if device != "cpu":',
             _HEAD + "where_it_does_not_apply",
         ),
         (
@@ -40,7 +40,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "classifier of any class",
-            "and intact(type(self).__mro__[1], self)",
+            " and intact(_MIXINS[own_class(self)], self)",
             "",
             _HEAD + "changes_are_seen[weight norm]",
         ),

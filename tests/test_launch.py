@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_resblock.kernels import dependent
 from fused_resblock.kernels import launch as module
-from fused_resblock.kernels.launch import Launch
+from fused_resblock.kernels.launch import Launch, starts_early
 
 
 class Kernel:
@@ -74,10 +73,10 @@ def test_where_a_kernel_may_start_before_the_last_one_has_ended(
     backend, arch, version, setting, early, kernel, monkeypatch
 ):
     active = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch))
-    monkeypatch.setattr(dependent, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version, raising=False)
-    monkeypatch.setattr(dependent.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(module, "starts_early", dependent.starts_early)
+    monkeypatch.setattr(module.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(module, "starts_early", starts_early)
     monkeypatch.delenv("FUSED_RESBLOCK_PDL", raising=False)
     if setting is not None:
         monkeypatch.setenv("FUSED_RESBLOCK_PDL", setting)
@@ -91,8 +90,8 @@ def test_where_a_kernel_may_start_before_the_last_one_has_ended(
 
 
 def test_the_interpreter_starts_nothing_early(monkeypatch):
-    monkeypatch.setattr(dependent.knobs.runtime, "interpret", True)
-    assert not dependent.starts_early()
+    monkeypatch.setattr(module.knobs.runtime, "interpret", True)
+    assert not starts_early()
 
 
 def test_misaligned_activations_are_looked_at_again(kernel):

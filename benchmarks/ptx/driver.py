@@ -83,32 +83,32 @@ class Driver:
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
         """What is called with a compiled kernel's grid and arguments."""
-        types = list(src.signature.items())
+        signature = src.signature
 
         def run(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
-            self._run(self._kernel, (x, y, z), types, rest[-len(types) :], metadata)
+            self._run(self._kernel, (x, y, z), signature, rest[-len(signature) :], metadata)
 
         return run
 
     _kernel: Any = None  # that is launched: the launcher is not told
 
     def _run(
-        self, kernel: Any, grid: Sequence[int], types: Sequence[tuple[str, str]], args: Sequence[Any], metadata: Any
+        self, kernel: Any, grid: Sequence[int], signature: dict[str, str], args: Sequence[Any], metadata: Any
     ) -> None:
         text = kernel.asm["ptx"]
         if text not in self._compiled:
             self._compiled[text] = Compiled(parse(text)), "wgmma" in text and one_by_one(disassembled(kernel))
         (compiled, serialized), memory = self._compiled[text], _Memory()
         parameters: dict[str, Any] = {"descriptors": {}}
-        values = _values(types, args, metadata, memory, parameters["descriptors"])
+        values = _values(signature, args, metadata, memory, parameters["descriptors"])
         for name, _ in compiled.kernel.parameters:
             parameters[name] = next(values, 0)  # the last two are scratch memory, which is not used
         memory.memory.seal()
         self.launched.append((compiled.kernel.name, kernel))
         profile = Profile() if self.profiling else None
-        options = {"late": self.late, "serialized": serialized, "notes": self.notes, "profile": profile}
-        options["early"] = metadata.launch_pdl
-        if metadata.launch_pdl and "griddepcontrol.wait" not in text:
+        early = metadata.launch_pdl
+        options = {"late": self.late, "serialized": serialized, "early": early, "notes": self.notes, "profile": profile}
+        if early and "griddepcontrol.wait" not in text:
             raise Fault(f"{compiled.kernel.name} is started early and never waits")
         launch(compiled, grid, 32 * metadata.num_warps, parameters, memory.memory, metadata.shared, **options)
         self.profiles += [] if profile is None else [profile]
@@ -116,15 +116,11 @@ class Driver:
 
 
 def _values(
-    types: Sequence[tuple[str, str]],
-    args: Sequence[Any],
-    metadata: Any,
-    memory: _Memory,
-    descriptors: dict[int, Descriptor],
+    signature: dict[str, str], args: Sequence[Any], metadata: Any, memory: _Memory, descriptors: dict[int, Descriptor]
 ) -> Iterator[int]:
     """The values of the kernel's parameters in order, as bits."""
     metas = iter(getattr(metadata, "tensordesc_meta", None) or ())
-    for (name, kind), value in zip(types, args, strict=True):
+    for (name, kind), value in zip(signature.items(), args, strict=True):
         settled = name.startswith(SETTLED)
         if kind == "constexpr":
             continue

@@ -156,8 +156,10 @@ class Grid:
 
     def check_early(self, offsets: Array, threads: Array, storing: bool) -> None:
         """Fault if one of the threads may not touch these places of global memory yet; see `dependent`."""
-        early = threads & ~self.waited if self.early else None
-        if early is not None and early.any() and (storing or self.memory.unsettled(offsets[early]).any()):
+        if not self.early:
+            return
+        early = threads & ~self.waited
+        if early.any() and (storing or self.memory.unsettled(offsets[early]).any()):
             raise Fault(f"{'a write' if storing else 'an activation is read'} before griddepcontrol.wait")
 
     def write(self, number: int, value: Array, active: Array | None) -> None:

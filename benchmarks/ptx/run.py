@@ -16,8 +16,8 @@ from .parse import Instruction, Kernel, Symbol
 LIMIT = 2_000_000
 #: that run together: numpy is idle with fewer
 THREADS = 8192
-_BUILDERS = {**arithmetic.BUILDERS, **moves.BUILDERS, **memory.BUILDERS, **matrix.BUILDERS}
-_BUILDERS |= {**bulk.BUILDERS, **dependent.BUILDERS}
+_PARTS: Any = (arithmetic, moves, memory, matrix, bulk, dependent)
+_BUILDERS = {opcode: builder for part in _PARTS for opcode, builder in part.BUILDERS.items()}
 _COLLECTIVE = ("bar", "wgmma")  # of more than one warp
 
 
