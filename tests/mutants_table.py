@@ -42,7 +42,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "classifier of any class",
             " and intact(_MIXINS[own_class(self)], self)",
             "",
-            _HEAD + "changes_are_seen[weight norm]",
+            _HEAD + "changes_are_seen[weight of its class]",
         ),
     ],
     "fused_resblock/gradients.py": [

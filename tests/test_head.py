@@ -102,7 +102,12 @@ def data_edit(fc: nn.Linear) -> None:
         p.data.mul_(-2)
 
 
+def doubled_by_class(fc: nn.Linear) -> None:
+    fc.__class__ = type("Doubled", (type(fc),), {"weight": property(lambda self: 2 * self._parameters["weight"])})
+
+
 CHANGES = {
+    "weight of its class": doubled_by_class,
     "weight in place": lambda fc: fc.weight.mul_(2),
     "bias in place": lambda fc: fc.bias.add_(1),
     "through data": data_edit,
