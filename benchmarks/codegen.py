@@ -2,14 +2,14 @@
 
 `python -m benchmarks.codegen` needs no GPU. It writes one row a kernel to `benchmarks/results/codegen.csv`, which is
 kept, so that a diff shows what a change did to the machine code; `--check` compares with the kept file and fails on a
-broken gate or on anything that became worse. `--triton 3.6.0` does it with another release, from its wheel, into a
-table of its own.
+broken gate or on anything that became worse. A kernel is compiled only where something that goes into it has changed
+since its row was made (`benchmarks.unchanged`; the names are beside the table, in `.inputs.json`); `--all` compiles
+every one. `--triton 3.6.0` does it with another release, from its wheel, into a table of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,16 +30,15 @@ from fused_resblock.params import Affine, Conv
 
 from .gpu import space
 from .gpu.operations import build
+from .kernel_table import KEY, Kept, Row, key_of, read, read_kept, table_of, write
 from .offline import CHIPS, compiling_for, inspect
 from .other_triton import run_with
 from .shapes import ConvShape, all_shapes, wide_shapes
+from .unchanged import Unchanged, name_of, not_again
 from .workers import in_order
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-RESULTS = Path(__file__).parent / "results" / "codegen.csv"
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
-KEY = ("capability", "dtype", "kernel", "case", "tile")
 
 
 @dataclass(frozen=True)
@@ -190,25 +189,35 @@ def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tup
             yield Job(capability, name, "relu_backward", "", "", backward, multiplies=False, rectifies=False)
 
 
-def compile_job(job: Job) -> dict[str, Any]:
-    """Compile a job and read its code: one row of the table."""
+def compile_job(job: Job, kept: Kept | None = None) -> tuple[str, Row]:
+    """Compile a job and read its code: what it was made from, and its row of the table; or give what is kept of both.
+
+    Only a job that is made from something else than its kept row is compiled.
+    """
+    name, row = (kept or {}).get(key_of(job), (None, {}))
     allow_tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
     try:
-        with compiling_for(job.capability) as compiled:
+        with compiling_for(job.capability) as compiled, not_again(name):
             job.launch()
+    except Unchanged:
+        assert name is not None
+        return name, row
     finally:
         torch.backends.cudnn.allow_tf32 = allow_tf32
     kernel = next(k for name, k in compiled if name == f"_{job.kernel}_kernel")
     facts = inspect(kernel, CHIPS[job.capability])
-    return {**{field: getattr(job, field) for field in KEY}, **facts}
+    return name_of(kernel), {"triton": triton.__version__, **{field: getattr(job, field) for field in KEY}, **facts}
 
 
-def compile_all(capabilities: Sequence[int], dtypes: Sequence[str]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Every job with its row, in order, compiled on all cores."""
+def compile_all(
+    capabilities: Sequence[int], dtypes: Sequence[str], kept: Kept
+) -> Iterator[tuple[Job, tuple[str, Row]]]:
+    """Every job with what it was made from and its row, in order, compiled on all cores."""
     listing = partial(jobs, capabilities, dtypes)
     todo = list(listing())
-    yield from zip(todo, in_order(listing, compile_job, range(len(todo)), "kernel"), strict=True)
+    work = partial(compile_job, kept=kept)
+    yield from zip(todo, in_order(listing, work, range(len(todo)), "kernel"), strict=True)
 
 
 def broken_gates(row: dict[str, Any], job: Job) -> list[str]:
@@ -241,26 +250,13 @@ def worse(row: dict[str, Any], kept: dict[str, str]) -> list[str]:
     ]
 
 
-def table_of(version: str, stem: str = RESULTS.stem) -> Path:
-    """The kept table of a Triton: the pinned one's has no version in its name."""
-    pins = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").split() if "==" in line)
-    return RESULTS.with_name(f"{stem}.csv" if version == pins.get("triton") else f"{stem}-triton-{version}.csv")
-
-
-def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """The rows of a kept table by their key; empty where there is none."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {tuple(row[field] for field in KEY): row for row in csv.DictReader(file)}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print what is wrong, write the table. Returns 1 if a gate is broken or, with --check, code got worse."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
     parser.add_argument("--capability", type=int, action="append", choices=tuple(CHIPS), help="default: all")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")
     parser.add_argument("--check", action="store_true", help="write nothing; compare with the kept table")
+    parser.add_argument("--all", action="store_true", help="compile those too that nothing has changed for")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="default: the kept table of this Triton")
     parser.add_argument("--triton", metavar="VERSION|WHEEL", help="compile with another release of Triton")
     args = parser.parse_args(argv)
@@ -269,23 +265,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_with(args.triton, "benchmarks.codegen", sys.argv[1:] if argv is None else argv)
         except ValueError as error:
             parser.error(str(error))
-    args.out = args.out or table_of(triton.__version__)
-    kept, faults, rows = read(args.out), [], []
-    for job, facts in compile_all(args.capability or tuple(CHIPS), args.dtype or tuple(DTYPES)):
-        row = {"triton": triton.__version__, **facts}
+    args.out = args.out or table_of("codegen", triton.__version__)
+    kept, known = read(args.out), {} if args.all else read_kept(args.out)
+    faults, rows, inputs, compiled = [], [], [], 0
+    for job, (name, row) in compile_all(args.capability or tuple(CHIPS), args.dtype or tuple(DTYPES), known):
+        key = key_of(job)
         rows.append(row)
-        key = tuple(str(row[field]) for field in KEY)
+        inputs.append(name)
+        compiled += known.get(key, ("",))[0] != name
         found = broken_gates(row, job)
-        if args.check and key in kept and kept[key]["triton"] == triton.__version__:
+        if args.check and kept.get(key, {}).get("triton") == triton.__version__:
             found += worse(row, kept[key])
         faults += [f"{' '.join(key)}: {fault}" for fault in found]
     if not args.check:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    print("\n".join(faults) if faults else f"{len(rows)} kernels, every gate holds")
+        write(args.out, rows, inputs)
+    print("\n".join(faults) if faults else f"{len(rows)} kernels, every gate holds; compiled now: {compiled}")
     return 1 if faults else 0
 
 

@@ -9,7 +9,6 @@ asynchronous work lands. One row a kernel, with what it issues and moves, goes t
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,11 +30,12 @@ from fused_resblock.kernels.pool import POOL
 from fused_resblock.kernels.stage import candidates
 from fused_resblock.kernels.tiles import StageTile, Tile
 
-from .codegen import KEY, convolution_of, kernel_of, read, shipped, table_of
+from .codegen import convolution_of, kernel_of, shipped
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, poisoned, precision
 from .harness import parity
+from .kernel_table import KEY, Row, key_of, read, table_of, write
 from .offline import CHIPS
 from .other_triton import run_with
 from .ptx.driver import emulated
@@ -200,15 +200,12 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
                     yield Job(capability, name, kernel, f"{c}.{size}px.{what}", "", run)
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Put rows into a table, in the order of `jobs`; what it holds of kernels that were not run stays."""
+def merged(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Rows in the order of `jobs`, with those that a table holds of kernels that were not run."""
     kept = {**read(path), **{tuple(str(row[field]) for field in KEY): row for row in rows}}
-    keys = [tuple(str(getattr(job, field)) for field in KEY) for job in jobs()]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        fields = ["triton", *KEY, "status", "max_error", "error_bound", *COUNTS, "note"]
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(kept[key] for key in keys if key in kept)
+    keys = [key_of(job) for job in jobs()]
+    fields = ["triton", *KEY, "status", "max_error", "error_bound", *COUNTS, "note"]
+    return [{field: kept[key].get(field, "") for field in fields} for key in keys if key in kept]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             faults += 1
             tqdm.write(" ".join(str(row[field]) for field in (*KEY, "status", "note")))
     if args.every == 1:
-        write(args.out or table_of(triton.__version__, "emulate"), rows)
+        path = args.out or table_of("emulate", triton.__version__)
+        write(path, merged(path, rows))
     print(f"Triton {triton.__version__}: {len(rows)} kernels, {faults} not right")
     return 1 if faults else 0
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from . import backends
+from .frozen import Freezable
 from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
 from .plan import Plan, Unsupported
@@ -29,6 +30,7 @@ def fuse(
     stages: bool | str = True,
     stems: bool = True,
     heads: bool = True,
+    frozen: bool = False,
 ) -> nn.Module:
     """Make the residual blocks of a model fast.
 
@@ -47,6 +49,9 @@ def fuse(
             kernel; "kernel" asks for it wherever it can run.
         stems: also run a convolution, its norm, its ReLU and a max-pool that stand outside of blocks as one operation.
         heads: also run the global average pool and the classifier behind the blocks faster; in fp16 and bf16 on a CPU.
+        frozen: promise that weights, statistics, modules, settings and hooks stay as they are, as `torch.compile` has
+            it with `freezing`. What was made of them is then used without looking, and a change is not noticed, until
+            the next `load_state_dict`, `.to()`, `fuse`, or forward under autograd or in train mode.
 
     Returns:
         The fused model. `explain` says what became of each block.
@@ -97,6 +102,9 @@ def fuse(
                 if not isinstance(module, FusedStage):
                     module.__class__ = swapped_class(FusedStage, type(module))
                 module.__dict__["_fused_kernel"] = stages == "kernel"
+    for module in model.modules():
+        if isinstance(module, Freezable):
+            module.freeze(frozen)
     return model
 
 
@@ -112,6 +120,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
+        if isinstance(module, Freezable):
+            module.freeze(False)
         if undo(FusedStage, module):
             module.__dict__.pop("_fused_kernel", None)
         unfuse_stem(module)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .frozen import Freezable
 from .plan import Plan, Unsupported
 from .programs import Programs
 from .recognize import recognize
 from .runner import Runner
-from .swap import Swapped, base_class, register
+from .swap import base_class, register
 from .watch import Watch, layout, unchanged, untraceable
 
 
@@ -35,7 +36,7 @@ class _State:
 _states: weakref.WeakKeyDictionary[FusedBlock, _State] = weakref.WeakKeyDictionary()
 
 
-class FusedBlock(Swapped):
+class FusedBlock(Freezable):
     """Mixin that runs a block by its plan, and by its own forward wherever the plan does not hold.
 
     The block keeps its parameters, buffers, submodules, `state_dict` and hooks; it is an instance of its former class.
@@ -94,6 +95,12 @@ class FusedBlock(Swapped):
         self.__dict__["_fused_backend"] = backend
         _states.pop(self, None)
 
+    def forget(self) -> None:
+        """Let the programs go; the next call binds them again."""
+        state = _states.get(self)
+        if state is not None:
+            state.programs.clear()
+
     def runner(self) -> Runner | None:
         """What runs the plan with the modules of this moment; None where the block's own forward has to run."""
         state = self._current_state()
@@ -132,7 +139,7 @@ class FusedBlock(Swapped):
         state = _states.get(self)
         bindable = not torch.is_grad_enabled() and dispatch.plain((x,))
         if state is not None and bindable:
-            program = state.programs.find(x)
+            program = state.programs.find(x, self.unasked())
             if program is not None:
                 return program(x)
         runner = self.runner()
@@ -142,6 +149,7 @@ class FusedBlock(Swapped):
             programs = self._current_state().programs
             bound = programs.bind([(runner, self._fused_backend)], x, list(self.modules()))
             return None if bound is None else bound[1]
+        self.lapse()
         return runner.run(x, self._fused_backend)
 
 

@@ -30,15 +30,24 @@ class Programs:
     def __iter__(self) -> Iterator[Program]:
         return iter(list(self._programs.values()))
 
-    def find(self, x: Tensor) -> Program | None:
-        """The program for such an input; None if there is none, or if something that went into it has changed."""
+    def clear(self) -> None:
+        """Let all of them go."""
+        self._guard = None
+        self._programs.clear()
+
+    def find(self, x: Tensor, frozen: bool = False) -> Program | None:
+        """The program for such an input; None if there is none, or if something that went into it has changed.
+
+        Args:
+            x: an input.
+            frozen: do not ask whether anything has; see `frozen`.
+        """
         guard = self._guard  # read before the programs: another thread may be replacing both
         if guard is None or not isinstance(x, Tensor):
             return None
-        if guard.holds():  # also where there is no such program: the next one is kept under the same guard
+        if frozen or guard.holds():  # also where there is no such program: the next one is kept under the same guard
             return self._programs.get(signature(x))
-        self._guard = None
-        self._programs.clear()
+        self.clear()
         return None
 
     def keep(self, x: Tensor, program: Program, guard: Callable[[], Guard]) -> None:

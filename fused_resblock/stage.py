@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, dispatch, handover, leaves
+from .frozen import Freezable
 from .handover import programs as _programs
 from .modules import FusedBlock
 from .program import last_reads
 from .programs import Programs
-from .swap import Swapped, register
+from .swap import register
 from .tail import Tail, find_tails
 
 
@@ -37,7 +38,7 @@ def obstacle(stage: nn.Sequential) -> str | None:
     return None
 
 
-class FusedStage(Swapped):
+class FusedStage(Freezable):
     """Mixin for an `nn.Sequential` of fused blocks that runs them as one chain.
 
     Its modules, `state_dict` and indexing are those of the Sequential. Block by block it runs under autograd, when a
@@ -51,16 +52,23 @@ class FusedStage(Swapped):
 
     def _run(self, x: Tensor) -> Tensor | None:
         """The chain's output, or None where the blocks have to be called one by one."""
-        if not dispatch.plain((x,)) or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self.lapse()
+            return None
+        if not dispatch.plain((x,)):
             return None
         programs = _programs.get(self)
         if programs is not None:
-            program = programs.find(x)
+            program = programs.find(x, self.unasked())
             if program is not None:
                 if handover.fits(self, program):
                     return handover.run(self, program, x)
                 _programs.pop(self, None)
         return self._bind(x)
+
+    def forget(self) -> None:
+        """Let the programs go; the next call binds them again."""
+        _programs.pop(self, None)
 
     def _bind(self, x: Tensor) -> Tensor | None:
         """Bind a program and give its result; None as `_run` gives it."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import backends, dispatch, leaves
+from .frozen import Freezable
 from .params import BatchNorm, Conv, Epilogue
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
@@ -44,7 +45,7 @@ class FusedNetwork(Swapped):
         cls.forward = forward
 
 
-class StemConv(Swapped):
+class StemConv(Freezable):
     """Mixin of a convolution that begins a stem: it leaves its work to the last module of the stem.
 
     It computes as ever outside of its network, under autograd, with hooks, while it is traced, and on an input that
@@ -55,9 +56,18 @@ class StemConv(Swapped):
         size = self._deferred(input)
         return super().forward(input) if size is None else Pending(input, (self,), size)
 
+    def forget(self) -> None:
+        """Let the programs of every stem that begins here go; the next call binds them again."""
+        for identities, programs in list(_programs.values()):
+            if identities[0] == id(self):
+                programs.clear()
+
     def _deferred(self, x: Tensor) -> tuple[int, ...] | None:
         """The output's shape if the work may be left to others, else None."""
-        if not dispatch.plain((x,)) or torch.is_grad_enabled() or not allowed():
+        if torch.is_grad_enabled():
+            self.lapse()
+            return None
+        if not dispatch.plain((x,)) or not allowed():
             return None
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device or _hooked(self):
@@ -114,7 +124,7 @@ def _run(x: Tensor, chain: tuple[nn.Module, ...]) -> Tensor | None:
     if programs is None or known != identities:
         programs = Programs()
         _programs[last] = identities, programs
-    program = programs.find(x)
+    program = programs.find(x, chain[0].unasked())  # type: ignore[operator]
     if program is None:
         program, tensors = _bind(x, chain)
         if not dispatch.plain(tensors):

@@ -90,6 +90,34 @@ def test_a_tile_that_is_too_large_is_caught():
     assert result.returncode == 0, result.stderr
 
 
+UNCHANGED = """
+from dataclasses import replace
+from benchmarks.codegen import compile_job, jobs
+from benchmarks.kernel_table import key_of
+from fused_resblock.kernels.relu_backward import _relu_backward_kernel as kernel
+job = next(j for j in jobs((80,), ("fp16",)) if j.kernel == "relu_backward")
+key, kept = key_of(job), {"registers": 1}
+
+def compiled(job, name):
+    kernel.device_caches.clear()
+    return compile_job(job, {key_of(job): (name, kept)})
+
+name, row = compile_job(job)
+assert compiled(job, name) == (name, kept)
+assert compiled(job, "A" * len(name)) == compiled(job, "") == (name, row)
+newer = replace(job, capability=90)
+assert compiled(newer, name)[1] != kept
+kernel._unsafe_update_src(kernel.src.replace("<= 0.0", "< 0.0"))
+edited, row = compiled(job, name)
+assert edited != name and row != kept, row
+"""
+
+
+def test_only_what_is_made_from_something_else_is_compiled_again():
+    result = run(UNCHANGED)
+    assert result.returncode == 0, result.stderr
+
+
 def test_kept_table_covers_every_chip_and_kernel():
     with (ROOT / "benchmarks" / "results" / "codegen.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
