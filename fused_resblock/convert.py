@@ -57,7 +57,7 @@ def fuse(
         The fused model. `explain` says what became of each block.
 
     Raises:
-        TypeError: if model is not an `nn.Module`.
+        TypeError: if model is not an `nn.Module`, or frozen not a bool.
         ValueError: if the backend's name is unknown; in strict mode, if a residual block was not fused.
         RuntimeError: if the backend is not available on this machine.
 
@@ -67,6 +67,8 @@ def fuse(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if stages not in (True, False, "kernel"):
         raise ValueError(f'stages must be True, False or "kernel", got {stages!r}')
+    if not isinstance(frozen, bool):
+        raise TypeError(f"frozen must be True or False, got {frozen!r}")
     backends.check_name(backend)
     found = list(blocks(model, filter_fn))  # everything that can fail comes before the first change
     kept = [(name, outcome) for name, _, outcome in found if isinstance(outcome, str)]

@@ -85,6 +85,10 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
                 kinds = " + ".join(own_class(module.get_submodule(path)).__name__ for path in stem)
                 path = f"{name}.{stem[0]}".lstrip(".")
                 yield PartReport(path, kinds, reason is None, reason or "one operation")
+            if module._fused_frozen:
+                reason = "frozen, but in train mode" if module.training else None
+                said = reason or "frozen: one function, nothing is asked again"
+                yield PartReport(name, "the network", reason is None, said)
         elif isinstance(module, FusedStage):
             reason = stage_obstacle(module)  # type: ignore[arg-type]
             said = reason or f"one chain{kernel_state(module)}"  # type: ignore[arg-type]

@@ -11,40 +11,48 @@ import torch
 
 from .swap import Swapped
 
+_generation = [0]
+
+
+def generation() -> int:
+    """Another number after each occasion at which anything that is frozen may have changed: all is asked once more."""
+    return _generation[0]
+
 
 class Freezable(Swapped):
-    """Mixin of the classes whose modules own programs.
+    """Mixin of the classes that run programs.
 
-    A frozen module looks at everything again after `load_state_dict`, `.to()` and the like, and after a call under
-    autograd or in train mode; not after edits of single tensors, modules or settings.
+    A frozen module looks at everything again after `load_state_dict`, `.to()` and the like, when one of its own
+    attributes is set (its mode, a module in it), and after a call under autograd; not after other edits.
     """
 
     _fused_frozen = False
 
-    def forget(self) -> None:
-        """Let the programs go; the next call binds them again."""
-        raise NotImplementedError
-
     def freeze(self, frozen: bool) -> None:
         """Take the promise, about everything as it is at the next call, or give it back."""
-        self.forget()
+        self.look_again()
         self.__dict__.pop("_fused_frozen", None)
         if frozen:
             self.__dict__["_fused_frozen"] = True
 
     def unasked(self) -> bool:
-        """Whether the programs hold without being asked, in the module's present mode."""
+        """Whether the programs need not be asked, in the module's present mode."""
         return self._fused_frozen and not self.training
 
-    def lapse(self) -> None:
-        """What a call under autograd does: a step of an optimiser may follow."""
+    def look_again(self) -> None:
+        """Have everything asked once more, if this module is frozen."""
         if self._fused_frozen and not torch.compiler.is_compiling():
-            self.forget()
+            _generation[0] += 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training" or value != self.training:  # `eval()` sets it every time
+            self.look_again()
+        super().__setattr__(name, value)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.forget()
+        self.look_again()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.forget()
+        self.look_again()
         super()._load_from_state_dict(*args, **kwargs)

@@ -6,16 +6,18 @@ sum of a window lose more digits than what torch runs.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from . import backends, dispatch
+from . import backends, dispatch, flat
 from .backends import onednn
-from .swap import Swapped, intact, own_class, swapped_class, undo
+from .frozen import Freezable
+from .swap import intact, own_class, swapped_class, undo
 
 
 @cache
@@ -26,7 +28,7 @@ def _applies(device: str, dtype: torch.dtype, backend: str) -> bool:
     return backends.resolve(backend, backends.Problem(device, dtype)).backend == "onednn"
 
 
-class Head(Swapped):
+class Head(Freezable):
     """Mixin of a module behind the blocks: computes as ever under autograd and autocast, and while it is traced."""
 
     WHY: ClassVar[str]  # what makes it fast, in words
@@ -39,14 +41,21 @@ class Head(Swapped):
         if not dispatch.plain((x,)) or torch.is_grad_enabled() or dispatch.autocast_dtype(x) is not None:
             return None
         fits = x.numel() > 0 and intact(_MIXINS[own_class(self)], self) and self.applies(x)
-        return self._compute(x) if fits else None
+        bound = self._bind(x) if fits else None
+        if bound is None:
+            return None
+        flat.note((self,), *bound)
+        return bound[1](x)
 
     def applies(self, example: Tensor) -> bool:
         """Whether the module may be fast on tensors of this device and dtype."""
         return _applies(example.device.type, example.dtype, backends.check_name(self.__dict__["_fused_backend"]))
 
-    def _compute(self, x: Tensor) -> Tensor | None:
-        """The result; None if this x, or the module as it is now, is for the module's own forward."""
+    def _bind(self, x: Tensor) -> tuple[object, Callable[[Tensor], Tensor]] | None:
+        """What computes the result for such an x, behind what that is made of (see `flat.Ran`).
+
+        None if such an x, or the module as it is now, is for the module's own forward.
+        """
         raise NotImplementedError
 
 
@@ -55,11 +64,11 @@ class GlobalPool(Head):
 
     WHY = "a window of the whole image"
 
-    def _compute(self, x: Tensor) -> Tensor | None:
+    def _bind(self, x: Tensor) -> tuple[object, Callable[[Tensor], Tensor]] | None:
         size: Any = self.output_size
         if size not in (1, (1, 1)) or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
             return None
-        return F.avg_pool2d(x, x.shape[2:])
+        return self, partial(F.avg_pool2d, kernel_size=x.shape[2:])
 
 
 class Classifier(Head):
@@ -67,7 +76,7 @@ class Classifier(Head):
 
     WHY = "oneDNN on a prepacked weight"
 
-    def _compute(self, x: Tensor) -> Tensor | None:
+    def _bind(self, x: Tensor) -> tuple[object, Callable[[Tensor], Tensor]] | None:
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if weight is None or "bias" not in parameters:  # computed by somebody, as pruning does
@@ -76,7 +85,8 @@ class Classifier(Head):
             return None
         if x.dim() != 2 or x.shape[1] != weight.shape[1]:
             return None
-        return onednn.linear(x, weight, bias)
+        packed = onednn.packed_linear(weight, bias)
+        return packed, partial(onednn.linear, packed=packed, bias=bias)
 
 
 _MIXINS: dict[type[nn.Module], type[Head]] = {nn.AdaptiveAvgPool2d: GlobalPool, nn.Linear: Classifier}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, flat, reference
 from .frozen import Freezable
 from .plan import Plan, Unsupported
 from .programs import Programs
@@ -95,12 +95,6 @@ class FusedBlock(Freezable):
         self.__dict__["_fused_backend"] = backend
         _states.pop(self, None)
 
-    def forget(self) -> None:
-        """Let the programs go; the next call binds them again."""
-        state = _states.get(self)
-        if state is not None:
-            state.programs.clear()
-
     def runner(self) -> Runner | None:
         """What runs the plan with the modules of this moment; None where the block's own forward has to run."""
         state = self._current_state()
@@ -141,6 +135,7 @@ class FusedBlock(Freezable):
         if state is not None and bindable:
             program = state.programs.find(x, self.unasked())
             if program is not None:
+                flat.note((self,), program, program)
                 return program(x)
         runner = self.runner()
         if runner is None:
@@ -149,7 +144,7 @@ class FusedBlock(Freezable):
             programs = self._current_state().programs
             bound = programs.bind([(runner, self._fused_backend)], x, list(self.modules()))
             return None if bound is None else bound[1]
-        self.lapse()
+        self.look_again()
         return runner.run(x, self._fused_backend)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from . import dispatch
+from .frozen import generation
 from .program import Program, bind, signature
 from .runner import Runner
 from .watch import Guard
@@ -20,6 +21,7 @@ class Programs:
     def __init__(self) -> None:
         self._guard: Guard | None = None
         self._programs: dict[tuple[object, ...], Program] = {}
+        self._generation = 0  # in which they were last known to hold
         self._watched: set[nn.Module] = set()  # by the guard, besides the owner
 
     @property
@@ -30,35 +32,35 @@ class Programs:
     def __iter__(self) -> Iterator[Program]:
         return iter(list(self._programs.values()))
 
-    def clear(self) -> None:
-        """Let all of them go."""
-        self._guard = None
-        self._programs.clear()
-
     def find(self, x: Tensor, frozen: bool = False) -> Program | None:
         """The program for such an input; None if there is none, or if something that went into it has changed.
 
         Args:
             x: an input.
-            frozen: do not ask whether anything has; see `frozen`.
+            frozen: ask no more than once in a generation whether anything has; see `frozen`.
         """
         guard = self._guard  # read before the programs: another thread may be replacing both
         if guard is None or not isinstance(x, Tensor):
             return None
-        if frozen or guard.holds():  # also where there is no such program: the next one is kept under the same guard
+        now = generation()
+        known = frozen and self._generation == now
+        if known or guard.holds():  # also where there is no such program: the next one is kept under the same guard
+            self._generation = now
             return self._programs.get(signature(x))
-        self.clear()
+        self._guard = None
+        self._programs.clear()
         return None
 
     def keep(self, x: Tensor, program: Program, guard: Callable[[], Guard]) -> None:
         """Keep a program for inputs such as x; `guard` makes what watches over everything that it was bound to."""
+        now = generation()
         try:
             guard_of_all = self._guard or guard()
         except RuntimeError:  # inference tensors carry no version: nothing tells when they change
             return
         if len(self._programs) >= self.LIMIT:
             self._programs.clear()
-        self._guard = guard_of_all
+        self._guard, self._generation = guard_of_all, now
         self._programs[signature(x)] = program
 
     def bind(

@@ -6,12 +6,13 @@ is overwritten by the next block's sum.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, dispatch, handover, leaves
+from . import backends, dispatch, flat, handover, leaves
 from .frozen import Freezable
 from .handover import programs as _programs
 from .modules import FusedBlock
@@ -53,7 +54,7 @@ class FusedStage(Freezable):
     def _run(self, x: Tensor) -> Tensor | None:
         """The chain's output, or None where the blocks have to be called one by one."""
         if torch.is_grad_enabled():
-            self.lapse()
+            self.look_again()
             return None
         if not dispatch.plain((x,)):
             return None
@@ -62,13 +63,10 @@ class FusedStage(Freezable):
             program = programs.find(x, self.unasked())
             if program is not None:
                 if handover.fits(self, program):
+                    flat.note((self,), program, partial(handover.run, self, program))
                     return handover.run(self, program, x)
                 _programs.pop(self, None)
         return self._bind(x)
-
-    def forget(self) -> None:
-        """Let the programs go; the next call binds them again."""
-        _programs.pop(self, None)
 
     def _bind(self, x: Tensor) -> Tensor | None:
         """Bind a program and give its result; None as `_run` gives it."""

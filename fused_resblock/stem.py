@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import backends, dispatch, leaves
+from . import backends, dispatch, flat, leaves
 from .frozen import Freezable
 from .params import BatchNorm, Conv, Epilogue
 from .pending import Pending, allowed, scope
@@ -26,8 +26,11 @@ from .tracing import graph_of
 from .watch import Guard
 
 
-class FusedNetwork(Swapped):
-    """Mixin of a network with stems: they may leave work pending while its forward runs."""
+class FusedNetwork(Freezable):
+    """Mixin of a network with stems: they may leave work pending while its forward runs.
+
+    If it is frozen, and called with one tensor, its forward becomes one function; see `flat`.
+    """
 
     _fused_stems: tuple[tuple[str, ...], ...]
 
@@ -35,12 +38,20 @@ class FusedNetwork(Swapped):
         super().__init_subclass__(**kwargs)
         own = base_class(cls).forward
 
-        @functools.wraps(own)  # whoever traces the network asks for the names of its arguments
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or allowed():
+        def scoped(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+            if allowed():
                 return own(self, *args, **kwargs)
             with scope():
                 return own(self, *args, **kwargs)
+
+        @functools.wraps(own)  # whoever traces the network asks for the names of its arguments
+        def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+                self.look_again()
+                return own(self, *args, **kwargs)
+            if self.unasked() and len(args) == 1 and not kwargs and dispatch.plain(args):
+                return flat.run(self, functools.partial(scoped, self), args[0])
+            return scoped(self, *args, **kwargs)
 
         cls.forward = forward
 
@@ -56,16 +67,10 @@ class StemConv(Freezable):
         size = self._deferred(input)
         return super().forward(input) if size is None else Pending(input, (self,), size)
 
-    def forget(self) -> None:
-        """Let the programs of every stem that begins here go; the next call binds them again."""
-        for identities, programs in list(_programs.values()):
-            if identities[0] == id(self):
-                programs.clear()
-
     def _deferred(self, x: Tensor) -> tuple[int, ...] | None:
         """The output's shape if the work may be left to others, else None."""
         if torch.is_grad_enabled():
-            self.lapse()
+            self.look_again()
             return None
         if not dispatch.plain((x,)) or not allowed():
             return None
@@ -130,6 +135,7 @@ def _run(x: Tensor, chain: tuple[nn.Module, ...]) -> Tensor | None:
         if not dispatch.plain(tensors):
             return None
         programs.keep(x, program, lambda: Guard(chain[::-1], tensors, all_modes=False))
+    flat.note(chain, program, program)
     return program(x)
 
 

@@ -20,6 +20,7 @@ def _next_chain(change: str) -> str:
 
 
 _HEAD = "tests/test_head.py::test_"
+_FROZEN = "tests/test_frozen.py::test_"
 
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
@@ -43,6 +44,34 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             " and intact(_MIXINS[own_class(self)], self)",
             "",
             _HEAD + "changes_are_seen[weight of its class]",
+        ),
+    ],
+    "fused_resblock/frozen.py": [
+        (
+            "frozen in train mode",
+            "return self._fused_frozen and not self.training",
+            "return self._fused_frozen",
+            _FROZEN + "in_train_mode_everything_is_asked",
+        ),
+        (
+            "frozen while attributes change",
+            'if name != "training" or value != self.training:',
+            "if False:",
+            _FROZEN + "what_ends_the_promise[new convolution]",
+        ),
+    ],
+    "fused_resblock/flat.py": [
+        (
+            "function of a frozen network believed",
+            "function if _equal((function(copy), copy), (y, x)) else None",
+            "function",
+            _FROZEN + "networks_that_run_their_own_forward[Asking]",
+        ),
+        (
+            "function of a network with hooks",
+            " or any(map(_hooked, list(network.modules())[1:])):",
+            ":",
+            _FROZEN + "hooks_from_before_run",
         ),
     ],
     "fused_resblock/gradients.py": [
@@ -88,6 +117,12 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/programs.py": [
+        (
+            "frozen for ever",
+            "known = frozen and self._generation == now",
+            "known = frozen",
+            _FROZEN + "what_ends_the_promise[load_state_dict of a block]",
+        ),
         (
             "tensors of the next chain not watched",
             "tensors += following[0].parameters()",

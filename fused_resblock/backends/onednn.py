@@ -109,8 +109,12 @@ def bind_bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogu
     return run
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` for `[N, C]` and `[K, C]` of one dtype that `unsupported` lets pass; no autograd."""
+def packed_linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A Linear's weight `[K, C]` as `linear` wants it; the same tensor until the weight changes."""
     pack = torch.ops.mkldnn._reorder_linear_weight.default
-    packed = _packed.get((weight, bias), ("linear",), lambda: pack(weight.detach()))
+    return _packed.get((weight, bias), ("linear",), lambda: pack(weight.detach()))
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` for `[N, C]` of a dtype that `unsupported` lets pass; no autograd."""
     return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
