@@ -72,6 +72,10 @@ def _fused(model: nn.Module, x: Tensor) -> nn.Module:
     return frb.fuse(model)
 
 
+def _frozen(model: nn.Module, x: Tensor) -> nn.Module:
+    return frb.fuse(model, frozen=True)
+
+
 def _compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """`torch.compile` with weights frozen: batch norms folded, weights packed ahead, as far as Inductor goes on a CPU.
 
@@ -88,6 +92,7 @@ def _compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 PROVIDERS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]] = {
     "eager": _eager,
     "fused": _fused,
+    "frozen": _frozen,
     "compile": _compiled,
 }
 

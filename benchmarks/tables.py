@@ -11,6 +11,7 @@ from .cases import BATCHES, DTYPES, NETWORKS, PARTS, PROVIDERS, SIZE
 from .results import Row
 
 NOT_MEASURED = "not measured"
+WAYS = ("eager", "compile", "fused", "frozen")
 _MACHINE = ("cpu", "cpu_features", "amx", "threads", "system", "malloc", "torch", "triton", "fused_resblock", "commit")
 
 
@@ -88,15 +89,15 @@ def latency(rows: Sequence[Row]) -> str:
         for key in dict.fromkeys(keys):
             case = dict(zip(("network", "part", "dtype", "batch", "size"), key, strict=True))
             found = {name: find(provider=name, **case) for name in PROVIDERS}
-            fused = found["fused"]
-            gain = (None, None) if fused is None else (fused.speedup_vs_eager, fused.ratio_to_compile)
+            fused, frozen = found["fused"], found["frozen"]
+            gains = [getattr(fused, "speedup_vs_eager", None)]
+            gains += [getattr(row, "ratio_to_compile", None) for row in (fused, frozen)]
             name = case["network"] if case["size"] == SIZE else f"{case['network']} at {case['size']}x{case['size']}"
-            lines.append(
-                [name, *key[1:4], *(_ms(found[way]) for way in ("eager", "compile", "fused")), *map(_times, gain)]
-            )
-        headers = ["network", "part", "dtype", "batch", "eager ms", "compile ms", "fused ms"]
-        told = _caption(group, f"One forward at {SIZE}x{SIZE}, the three taking turns")
-        return f"{told}\n\n{markdown([*headers, 'eager / fused', 'fused / compile'], lines, 6)}"
+            lines.append([name, *key[1:4], *(_ms(found[way]) for way in WAYS), *map(_times, gains)])
+        headers = ["network", "part", "dtype", "batch", *(f"{way} ms" for way in WAYS)]
+        headers += ["eager / fused", "fused / compile", "frozen / compile"]
+        told = _caption(group, f"One forward at {SIZE}x{SIZE}, the four taking turns")
+        return f"{told}\n\n{markdown(headers, lines, 8)}"
 
     return _per_machine(rows, ["latency"], table)
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from . import backends
+from .flat import know
 from .frozen import Freezable
 from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
 from .stage import FusedStage, is_stage
-from .stem import find_networks, find_stems, fuse_stem, unfuse_stem
+from .stem import FusedNetwork, find_networks, find_stems, fuse_network, fuse_stem, unfuse_stem
 from .swap import swapped_class, undo
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -75,7 +76,7 @@ def fuse(
     if strict and kept:
         reasons = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in kept)
         raise ValueError(f"model must hold only blocks that can be fused when strict, got {reasons}")
-    networks = list(find_networks(model, {module for _, module, _ in found})) if stems or heads else []
+    networks = list(find_networks(model, {module for _, module, _ in found})) if stems or heads or frozen else []
     if not inplace:
         model = copy.deepcopy(model)
 
@@ -104,6 +105,11 @@ def fuse(
                 if not isinstance(module, FusedStage):
                     module.__class__ = swapped_class(FusedStage, type(module))
                 module.__dict__["_fused_kernel"] = stages == "kernel"
+    for name, graph in networks if frozen else ():
+        network = model.get_submodule(name)
+        if not isinstance(network, (FusedNetwork, FusedStage)):
+            fuse_network(network)
+        know(network, graph)
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(frozen)

@@ -1,11 +1,13 @@
 """A frozen network's whole forward as one function: its programs, and between them what its graph shows.
 
 Calling some ten modules, and asking each what it may do, takes 0.6 to 1 ms at batch 1, as the convolutions throw what
-that needs out of the cache. Where nothing changes the answers are those of the call before.
+that needs out of the cache. Where nothing changes the answers are those of the call before. The graph is that of
+`fuse`: to trace one while others serve would be wrong, as `torch.fx` puts its own call in the place of every module's.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,6 @@ from torch.utils import _pytree as pytree
 from . import frozen, leaves
 from .plan import Unsupported
 from .program import signature
-from .tracing import graph_of
 
 Call = Callable[[Any], Any]
 
@@ -37,7 +38,7 @@ _tape: ContextVar[list[Ran] | None] = ContextVar("tape", default=None)
 
 
 @contextmanager
-def _recording() -> Iterator[list[Ran]]:
+def _taping() -> Iterator[list[Ran]]:
     """Within this context what is noted goes into the list."""
     tape: list[Ran] = []
     token = _tape.set(tape)
@@ -45,6 +46,11 @@ def _recording() -> Iterator[list[Ran]]:
         yield tape
     finally:
         _tape.reset(token)
+
+
+def recording() -> bool:
+    """Whether this is a forward that notes what it runs."""
+    return _tape.get() is not None
 
 
 def note(modules: tuple[nn.Module, ...], made_of: object, call: Call) -> None:
@@ -73,20 +79,26 @@ class _Flat:
         if len(self._last) >= self.LIMIT:
             self._last.clear()
             self.functions.clear()
-        copy, last = x.clone(), self._last.get(key)
-        with _recording() as tape:
+        again, last = x.clone(), self._last.get(key)
+        with _taping() as tape:
             y = forward(x)
         self._last[key] = tape
         if tape and last is not None and _same(last, tape):
             try:
                 function = _flattened(network, tape)
-                self.functions[key] = function if _equal((function(copy), copy), (y, x)) else None
+                self.functions[key] = function if _equal((function(again), again), (y, x)) else None
             except Unsupported:
                 self.functions[key] = None
         return y
 
 
 _flats: weakref.WeakKeyDictionary[nn.Module, _Flat] = weakref.WeakKeyDictionary()
+_graphs: weakref.WeakKeyDictionary[nn.Module, fx.Graph] = weakref.WeakKeyDictionary()
+
+
+def know(network: nn.Module, graph: fx.Graph) -> None:
+    """Note the graph of a network's forward, in which blocks are single calls. A copy of the network has none."""
+    _graphs[network] = graph
 
 
 def run(network: nn.Module, forward: Call, x: Tensor) -> Any:
@@ -129,11 +141,13 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
     """The network's forward, made from its graph, with programs in the places of the modules that they stand for.
 
     Raises:
-        Unsupported: if the forward cannot be traced, or did not run what its graph shows, or if there are hooks.
+        Unsupported: if there is no graph, or the forward did not run what that shows, or if there are hooks.
     """
+    if network not in _graphs:
+        raise Unsupported("its graph is not known")
     if nn.modules.module._has_any_global_hook() or any(map(_hooked, list(network.modules())[1:])):
         raise Unsupported("hooks on inner modules")
-    graph = graph_of(network, {m for m in network.modules() if isinstance(m, frozen.Freezable) and m is not network})
+    graph = copy.deepcopy(_graphs[network])
     modules = dict(network.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     for number, ran in enumerate(tape):

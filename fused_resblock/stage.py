@@ -63,7 +63,8 @@ class FusedStage(Freezable):
             program = programs.find(x, self.unasked())
             if program is not None:
                 if handover.fits(self, program):
-                    flat.note((self,), program, partial(handover.run, self, program))
+                    if flat.recording():
+                        flat.note(tuple(self.children()), program, partial(handover.run, self, program))
                     return handover.run(self, program, x)
                 _programs.pop(self, None)
         return self._bind(x)

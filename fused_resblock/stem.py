@@ -27,7 +27,7 @@ from .watch import Guard
 
 
 class FusedNetwork(Freezable):
-    """Mixin of a network with stems: they may leave work pending while its forward runs.
+    """Mixin of a network around blocks: its stems may leave work pending while its forward runs.
 
     If it is frozen, and called with one tensor, its forward becomes one function; see `flat`.
     """
@@ -228,6 +228,12 @@ def _kind(module: nn.Module) -> int:
     return 1
 
 
+def fuse_network(network: nn.Module) -> None:
+    """Give a network, without any stem so far, the class of one."""
+    network.__class__ = swapped_class(FusedNetwork, type(network))
+    network.__dict__["_fused_stems"] = ()
+
+
 def fuse_stem(network: nn.Module, stem: Sequence[str], backend: str) -> None:
     """Give the modules of a stem, which begins with a convolution, and their network the classes that fuse them.
 
@@ -237,8 +243,7 @@ def fuse_stem(network: nn.Module, stem: Sequence[str], backend: str) -> None:
         backend: a backend's name or "auto".
     """
     if not isinstance(network, FusedNetwork):
-        network.__class__ = swapped_class(FusedNetwork, type(network))
-        network.__dict__["_fused_stems"] = ()
+        fuse_network(network)
     first, *rest = (network.get_submodule(path) for path in stem)
     first.__dict__["_fused_backend"] = backend
     if isinstance(first, StemConv):  # fused before

@@ -63,7 +63,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/flat.py": [
         (
             "function of a frozen network believed",
-            "function if _equal((function(copy), copy), (y, x)) else None",
+            "function if _equal((function(again), again), (y, x)) else None",
             "function",
             _FROZEN + "networks_that_run_their_own_forward[Asking]",
         ),

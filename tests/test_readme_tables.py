@@ -10,7 +10,9 @@ from benchmarks.results import Row
 
 
 def test_latency_table_names_the_machine_and_what_was_not_measured():
-    rows = latency("resnet50", "whole", "bfloat16", 16, {"eager": 200.0, "fused": 80.0, "compile": 100.0})
+    rows = latency(
+        "resnet50", "whole", "bfloat16", 16, {"eager": 200.0, "fused": 80.0, "frozen": 75.0, "compile": 100.0}
+    )
     rows += latency("resnet18", "whole", "float32", 1, {"eager": 4.0, "fused": None, "compile": 3.0})
     rows += latency("resnet34", "whole", "float32", 2, {"eager": 4.0, "fused": 2.0})
     text = tables.latency(rows)
@@ -18,9 +20,13 @@ def test_latency_table_names_the_machine_and_what_was_not_measured():
     assert "(abc), 2026-01-02." in text
     assert "medians of 5 rounds;" in text
     assert "trusted" not in text
-    assert "| resnet50 | whole | bfloat16 | 16 | 200.0 | 100.0 | 80.00 | 2.50x | 0.80x |" in text
-    assert "| resnet18 | whole | float32 | 1 | 4.00 | 3.00 | failed | not measured | not measured |" in text
-    assert "| resnet34 | whole | float32 | 2 | 4.00 | not measured | 2.00 | 2.00x | not measured |" in text
+    assert "| resnet50 | whole | bfloat16 | 16 | 200.0 | 100.0 | 80.00 | 75.00 | 2.50x | 0.80x | 0.75x |" in text
+    assert (
+        "| resnet18 | whole | float32 | 1 | 4.00 | 3.00 | failed | not measured | not measured | not measured |" in text
+    )
+    assert (
+        "| resnet34 | whole | float32 | 2 | 4.00 | not measured | 2.00 | not measured | 2.00x | not measured |" in text
+    )
     assert "| resnet50 | layer1-4 | bfloat16 | 16 | not measured | not measured | not measured |" in text
 
 
@@ -51,7 +57,9 @@ def judged(rows):
 def test_goals_say_whether_they_are_met_and_apply():
     whole = {"eager": 200.0, "fused": 80.0, "compile": 100.0}
     rows = latency("resnet50", "whole", "bfloat16", 16, whole)
-    rows += latency("resnet50", "layer1-4", "bfloat16", 16, {"eager": 200.0, "fused": 120.0, "compile": 100.0})
+    rows += latency(
+        "resnet50", "layer1-4", "bfloat16", 16, {"eager": 200.0, "fused": 99.0, "frozen": 120.0, "compile": 100.0}
+    )
     rows += latency("resnet50", "whole", "bfloat16", 1, {"eager": 10.0, "fused": None, "compile": 5.0})
     rows += latency("resnet50", "whole", "float32", 1, {"eager": 12.0, "fused": 10.0, "compile": 5.0})
     said = judged(rows)

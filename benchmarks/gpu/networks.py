@@ -96,8 +96,8 @@ def _compiled(model: nn.Module, x: Tensor, mode: str | None) -> Call:
     return compiled
 
 
-def _fused(model: nn.Module, x: Tensor, backend: str, stages: bool | str = True) -> Call:
-    return frb.fuse(model, backend=backend, stages=stages)
+def _fused(model: nn.Module, x: Tensor, backend: str, stages: bool | str = True, frozen: bool = False) -> Call:
+    return frb.fuse(model, backend=backend, stages=stages, frozen=frozen)
 
 
 @torch.no_grad()
@@ -116,6 +116,7 @@ GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
         "folded": lambda model, x: fold(model),
         "cudnn": partial(_fused, backend="cudnn"),
         "fused": partial(_fused, backend="auto"),
+        "frozen": partial(_fused, backend="auto", frozen=True),
         "triton": partial(_fused, backend="triton"),
         "stages": partial(_fused, backend="triton", stages="kernel"),
         "in-order": in_order,

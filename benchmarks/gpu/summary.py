@@ -14,6 +14,7 @@ PROVIDERS = (
     "folded",
     "cudnn",
     "fused",
+    "frozen",
     "triton",
     "stages",
     "in-order",
