@@ -359,6 +359,14 @@ class Asking(Network):
         return super().forward(x) if isinstance(x, Tensor) else super().forward(x) + 1
 
 
+class Failing(Network):
+    """Raises where it is not called with a tensor of some size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if isinstance(x, Tensor) else y.reshape(3, 5, 7)
+
+
 class BySize(Network):
     """Its way depends on the image's size."""
 
@@ -388,7 +396,7 @@ def test_networks_that_become_a_function(cls):
     assert function is not None
 
 
-@pytest.mark.parametrize("cls", [Counting, Asking, BySize])
+@pytest.mark.parametrize("cls", [Counting, Asking, Failing, BySize])
 def test_networks_that_run_their_own_forward(cls):
     reference = network(cls=cls)
     model, apart = frb.fuse(reference, frozen=True), frb.fuse(reference)
