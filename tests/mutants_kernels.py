@@ -367,7 +367,7 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
             "NaN dropped by the instruction",  # the interpreter keeps it all the same: only the machine code tells
             "tl.PropagateNan.ALL",
             "tl.PropagateNan.NONE",
-            "tests/test_codegen.py::test_gates_hold_and_nothing_is_worse_than_the_kept_table[sm_80]",
+            "tests/test_codegen.py::test_gates_hold_and_nothing_is_worse_than_the_kept_table",
         ),
         (
             "NaN dropped by a comparison",
