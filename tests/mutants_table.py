@@ -21,6 +21,7 @@ def _next_chain(change: str) -> str:
 
 _HEAD = "tests/test_head.py::test_"
 _FROZEN = "tests/test_frozen.py::test_"
+_FLAT = "tests/test_flat.py::test_"
 
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
@@ -65,13 +66,13 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "function of a frozen network believed",
             "function if _equal((function(again), again), (y, x)) else None",
             "function",
-            _FROZEN + "networks_that_run_their_own_forward[Asking]",
+            _FLAT + "networks_that_run_their_own_forward[Asking]",
         ),
         (
             "function of a network with hooks",
             " or any(map(_hooked, list(network.modules())[1:])):",
             ":",
-            _FROZEN + "hooks_from_before_run",
+            _FLAT + "hooks_from_before_run",
         ),
     ],
     "fused_resblock/gradients.py": [

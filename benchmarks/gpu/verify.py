@@ -111,7 +111,8 @@ def check_memory(context: Context, table: Records) -> None:
 def check_graph(context: Context, table: Records) -> None:
     """A captured forward of a fused network must give what the same network gives uncaptured, on new input, too.
 
-    And, ten times over, what it gives where no kernel starts before the one before it has ended.
+    And, ten times over, what it gives where no kernel starts before the one before it has ended; and what the network
+    gives once it is frozen and has become one function.
     """
     network = "resnet18" if context.quick else "resnet50"
     if table.done("cuda-graph", "", network, "") or not context.deadline.allows(20):
@@ -127,12 +128,14 @@ def check_graph(context: Context, table: Records) -> None:
         same = torch.equal(replay(), fused(x))
         x.mul_(0.5)
         same &= torch.equal(replay(), fused(x))
-        expected = in_order(model, x)(x)
+        expected, frozen = in_order(model, x)(x), frb.fuse(model, frozen=True)
         note = ""
         if not same:
             note = "the graph's output is not eager's"
         elif not all(torch.equal(replay(), expected) for _ in range(10)):
             note = "the output depends on when kernels start"
+        elif not all(torch.equal(frozen(x), expected) for _ in range(10)):
+            note = "the frozen network's output is another"
         row = {"status": "wrong" if note else "ok", "note": note}
     except Exception as error:  # a capture can fail in any way
         row = {"status": "crash" if is_broken(error) else "failed", "note": first_line(error)}

@@ -1,0 +1,206 @@
+"""A frozen network as one function: which networks become one, and what that must not change."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from frozen_networks import CALLS, Network, frozen, functions, images, network, run_in
+from torch import Tensor
+
+import fused_resblock as frb
+from fused_resblock import flat
+
+
+def test_a_network_is_not_kept_alive(frozen):
+    model = frb.fuse(network(), frozen=True)
+    run_in(model, images())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+class Features(Network):
+    """Gives a dictionary."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        fine = self.layer1(x)
+        return {"fine": fine, "coarse": self.layer3(self.layer2(fine))}
+
+
+class Viewed(Network):
+    """Reads its pooled features twice, as networks did before there was `flatten`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        x = self.avgpool(self.layer3(self.layer2(x)))
+        return self.fc(x.view(x.size(0), -1))
+
+
+class Twice(Network):
+    """Runs a stage two times, the second time behind another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer1(self.layer1(x) + x)
+        return self.fc(torch.flatten(self.avgpool(self.layer3(self.layer2(x))), 1))
+
+
+class Scaled(Network):
+    """Changes its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(0.5))
+
+
+class Counting(Network):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Asking(Network):
+    """Does one thing with a tensor and another with what records its graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if isinstance(x, Tensor) else super().forward(x) + 1
+
+
+class Failing(Network):
+    """Raises where it is not called with a tensor of some size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if isinstance(x, Tensor) else y.reshape(3, 5, 7)
+
+
+class BySize(Network):
+    """Its way depends on the image's size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if x.shape[-1] > 20 else -y
+
+
+class Noisy(Network):
+    """Gives another result at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand(())
+
+
+@pytest.mark.parametrize("cls", [Features, Viewed, Twice, Scaled])
+def test_networks_that_become_a_function(cls):
+    reference = network(cls=cls)
+    model = frb.fuse(reference, frozen=True)
+    apart = frb.fuse(reference)
+    for _ in range(CALLS):
+        x, same = images(), images()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), apart(same), rtol=0, atol=0)
+        assert torch.equal(x, same)
+    (function,) = functions(model)
+    assert function is not None
+
+
+@pytest.mark.parametrize("cls", [Counting, Asking, Failing, BySize])
+def test_networks_that_run_their_own_forward(cls):
+    reference = network(cls=cls)
+    model, apart = frb.fuse(reference, frozen=True), frb.fuse(reference)
+    for size in (20, 28):
+        run_in(model, images(size=size))
+        with torch.no_grad():
+            assert torch.equal(model(images(size=size)), apart(images(size=size)))
+    assert not any(functions(model))
+    if cls is Counting:
+        assert model.calls == 2 * (CALLS + 2)
+
+
+def test_random_numbers_stay_random():
+    model = frb.fuse(network(cls=Noisy), frozen=True)
+    with torch.no_grad():
+        results = [model(images())[0, 0].item() for _ in range(CALLS + 2)]
+    assert len(set(results)) == len(results)
+
+
+@pytest.mark.parametrize("path", ["conv1", "relu", "layer1", "layer2.0", "layer3.0.conv1", "avgpool", "fc"])
+def test_hooks_from_before_run(path):
+    reference = network()
+    reference.get_submodule(path).register_forward_hook(lambda m, args, y: y * 1.5)
+    model = frb.fuse(reference, frozen=True)
+    x = images()
+    y = run_in(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(y, reference(x))
+    assert functions(model) == [None]
+
+
+def test_hooks_of_the_network_run(frozen):
+    seen = []
+    frozen.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+    with torch.no_grad():
+        frozen(images())
+    assert len(seen) == 1
+
+
+def test_keywords_and_other_inputs(frozen):
+    x = images()
+    y = run_in(frozen, x)
+    with torch.no_grad():
+        assert torch.equal(frozen(x=x), y)
+        assert torch.equal(frozen(x.contiguous(memory_format=torch.channels_last)), y)
+        assert frozen(x[:0]).shape == (0, 7)
+        for bad in (x[:, :2], x[0, 0], x.double()):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                frozen(bad)
+        assert torch.equal(frozen(x), y)
+
+
+def test_compiled_and_exported(frozen):
+    x = images()
+    with torch.no_grad():
+        expected = frozen(x)
+        exported = torch.export.export(frozen, (x,)).module()
+        torch.testing.assert_close(exported(x), expected)
+        compiled = torch.compile(frozen, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_threads():
+    model = frb.fuse(network(), frozen=True)
+    x = images()
+    with torch.no_grad():
+        expected = frb.fuse(network())(x)
+    wrong: list[object] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(10):
+                try:
+                    wrong.extend(() if torch.equal(model(x), expected) else ["another result"])
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_more_signatures_than_are_kept(monkeypatch):
+    monkeypatch.setattr(flat._Flat, "LIMIT", 2)
+    model = frb.fuse(network(), frozen=True)
+    for n in (1, 2, 3, 1):
+        run_in(model, images(n))
+    assert 0 < len(functions(model)) <= 2
