@@ -35,7 +35,7 @@ from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, poisoned, precision
 from .harness import parity
-from .kernel_table import KEY, Row, key_of, read, table_of, write
+from .kernel_table import KEY, Row, key_of, key_of_row, read, table_of, write
 from .offline import CHIPS
 from .other_triton import run_with
 from .ptx.driver import emulated
@@ -202,7 +202,7 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
 
 def merged(path: Path, rows: Sequence[Row]) -> list[Row]:
     """Rows in the order of `jobs`, with those that a table holds of kernels that were not run."""
-    kept = {**read(path), **{tuple(str(row[field]) for field in KEY): row for row in rows}}
+    kept = {**read(path), **{key_of_row(row): row for row in rows}}
     keys = [key_of(job) for job in jobs()]
     fields = ["triton", *KEY, "status", "max_error", "error_bound", *COUNTS, "note"]
     return [{field: kept[key].get(field, "") for field in fields} for key in keys if key in kept]

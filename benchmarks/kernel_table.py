@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from .results import FOLDER
+
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 #: what a row is found by
@@ -28,10 +29,15 @@ def key_of(job: Any) -> Key:
     return tuple(str(getattr(job, field)) for field in KEY)
 
 
+def key_of_row(row: Mapping[str, Any]) -> Key:
+    """What a row is found by."""
+    return tuple(str(row[field]) for field in KEY)
+
+
 def table_of(stem: str, version: str) -> Path:
     """The kept table of a release of Triton: the pinned one's has no version in its name."""
     pins = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").split() if "==" in line)
-    return RESULTS / (f"{stem}.csv" if version == pins.get("triton") else f"{stem}-triton-{version}.csv")
+    return FOLDER / (f"{stem}.csv" if version == pins.get("triton") else f"{stem}-triton-{version}.csv")
 
 
 def read(table: Path) -> dict[Key, dict[str, str]]:
@@ -39,7 +45,7 @@ def read(table: Path) -> dict[Key, dict[str, str]]:
     if not table.is_file():
         return {}
     with table.open(newline="", encoding="utf-8") as file:
-        return {tuple(row[field] for field in KEY): row for row in csv.DictReader(file)}
+        return {key_of_row(row): row for row in csv.DictReader(file)}
 
 
 def _inputs(table: Path) -> Path:
@@ -69,6 +75,6 @@ def write(table: Path, rows: Sequence[Row], inputs: Sequence[str] = ()) -> None:
         writer.writeheader()
         writer.writerows(rows)
     if inputs:
-        keys = [" ".join(str(row[field]) for field in KEY) for row in rows]
+        keys = [" ".join(key_of_row(row)) for row in rows]
         text = json.dumps(dict(zip(keys, inputs, strict=True)), indent=0)
         _inputs(table).write_text(text + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ COLOURS = {
     "eager": "#9aa5b1",
     "compile": "#e0a458",
     "fused": "#1b6ca8",
-    "frozen": "#0b3c5d",
+    "frozen": "#6a4c93",
     "stages": "#0b3c5d",
     "cudnn": "#7fb069",
     "floor, conv by conv": "#cfd8dc",

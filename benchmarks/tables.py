@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from . import goals
-from .cases import BATCHES, DTYPES, NETWORKS, PARTS, PROVIDERS, SIZE
+from .cases import BATCHES, DTYPES, NETWORKS, PARTS, SIZE
 from .results import Row
 
 NOT_MEASURED = "not measured"
@@ -88,7 +88,7 @@ def latency(rows: Sequence[Row]) -> str:
         lines = []
         for key in dict.fromkeys(keys):
             case = dict(zip(("network", "part", "dtype", "batch", "size"), key, strict=True))
-            found = {name: find(provider=name, **case) for name in PROVIDERS}
+            found = {name: find(provider=name, **case) for name in WAYS}
             fused, frozen = found["fused"], found["frozen"]
             gains = [getattr(fused, "speedup_vs_eager", None)]
             gains += [getattr(row, "ratio_to_compile", None) for row in (fused, frozen)]

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from torch.utils import _pytree as pytree
 from . import frozen, leaves
 from .plan import Unsupported
 from .program import signature
+from .recorder import Recorder
 
 Call = Callable[[Any], Any]
 
@@ -34,30 +33,15 @@ class Ran(NamedTuple):
     call: Call
 
 
-_tape: ContextVar[list[Ran] | None] = ContextVar("tape", default=None)
-
-
-@contextmanager
-def _taping() -> Iterator[list[Ran]]:
-    """Within this context what is noted goes into the list."""
-    tape: list[Ran] = []
-    token = _tape.set(tape)
-    try:
-        yield tape
-    finally:
-        _tape.reset(token)
-
-
-def recording() -> bool:
-    """Whether this is a forward that notes what it runs."""
-    return _tape.get() is not None
+_tape: Recorder[Ran] = Recorder("ran")
+#: whether this is a forward that notes what it runs
+recording = _tape.active
 
 
 def note(modules: tuple[nn.Module, ...], made_of: object, call: Call) -> None:
     """Note what is run in place of modules, if this is a forward that asks for it; see `Ran`."""
-    tape = _tape.get()
-    if tape is not None:
-        tape.append(Ran(modules, made_of, call))
+    if recording():
+        _tape.note(Ran(modules, made_of, call))
 
 
 class _Flat:
@@ -80,7 +64,7 @@ class _Flat:
             self._last.clear()
             self.functions.clear()
         again, last = x.clone(), self._last.get(key)
-        with _taping() as tape:
+        with _tape.recording() as tape:
             y = forward(x)
         self._last[key] = tape
         if tape and last is not None and _same(last, tape):
@@ -143,7 +127,7 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
     """
     if network not in _graphs:
         raise Unsupported("its graph is not known")
-    if nn.modules.module._has_any_global_hook() or any(map(_hooked, list(network.modules())[1:])):
+    if nn.modules.module._has_any_global_hook() or any(map(leaves.hooked, list(network.modules())[1:])):
         raise Unsupported("hooks on inner modules")
     graph = copy.deepcopy(_graphs[network])
     modules = dict(network.named_modules())
@@ -160,10 +144,6 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
         for node in reversed(run):
             graph.erase_node(node)
     return fx.GraphModule(network, graph).forward
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(leaves.hook_dicts(module))
 
 
 def _stands_for(run: Sequence[fx.Node], called: Sequence[nn.Module], modules: Sequence[nn.Module]) -> bool:

@@ -80,7 +80,7 @@ class Captured:
 
     def _holds(self) -> bool:
         """Whether the model is what it was when its graphs were captured."""
-        return self._guard is not None and self._guard.holds() and not any(leaves.hook_dicts(self._model))
+        return self._guard is not None and self._guard.holds() and not leaves.hooked(self._model)
 
     def _record(self, example: Tensor) -> _Graph:
         x = example.detach().clone(memory_format=torch.preserve_format)
@@ -166,7 +166,7 @@ def _guard_of(model: nn.Module) -> Guard:
     if any(t.is_inference() for t in tensors):
         raise ValueError("model must record changes of its tensors, got one made in inference mode")
     guard = Guard(list(model.modules()), tensors, all_modes=True)
-    if any(leaves.hook_dicts(model)) or not guard.holds():
+    if leaves.hooked(model) or not guard.holds():
         raise ValueError("model must be free of hooks and of overridden forwards, which a CUDA graph would skip")
     return guard
 

@@ -94,7 +94,7 @@ def check_untouched(root: nn.Module) -> None:
         raise Unsupported("its forward is overridden on the instance")
     for name, module in root.named_modules():
         where = f"{name or 'the block'} ({type(module).__name__})"
-        if module is not root and any(hook_dicts(module)):
+        if module is not root and hooked(module):
             raise Unsupported(f"hooks on {where}")
         if module is not root and "forward" in module.__dict__:
             raise Unsupported(f"the forward of {where} is overridden on the instance")
@@ -112,6 +112,11 @@ def check_untouched(root: nn.Module) -> None:
                 raise Unsupported(f"{key} of {where} is a {type(tensor).__name__}")
             if hasattr(tensor, "ds_id"):
                 raise Unsupported(f"{where} is sharded by ZeRO")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether the module has call-time hooks of its own."""
+    return any(hook_dicts(module))
 
 
 def hook_dicts(module: nn.Module) -> tuple[dict, ...]:

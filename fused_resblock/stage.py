@@ -31,7 +31,7 @@ def obstacle(stage: nn.Sequential) -> str | None:
             return f"{name} ({type(block).__name__}) is not a fused block"
         if type(block).forward is not FusedBlock.forward or "forward" in block.__dict__:
             return f"{name} has a forward of its own"
-        if any(leaves.hook_dicts(block)):
+        if leaves.hooked(block):
             return f"hooks on {name}"
         reason = block.reference_reason()
         if reason is not None:

@@ -104,7 +104,7 @@ class StemFollower(Swapped):
 
 def _hooked(module: nn.Module) -> bool:
     """Whether something besides the forward runs when the module is called."""
-    return any(leaves.hook_dicts(module)) or bool(nn.modules.module._has_any_global_hook())
+    return leaves.hooked(module) or bool(nn.modules.module._has_any_global_hook())
 
 
 def _joins(module: nn.Module, chain: tuple[nn.Module, ...]) -> bool:

@@ -70,7 +70,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "function of a network with hooks",
-            " or any(map(_hooked, list(network.modules())[1:])):",
+            " or any(map(leaves.hooked, list(network.modules())[1:])):",
             ":",
             _FLAT + "hooks_from_before_run",
         ),

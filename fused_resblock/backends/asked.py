@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..params import PLAIN, BatchNorm, Conv, Epilogue
+from ..recorder import Recorder
 from . import eager
 
 
@@ -84,24 +83,14 @@ def _in(conv: Conv, dtype: torch.dtype) -> Conv:
     )
 
 
-_recorded: ContextVar[list[Asked] | None] = ContextVar("recorded", default=None)
-
-
-@contextmanager
-def recording() -> Iterator[list[Asked]]:
-    """Within this context every operation that is bound is noted in the list."""
-    found: list[Asked] = []
-    token = _recorded.set(found)
-    try:
-        yield found
-    finally:
-        _recorded.reset(token)
+_asked: Recorder[Asked] = Recorder("asked")
+#: a context: within it every operation that is bound is noted in its list
+recording = _asked.recording
 
 
 def note(x: Tensor, layers: Sequence[Conv | None], other: Tensor | None, epilogue: Epilogue) -> None:
     """Note an operation, if this is within `recording`."""
-    found = _recorded.get()
-    if found is not None:
+    if _asked.active():
         size = None if other is None else tuple(other.shape)
         kept = tuple(layer for layer in layers if layer is not None)
-        found.append(Asked(tuple(x.shape), size, x.dtype, x.device, kept, epilogue))
+        _asked.note(Asked(tuple(x.shape), size, x.dtype, x.device, kept, epilogue))
