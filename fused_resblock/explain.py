@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import backends
+from . import backends, flat
 from .convert import blocks
+from .frozen import Freezable
 from .head import Head, is_fast
 from .modules import FusedBlock
 from .plan import Plan
@@ -86,12 +87,11 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
                 path = f"{name}.{stem[0]}".lstrip(".")
                 yield PartReport(path, kinds, reason is None, reason or "one operation")
             if module._fused_frozen:
-                reason = "frozen, but in train mode" if module.training else None
-                said = reason or "frozen: one function, nothing is asked again"
-                yield PartReport(name, "the network", reason is None, said)
+                one, said = (False, "in train mode") if module.training else flat.standing(module)
+                yield PartReport(name, "the network", one, f"frozen: {said}")
         elif isinstance(module, FusedStage):
             reason = stage_obstacle(module)  # type: ignore[arg-type]
-            said = reason or f"one chain{kernel_state(module)}"  # type: ignore[arg-type]
+            said = reason or f"one chain{kernel_state(module)}{_frozen(module)}"  # type: ignore[arg-type]
             yield PartReport(name, f"{len(module)} blocks", reason is None, said)  # type: ignore[arg-type]
         elif isinstance(module, Head) and example is not None and is_fast(module, example):
             yield PartReport(name, own_class(module).__name__, True, module.WHY)
@@ -109,7 +109,11 @@ def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:
     choices = [_choice(module, branch.conv) for branch in outcome.convs()]
     names = list(dict.fromkeys(choice.backend for choice in choices))
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
-    return BlockReport(name, cls, names != ["eager"], "+".join(names), "; ".join(reasons))
+    return BlockReport(name, cls, names != ["eager"], "+".join(names), "; ".join(reasons) + _frozen(module))
+
+
+def _frozen(module: Freezable) -> str:
+    return "; frozen" if module.unasked() else ""
 
 
 def _choice(block: FusedBlock, path: str | None) -> backends.Choice:

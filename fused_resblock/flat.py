@@ -23,6 +23,7 @@ from .program import signature
 from .recorder import Recorder
 
 Call = Callable[[Any], Any]
+_UNKNOWN = "a copy has no graph until it is fused again"
 
 
 class Ran(NamedTuple):
@@ -45,13 +46,13 @@ def note(modules: tuple[nn.Module, ...], made_of: object, call: Call) -> None:
 
 
 class _Flat:
-    """The functions of a network, by the input's signature; None where there can be none."""
+    """The functions of a network, by the input's signature; the reason where there can be none."""
 
     LIMIT = 32  # signatures
 
     def __init__(self) -> None:
         self.generation = frozen.generation()
-        self.functions: dict[tuple[object, ...], Call | None] = {}
+        self.functions: dict[tuple[object, ...], Call | str] = {}
         self._last: dict[tuple[object, ...], list[Ran]] = {}
 
     def learn(self, key: tuple[object, ...], network: nn.Module, forward: Call, x: Tensor) -> Any:
@@ -70,9 +71,12 @@ class _Flat:
         if tape and last is not None and _same(last, tape):
             try:
                 function = _flattened(network, tape)
-                self.functions[key] = function if _equal((function(again), again), (y, x)) else None
-            except Exception:  # no graph, or whatever one that shows another way may raise: the forward itself is right
-                self.functions[key] = None
+                same = _equal((function(again), again), (y, x))
+                self.functions[key] = function if same else "its graph gives another result"
+            except Unsupported as error:
+                self.functions[key] = str(error)
+            except Exception as error:  # whatever a graph that shows another way may raise: the forward itself is right
+                self.functions[key] = f"its graph fails: {type(error).__name__}"
         return y
 
 
@@ -93,15 +97,36 @@ def run(network: nn.Module, forward: Call, x: Tensor) -> Any:
         forward: its own forward.
         x: its input, a plain tensor.
     """
-    flat = _flats.get(network)
-    if flat is None or flat.generation != frozen.generation():
+    flat = _current(network)
+    if flat is None:
         flat = _flats[network] = _Flat()
     key = signature(x)
-    if key in flat.functions:
-        return (flat.functions[key] or forward)(x)
+    function = flat.functions.get(key)
+    if function is not None:
+        return forward(x) if isinstance(function, str) else function(x)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing can be compared in there
         return forward(x)
     return flat.learn(key, network, forward, x)
+
+
+def standing(network: nn.Module) -> tuple[bool, str]:
+    """Whether a frozen network is one function by now, for any input that it was called with, and in words."""
+    flat = _current(network)
+    functions = list(flat.functions.values()) if flat is not None else []
+    reasons = [function for function in functions if isinstance(function, str)]
+    if not functions:
+        later = "one function from about the fourth call on"
+        return False, later if network in _graphs else f"its own forward: {_UNKNOWN}"
+    if not reasons:
+        return True, "one function, nothing is asked again"
+    some = "" if len(reasons) == len(functions) else f" for {len(reasons)} of {len(functions)} kinds of input"
+    return some != "", f"its own forward{some}: {'; '.join(dict.fromkeys(reasons))}"
+
+
+def _current(network: nn.Module) -> _Flat | None:
+    """What is known of the network in this generation."""
+    flat = _flats.get(network)
+    return flat if flat is not None and flat.generation == frozen.generation() else None
 
 
 def _same(a: Sequence[Ran], b: Sequence[Ran]) -> bool:
@@ -126,7 +151,7 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
         Unsupported: if there is no graph, or the forward did not run what that shows, or if there are hooks.
     """
     if network not in _graphs:
-        raise Unsupported("its graph is not known")
+        raise Unsupported(_UNKNOWN)
     if nn.modules.module._has_any_global_hook() or any(map(leaves.hooked, list(network.modules())[1:])):
         raise Unsupported("hooks on inner modules")
     graph = copy.deepcopy(_graphs[network])

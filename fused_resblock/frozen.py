@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from .swap import Swapped
 
@@ -39,9 +40,10 @@ class Freezable(Swapped):
         """Whether the programs need not be asked, in the module's present mode."""
         return self._fused_frozen and not self.training
 
-    def look_again(self) -> None:
-        """Have everything asked once more, if this module is frozen."""
-        if self._fused_frozen and not torch.compiler.is_compiling():
+    def look_again(self, *inputs: Any) -> None:
+        """Have everything asked once more, if this module is frozen; not where its inputs are those of a trace."""
+        traced = torch.compiler.is_compiling() or any(isinstance(x, fx.Proxy) for x in inputs)
+        if self._fused_frozen and not traced:
             _generation[0] += 1
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -54,7 +54,7 @@ class FusedStage(Freezable):
     def _run(self, x: Tensor) -> Tensor | None:
         """The chain's output, or None where the blocks have to be called one by one."""
         if torch.is_grad_enabled():
-            self.look_again()
+            self.look_again(x)
             return None
         if not dispatch.plain((x,)):
             return None

@@ -47,7 +47,7 @@ class FusedNetwork(Freezable):
         @functools.wraps(own)  # whoever traces the network asks for the names of its arguments
         def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
-                self.look_again()
+                self.look_again(*args, *kwargs.values())
                 return own(self, *args, **kwargs)
             if self.unasked() and len(args) == 1 and not kwargs and dispatch.plain(args):
                 return flat.run(self, functools.partial(scoped, self), args[0])
@@ -70,7 +70,7 @@ class StemConv(Freezable):
     def _deferred(self, x: Tensor) -> tuple[int, ...] | None:
         """The output's shape if the work may be left to others, else None."""
         if torch.is_grad_enabled():
-            self.look_again()
+            self.look_again(x)
             return None
         if not dispatch.plain((x,)) or not allowed():
             return None

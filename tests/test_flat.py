@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -83,6 +84,14 @@ class Failing(Network):
         return y if isinstance(x, Tensor) else y.reshape(3, 5, 7)
 
 
+class Odd(Network):
+    """Does another thing with a tensor of an odd batch, and with what records its graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if isinstance(x, Tensor) and len(x) % 2 else y
+
+
 class BySize(Network):
     """Its way depends on the image's size."""
 
@@ -123,6 +132,48 @@ def test_networks_that_run_their_own_forward(cls):
     assert not any(functions(model))
     if cls is Counting:
         assert model.calls == 2 * (CALLS + 2)
+
+
+def said(model: Network) -> tuple[bool, str]:
+    """What `explain` says of the network as one function."""
+    (part,) = [part for part in frb.explain(model).parts if part.modules == "the network"]
+    return part.fused, part.reason
+
+
+def test_explain_tells_when_it_is_a_function():
+    model = frb.fuse(network(), frozen=True)
+    assert said(model) == (False, "frozen: one function from about the fourth call on")
+    run_in(model, images())
+    assert said(model) == (True, "frozen: one function, nothing is asked again")
+    assert said(model.train()) == (False, "frozen: in train mode")
+    assert not said(model.eval())[0]
+
+
+@pytest.mark.parametrize(("cls", "reason"), [(Asking, "another result"), (Failing, "fails: RuntimeError")])
+def test_explain_tells_why_it_runs_its_own_forward(cls, reason):
+    model = frb.fuse(network(cls=cls), frozen=True)
+    run_in(model, images())
+    assert not said(model)[0]
+    assert said(model)[1].startswith("frozen: its own forward: ")
+    assert reason in said(model)[1]
+
+
+def test_explain_tells_which_inputs_run_the_own_forward():
+    model = frb.fuse(network(cls=Odd), frozen=True)
+    run_in(model, images(2))
+    run_in(model, images(1))
+    fused, reason = said(model)
+    assert fused
+    assert "for 1 of 2 kinds of input" in reason
+
+
+def test_a_copy_has_no_graph():
+    model = copy.deepcopy(frb.fuse(network(), frozen=True))
+    run_in(model, images())
+    assert said(model) == (False, "frozen: its own forward: a copy has no graph until it is fused again")
+    frb.fuse(model, frozen=True, inplace=True)
+    run_in(model, images())
+    assert said(model)[0]
 
 
 def test_random_numbers_stay_random():

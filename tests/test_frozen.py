@@ -14,6 +14,7 @@ from parity import assert_parity
 from torch import nn
 
 import fused_resblock as frb
+from fused_resblock.frozen import generation
 from fused_resblock.models import randomize_norms
 from fused_resblock.reference import BasicBlock, Bottleneck
 
@@ -237,9 +238,11 @@ def test_frozen_must_be_a_bool(value):
 
 
 def test_explained(frozen):
-    (part,) = [p for p in frb.explain(frozen).parts if p.modules == "the network"]
-    assert part == ("", "the network", True, "frozen: one function, nothing is asked again")
-    frozen.train()
-    (part,) = [p for p in frb.explain(frozen).parts if p.modules == "the network"]
-    assert part == ("", "the network", False, "frozen, but in train mode")
-    assert not [p for p in frb.explain(frb.fuse(network())).parts if p.modules == "the network"]
+    run_in(frozen, images())
+    before = generation()
+    explained = frb.explain(frozen)
+    assert generation() == before
+    assert [part.reason for part in explained.parts if part.modules == "2 blocks"] == ["one chain; frozen"] * 2
+    assert all(report.reason.endswith("; frozen") for report in explained)
+    assert "; frozen" not in str(frb.explain(frozen.train()))
+    assert "frozen" not in str(frb.explain(frb.fuse(network())))
