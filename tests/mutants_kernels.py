@@ -1,9 +1,10 @@
-"""The faults that `make mutants` puts into the kernels, and for each the test that must notice it."""
+"""The faults that `make mutants` puts into the kernels of single operations, and for each the test that must notice it."""
 
 from __future__ import annotations
 
 
-def _address(test: str) -> str:
+def address(test: str) -> str:
+    """The test of the addresses behind 2^31 elements of that name."""
     return f"tests/test_addresses.py::test_{test}"
 
 
@@ -17,14 +18,6 @@ def _split(case: str, programs: int = 3) -> str:
 
 def _boxes(case: str, tile: str = "32x16x32.w4.s1.p1") -> str:
     return f"tests/test_tiles.py::test_boxes[{case}-{tile}]"
-
-
-def _stage(case: str, tile: str = "16x16x16.w4.s1.c1") -> str:
-    return f"tests/test_expand_shift.py::test_every_case[{case}-{tile}]"
-
-
-def _stem(case: str, tile: str = "2x32") -> str:
-    return f"tests/test_stem_kernel.py::test_every_case[{case}-{tile}]"
 
 
 #: (name, old text, new text, killers) by file.
@@ -115,20 +108,20 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
             "share: tl.constexpr = steps // SPLIT",
             _split("1x1 ragged in all three", 2),
         ),
-        ("32-bit partial sums", "tl.program_id(1).to(tl.int64) * M", "tl.program_id(1) * M", _address("partial_sums")),
+        ("32-bit partial sums", "tl.program_id(1).to(tl.int64) * M", "tl.program_id(1) * M", address("partial_sums")),
         (
             "32-bit rows of x",
             "rows = ((offs_m // (P * Q)).to(tl.int64) * H",
             "rows = ((offs_m // (P * Q)) * H",
-            _address("input_of_a_3x3"),
+            address("input_of_a_3x3"),
         ),
-        ("32-bit weight", ".to(tl.int64) * (R * S * C)", " * (R * S * C)", _address("weight")),
-        ("32-bit second weight", ".to(tl.int64) * C2", " * C2", _address("weight_of_the_second_convolution")),
+        ("32-bit weight", ".to(tl.int64) * (R * S * C)", " * (R * S * C)", address("weight")),
+        ("32-bit second weight", ".to(tl.int64) * C2", " * C2", address("weight_of_the_second_convolution")),
         (
             "32-bit output",
             "y_ptr + offs_m[:, None].to(tl.int64)",
             "y_ptr + offs_m[:, None]",
-            _address("pointwise_input_and_output"),
+            address("pointwise_input_and_output"),
         ),
     ],
     "kernels/conv_tma.py": [
@@ -203,158 +196,6 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_boxes.py::test_box_covers_with_the_fewest_pixels",
         ),
     ],
-    "kernels/expand_shift.py": [
-        ("sign of the residual", "z += tl.load(residual,", "z -= tl.load(residual,", _stage("identity")),
-        (
-            "residual forgotten by a chunk",
-            "* K + offs_n[None, :]\n            z +=",
-            "* K + offs_n[None, :] - n\n            z +=",
-            _stage("ragged chunks"),
-        ),
-        ("last row unwritten", "mask_m = offs_m < M\n", "mask_m = offs_m < M - 1\n", _stage("identity")),
-        ("halo off by one above", "(h0 + r >= 0)", "(h0 + r >= 1)", _stage("identity")),
-        ("halo off by one at the right", "(w0 + s < W)", "(w0 + s <= W)", _stage("identity")),
-        ("3x3 not strided", "% P) * STRIDE - PAD_H", "% P) - PAD_H", _stage("stride 2, downsample")),
-        (
-            "ReLU behind the 3x3 forgotten",
-            "h2 = nan_relu(acc * scale[None, :] + shift[None, :])",
-            "h2 = (acc * scale[None, :] + shift[None, :])",
-            _stage("identity"),
-        ),
-        ("ReLU before the add", "        y = nan_relu(z).to(dtype)", "        y = z.to(dtype)", _stage("identity")),
-        ("ReLU of the reduce forgotten", "g = nan_relu(reduced", "g = (reduced", _stage("identity")),
-        (
-            "reduce of the last chunk only",
-            "reduced = tl.dot(y, w1, reduced,",
-            "reduced = tl.dot(y, w1,",
-            _stage("identity"),
-        ),
-        (
-            "downsample not strided",
-            "strided_rows(offs_m, H2, W2, P, Q, STRIDE2)",
-            "strided_rows(offs_m, H2, W2, P, Q, 1)",
-            _stage("stride 2, downsample"),
-        ),
-        (
-            "tail of the downsample's K not masked",
-            "(offs_k < C2 - c) if C2 % BLOCK_K != 0 else (offs_k < BLOCK_K)",
-            "offs_k < BLOCK_K",
-            _stage("stride 2, downsample"),
-        ),
-        (
-            "expand takes the 3x3's eps",
-            "mask_n, EPS3, ACC",
-            "mask_n, EPS, ACC",
-            "tests/test_expand_shift.py::test_every_norm_has_its_own_eps",
-        ),
-        (
-            "reduce takes the expand's eps",
-            "offs_g < G, EPS1, ACC",
-            "offs_g < G, EPS3, ACC",
-            "tests/test_expand_shift.py::test_every_norm_has_its_own_eps",
-        ),
-        (
-            "second shift forgotten",
-            "down * scale2[None, :] + shift2[None, :]",
-            "down * scale2[None, :]",
-            _stage("stride 2, downsample"),
-        ),
-        (
-            "32-bit rows of h",
-            "rows = ((offs_m // (P * Q)).to(tl.int64) * H",
-            "rows = ((offs_m // (P * Q)) * H",
-            _address("stage"),
-        ),
-        (
-            "32-bit residual",
-            "other_ptr + offs_m[:, None].to(tl.int64) * K",
-            "other_ptr + offs_m[:, None] * K",
-            _address("stage"),
-        ),
-        ("32-bit output", "y_ptr + offs_m[:, None].to(tl.int64) * K", "y_ptr + offs_m[:, None] * K", _address("stage")),
-        (
-            "32-bit next input",
-            "g_ptr + offs_m[:, None].to(tl.int64) * G",
-            "g_ptr + offs_m[:, None] * G",
-            _address("stage"),
-        ),
-    ],
-    "kernels/expand_shift_tma.py": [
-        ("box not moved by the tap", "q + (w >> HALF)", "q", _stage("identity", "16x16x16.w4.s1.c1.t1")),
-        ("parity of the row forgotten", "h & HALF, q", "0, q", _stage("stride 2, downsample", "16x16x16.w4.s1.c1.t1")),
-        (
-            "residual forgotten by a chunk",
-            "other_desc.load([i, p, 0, q, n])",
-            "other_desc.load([i, p, 0, q, 0])",
-            _stage("ragged chunks", "16x16x16.w4.s1.c1.t1"),
-        ),
-        (
-            "reduce of the last chunk only",
-            "reduced = tl.dot(y, w1.T, reduced,",
-            "reduced = tl.dot(y, w1.T,",
-            _stage("identity", "16x16x16.w4.s1.c1.t1"),
-        ),
-        (
-            "ReLU before the add",
-            "        y = nan_relu(z).to(dtype)",
-            "        y = z.to(dtype)",
-            _stage("identity", "16x16x16.w4.s1.c1.t1"),
-        ),
-        (
-            "tail of the downsample's K not masked",
-            "if C2 % BLOCK_K != 0:",
-            "if False:",
-            "tests/test_expand_shift.py::test_pixels_that_a_strided_downsample_skips_may_be_nan",
-        ),
-        (
-            "expand takes the 3x3's eps",
-            "mask_n, EPS3, ACC",
-            "mask_n, EPS, ACC",
-            "tests/test_expand_shift.py::test_every_norm_has_its_own_eps",
-        ),
-    ],
-    "kernels/stage.py": [
-        (
-            "odd image not noticed",
-            "bind_expand_shift_tma if tile.tma and boxes",
-            "bind_expand_shift_tma if tile.tma",
-            _stage("stride 2, downsample, odd image", "16x16x16.w4.s1.c1.t1"),
-        ),
-    ],
-    "kernels/stem.py": [
-        ("image not moved by the padding", "h = row % HEIGHT - TOP", "h = row % HEIGHT", _stem("7x7 of 3 channels")),
-        ("row of the filter skipped", "w_cols + r * TAPS", "w_cols", _stem("7x7 of 3 channels")),
-        (
-            "shared row of the tile above forgotten",
-            "    if first > 0:",
-            "    if first > 1 << 20:",
-            _stem("7x7 of 3 channels"),
-        ),
-        (
-            "row behind the last pooled",
-            "there = mask_q & (tl.full((BLOCK_Q,), 2 * i + 1, tl.int32) < P)",
-            "there = mask_q",
-            _stem("3x3 of 4 channels, no bias", "8x16"),
-        ),
-        (
-            "column in front of a pair forgotten",
-            "tl.gather(right, before, 0)",
-            "right",
-            _stem("7x7 of 3 channels"),
-        ),
-        (
-            "tiles of columns overlap too little",
-            "// tiles_q) * ROWS\n    q0 = (tl.program_id(0) % tiles_q) * (half - 1)",
-            "// tiles_q) * ROWS\n    q0 = (tl.program_id(0) % tiles_q) * half",
-            _stem("wider than a tile"),
-        ),
-        (
-            "window begins a column early",
-            "packed[:, :, int(odd) : s + int(odd), :c]",
-            "packed[:, :, :s, :c]",
-            _stem("7x7 of 3 channels"),
-        ),
-    ],
     "kernels/epilogue.py": [
         ("eps forgotten", "tl.sqrt(var + EPS)", "tl.sqrt(var)", _plain("eps 0.1")),
         (
@@ -375,8 +216,8 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
             "tl.where(z > 0, z, 0.0)",
             "tests/test_conv_bn_act.py::test_nan_in_x_reaches_its_neighbours_only[triton]",
         ),
-        ("32-bit rows", "return offs_m.to(tl.int64)", "return offs_m", _address("residual[1]")),
-        ("32-bit strided rows", "(n.to(tl.int64) * H", "(n * H", _address("residual[2]")),
+        ("32-bit rows", "return offs_m.to(tl.int64)", "return offs_m", address("residual[1]")),
+        ("32-bit strided rows", "(n.to(tl.int64) * H", "(n * H", address("residual[2]")),
     ],
     "kernels/bn_act.py": [
         (
@@ -391,7 +232,7 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
             "mask_c, EPS, ACC",
             "tests/test_bn_act.py::test_every_norm_has_its_own_eps",
         ),
-        ("32-bit offsets", "offs_m[:, None].to(tl.int64) * C", "offs_m[:, None] * C", _address("bn_act")),
+        ("32-bit offsets", "offs_m[:, None].to(tl.int64) * C", "offs_m[:, None] * C", address("bn_act")),
     ],
     "kernels/relu_backward.py": [
         (
@@ -406,6 +247,6 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
             "tl.where(y.to(ACC) > 0.0, dz.to(ACC), 0.0)",
             "tests/test_relu_backward.py::test_zero_output_passes_nothing_and_nan_passes_all[triton]",
         ),
-        ("32-bit offsets", "offs_m[:, None].to(tl.int64) * C", "offs_m[:, None] * C", _address("relu_backward")),
+        ("32-bit offsets", "offs_m[:, None].to(tl.int64) * C", "offs_m[:, None] * C", address("relu_backward")),
     ],
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 from mutants_halo import HALO
 from mutants_kernels import KERNELS
+from mutants_stages import STAGES
 
 
 def _epilogue(case: str, backend: str = "triton") -> str:
@@ -26,6 +27,7 @@ _FLAT = "tests/test_flat.py::test_"
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
+    **STAGES,
     **HALO,
     "fused_resblock/head.py": [
         (
@@ -64,9 +66,15 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/flat.py": [
         (
             "function of a frozen network believed",
-            "function if _equal((function(again), again), (y, x)) else None",
+            'function if same else "its graph gives another result"',
             "function",
             _FLAT + "networks_that_run_their_own_forward[Asking]",
+        ),
+        (
+            "own forward told to be a function",
+            "    if not reasons:\n",
+            "    if functions:\n",
+            _FLAT + "explain_tells_why_it_runs_its_own_forward[Asking-another result]",
         ),
         (
             "function of a network with hooks",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import pickle
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from torch import nn, optim
 from torch.utils.checkpoint import checkpoint
 
 import fused_resblock as frb
-from fused_resblock import backends
 from fused_resblock.models import randomize_norms
 from fused_resblock.reference import BasicBlock, Bottleneck, ResidualBlock
 
@@ -208,46 +205,6 @@ def test_model_made_in_inference_mode():
         close(fused(x), reference(x))
 
 
-def cached() -> int:
-    """How many folded or repacked weights are kept."""
-    caches = backends.onednn._packed, backends.triton._weights, backends.triton._affines, backends.cudnn._folded
-    return sum(map(len, caches))
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_memory_is_freed_with_the_model(backend):
-    frb.clear_caches()
-    fused = frb.fuse(made(), backend=backend)
-    with torch.no_grad():
-        fused(torch.randn(1, 8, 5, 5))
-    assert cached() > 0
-    blocks = [weakref.ref(m) for m in fused.modules()]
-    del fused
-    gc.collect()
-    assert [r() for r in blocks if r() is not None] == []
-    assert cached() == 0
-
-
-def test_no_growth_over_many_calls(pair):
-    _, fused, _ = pair
-    with torch.no_grad():
-        fused(torch.randn(1, 8, 5, 5))
-        before = cached()
-        for size in range(4, 12):
-            fused(torch.randn(1, 8, size, size))
-            with torch.no_grad():
-                fused[0].bn1.running_mean.add_(0.1)
-    assert cached() == before
-
-
-def test_clear_caches(pair):
-    _, fused, x = pair
-    expected = fused(x)
-    frb.clear_caches()
-    assert cached() == 0
-    assert torch.equal(fused(x), expected)
-
-
 def test_threads(pair):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -291,16 +248,3 @@ def test_call_with_other_parameters_in_between(fresh):
         close(torch.func.functional_call(fused, other, (y,)), torch.func.functional_call(reference, other, (y,)))
         close(fused(y), reference(y))
         close(fused(x), reference(x))
-
-
-def test_a_norm_that_is_gone_takes_its_folded_weights_along():
-    frb.clear_caches()
-    weight, x = torch.randn(8, 8, 3, 3), torch.randn(1, 8, 5, 5)
-    norm = frb.functional.BatchNorm(torch.zeros(8), torch.ones(8))
-    for backend in ("onednn", "triton"):
-        frb.functional.conv_bn_act(x, weight, norm=norm, backend=backend)
-    assert cached() > 0
-    del norm
-    gc.collect()
-    weights = len(backends.triton._weights)  # repacked alone
-    assert cached() == weights

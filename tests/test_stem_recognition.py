@@ -1,0 +1,102 @@
+"""Which modules are found to be a stem, which not, and what `fuse`, `unfuse` and `explain` make of that."""
+
+from __future__ import annotations
+
+import torch
+from stem_networks import Network, network, parts
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+import fused_resblock as frb
+from fused_resblock.models import randomize_norms
+from fused_resblock.reference import BasicBlock
+
+
+def test_unfuse_filter_and_option():
+    reference = network()
+    fused = frb.fuse(reference)
+    assert type(fused).__name__ == "FusedNetwork"
+    assert isinstance(fused, Network)
+    assert isinstance(fused.conv1, nn.Conv2d)
+    frb.unfuse(fused)
+    assert [type(m) for m in fused.modules()] == [type(m) for m in reference.modules()]
+    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(fused.modules(), reference.modules(), strict=True))
+    assert parts(frb.fuse(reference, stems=False)) == []
+    assert parts(frb.fuse(reference, filter_fn=lambda name, module: name != "conv1")) == []
+    assert len(parts(frb.fuse(reference, filter_fn=lambda name, module: name == "conv1"))) == 1
+
+
+def test_fuse_twice():
+    fused = frb.fuse(frb.fuse(network()))
+    assert len(parts(fused)) == 1
+    assert len(fused._fused_stems) == 1
+    for backend in ("eager", "auto"):
+        frb.fuse(fused, inplace=True, backend=backend)
+        assert fused.conv1.__dict__["_fused_backend"] == backend
+    assert len(fused._fused_stems) == 1
+
+
+def test_one_conv_with_two_readers_is_no_stem():
+    class Two(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv1(x)
+            return self.layer1(self.relu(self.bn1(y))) + y
+
+    fused = frb.fuse(Two(pool=nn.Identity()).eval())
+    assert parts(fused) == []
+
+
+def test_several_stems_and_a_shared_relu():
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)])
+            self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(3)])
+            self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+            self.block = BasicBlock(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = self.relu(norm(conv(x)))
+            return self.block(self.pool(x))
+
+    reference = randomize_norms(Deep()).eval()
+    fused = frb.fuse(reference)
+    assert parts(fused)[:2] == ["Conv2d + BatchNorm2d + ReLU"] * 2
+    assert parts(fused)[2] == "Conv2d + BatchNorm2d + ReLU + MaxPool2d"
+    x = torch.randn(2, 3, 12, 13)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+def test_network_that_cannot_be_traced_has_stems_in_its_parts():
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = network()
+
+        def forward(self, images: list[Tensor]) -> list[int]:
+            return [int(self.backbone(default_collate([image])).argmax()) for image in images]
+
+    reference = Detector().eval()
+    fused = frb.fuse(reference)
+    assert [p.name for p in frb.explain(fused).parts] == ["backbone.conv1", "backbone.layer1"]
+    images = [torch.randn(3, 19, 22) for _ in range(3)]
+    with torch.no_grad():
+        assert fused(images) == reference(images)
+
+
+def test_explain_says_why_a_stem_computes_one_by_one():
+    fused = frb.fuse(network())
+
+    def reason() -> str:
+        return frb.explain(fused).parts[0].reason
+
+    assert reason() == "one operation"
+    handle = fused.bn1.register_forward_hook(print)
+    assert reason() == "hooks on bn1"
+    handle.remove()
+    fused.train()
+    assert reason() == "batch statistics (train mode)"
+    fused.eval().bn1 = nn.BatchNorm2d(8)
+    assert reason() == "bn1 was replaced"
