@@ -12,10 +12,10 @@ from .flat import know
 from .frozen import Freezable
 from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
+from .network import FusedNetwork, find_networks, find_stems, fuse_network, fuse_stem, know_blocks, unfuse_stem
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
 from .stage import FusedStage, is_stage
-from .stem import FusedNetwork, find_networks, find_stems, fuse_network, fuse_stem, unfuse_stem
 from .swap import swapped_class, undo
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -105,11 +105,13 @@ def fuse(
                 if not isinstance(module, FusedStage):
                     module.__class__ = swapped_class(FusedStage, type(module))
                 module.__dict__["_fused_kernel"] = stages == "kernel"
-    for name, graph in networks if frozen else ():
-        network = model.get_submodule(name)
-        if not isinstance(network, (FusedNetwork, FusedStage)):
+    for name, graph in networks:
+        network, prefix = model.get_submodule(name), f"{name}." if name else ""
+        if frozen and not isinstance(network, (FusedNetwork, FusedStage)):
             fuse_network(network)
-        know(network, graph)
+        if isinstance(network, FusedNetwork):
+            know_blocks(network, [path.removeprefix(prefix) for path, _, _ in found if path.startswith(prefix)])
+        know(network, graph if frozen else None)
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(frozen)

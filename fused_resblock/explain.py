@@ -13,11 +13,11 @@ from .convert import blocks
 from .frozen import Freezable
 from .head import Head, is_fast
 from .modules import FusedBlock
+from .network import FusedNetwork
+from .network import obstacle as stem_obstacle
 from .plan import Plan
 from .stage import FusedStage, kernel_state
 from .stage import obstacle as stage_obstacle
-from .stem import FusedNetwork
-from .stem import obstacle as stem_obstacle
 from .swap import own_class
 from .table import format_table
 

@@ -84,9 +84,15 @@ _flats: weakref.WeakKeyDictionary[nn.Module, _Flat] = weakref.WeakKeyDictionary(
 _graphs: weakref.WeakKeyDictionary[nn.Module, fx.Graph] = weakref.WeakKeyDictionary()
 
 
-def know(network: nn.Module, graph: fx.Graph) -> None:
-    """Note the graph of a network's forward, in which blocks are single calls. A copy of the network has none."""
-    _graphs[network] = graph
+def know(network: nn.Module, graph: fx.Graph | None) -> None:
+    """Note the graph of a network's forward in eval mode, in which blocks are single calls; None where it has none.
+
+    A copy of the network has none until it is noted.
+    """
+    if graph is None:
+        _graphs.pop(network, None)
+    else:
+        _graphs[network] = graph
 
 
 def run(network: nn.Module, forward: Call, x: Tensor) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .swap import Swapped
+from .touched import touch
 
 _generation = [0]
 
@@ -47,14 +48,27 @@ class Freezable(Swapped):
             _generation[0] += 1
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "training" or value != self.training:  # `eval()` sets it every time
-            self.look_again()
+        if name == "training" and value == self.training:  # `eval()` sets it every time
+            return
+        if name == "training" and not torch.compiler.is_compiling():
+            touch([*self.parameters(), *self.buffers()])
         super().__setattr__(name, value)
+        self.look_again()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.look_again()
-        return super()._apply(*args, **kwargs)
+        try:
+            return super()._apply(*args, **kwargs)
+        finally:
+            self.look_again()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.look_again()
-        super()._load_from_state_dict(*args, **kwargs)
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        finally:
+            self.look_again()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # called by the `load_state_dict` of a parent
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            self.look_again()

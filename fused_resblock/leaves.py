@@ -12,6 +12,10 @@ from .params import Pair, pair
 from .plan import Unsupported
 from .swap import own_class
 
+#: what the plans stand for, even if somebody puts something else in its place later
+_CONV_FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_NORM_FORWARD = nn.BatchNorm2d.forward
+
 
 def is_frozen_norm(module: nn.Module) -> bool:
     """Whether this is torchvision's FrozenBatchNorm2d; others of that name may compute something else."""
@@ -39,7 +43,7 @@ def conv_geometry(module: nn.Module) -> tuple[Pair, Pair, Pair, int]:
     if not isinstance(module, nn.Conv2d):
         raise Unsupported(f"convolution {type(module).__name__} is not nn.Conv2d")
     cls: Any = own_class(module)
-    if cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward:
+    if (cls.forward, cls._conv_forward) != _CONV_FORWARDS or "_conv_forward" in module.__dict__:
         raise Unsupported(f"convolution {cls.__name__} is not nn.Conv2d")
     if module.padding_mode != "zeros":
         raise Unsupported(f"padding mode {module.padding_mode!r}")
@@ -72,7 +76,7 @@ def norm_relu(module: nn.Module) -> bool:
             relu = True
         else:
             raise Unsupported(f"activation {type(module.act).__name__} is not ReLU")
-    elif isinstance(module, nn.BatchNorm2d) and cls.forward is nn.BatchNorm2d.forward:
+    elif isinstance(module, nn.BatchNorm2d) and cls.forward is _NORM_FORWARD:
         relu = False
     else:
         raise Unsupported(f"{cls.__name__} is not a convolution, ReLU, BatchNorm2d or FrozenBatchNorm2d")
@@ -96,8 +100,10 @@ def check_untouched(root: nn.Module) -> None:
         where = f"{name or 'the block'} ({type(module).__name__})"
         if module is not root and hooked(module):
             raise Unsupported(f"hooks on {where}")
-        if module is not root and "forward" in module.__dict__:
+        if module is not root and replaced(module):
             raise Unsupported(f"the forward of {where} is overridden on the instance")
+        if type(module).__call__ is not nn.Module.__call__:
+            raise Unsupported(f"the call of {where} is overridden by its class")
         if torch.nn.utils.parametrize.is_parametrized(module):
             raise Unsupported(f"parametrization on {where}")
         for attribute in ("weight", "bias", "running_mean", "running_var"):
@@ -117,6 +123,11 @@ def check_untouched(root: nn.Module) -> None:
 def hooked(module: nn.Module) -> bool:
     """Whether the module has call-time hooks of its own."""
     return any(hook_dicts(module))
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether something was put in the place of the module's forward on the instance."""
+    return "forward" in module.__dict__ or "_conv_forward" in module.__dict__
 
 
 def hook_dicts(module: nn.Module) -> tuple[dict, ...]:

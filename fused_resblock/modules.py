@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import dispatch, flat, reference
 from .frozen import Freezable
@@ -16,6 +16,7 @@ from .programs import Programs
 from .recognize import recognize
 from .runner import Runner
 from .swap import base_class, register
+from .touched import touch_statistics
 from .watch import Watch, layout, unchanged, untraceable
 
 
@@ -24,6 +25,7 @@ class _State:
 
     def __init__(self, block: FusedBlock) -> None:
         self.watch = Watch(block)
+        self.norms = _norms(block)
         self.runner: Runner | None = None
         self.programs = Programs()
         plan = block.__dict__.get("_fused_plan")
@@ -31,6 +33,11 @@ class _State:
             self.reason = block.__dict__.get("_fused_reason")
         else:
             self.runner = Runner(block, plan)
+
+
+def _norms(block: nn.Module) -> list[nn.Module]:
+    """The norms in a block that may update running statistics."""
+    return [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
 
 _states: weakref.WeakKeyDictionary[FusedBlock, _State] = weakref.WeakKeyDictionary()
@@ -116,10 +123,15 @@ class FusedBlock(Freezable):
         return state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs:  # further arguments, or names that only its own forward knows
-            return super().forward(*args, **kwargs)
-        y = self._run(args[0])
-        return super().forward(*args) if y is None else y
+        known = len(args) == 1 and not kwargs  # else only its own forward knows the further arguments, or the name
+        y = self._run(args[0]) if known else None
+        if y is not None:
+            return y
+        y = super().forward(*args, **kwargs)
+        if not torch.compiler.is_compiling() and not any(map(untraceable, args)):
+            state = _states.get(self)
+            touch_statistics(_norms(self) if state is None else state.norms)
+        return y
 
     def _run(self, x: Tensor) -> Tensor | None:
         """The output by the plan, or None where the block's own forward has to run."""
@@ -135,7 +147,8 @@ class FusedBlock(Freezable):
         if state is not None and bindable:
             program = state.programs.find(x, self.unasked())
             if program is not None:
-                flat.note((self,), program, program)
+                if type(self).forward is FusedBlock.forward:  # else a forward around this one does more
+                    flat.note((self,), program, program)
                 return program(x)
         runner = self.runner()
         if runner is None:

@@ -7,6 +7,7 @@ of one network (`scope`), so neither its input nor a weight can change before it
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,13 +29,16 @@ def scope() -> Iterator[None]:
     """Work may be left pending in here; what is still pending at the end is done then."""
     made: list[weakref.ref[Pending]] = []
     token = _made.set(made)
+    failed = True
     try:
         yield
+        failed = False
     finally:
         _made.reset(token)
-        for reference in made:
-            pending = reference()
-            if pending is not None:
+        for pending in [pending for reference in made if (pending := reference()) is not None]:
+            with (
+                contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext()
+            ):  # the first error is to be seen
                 pending.value()
 
 

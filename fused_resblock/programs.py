@@ -13,6 +13,21 @@ from .runner import Runner
 from .watch import Guard
 
 
+class Before:
+    """Everything that a program is about to be bound to, as it is now: another thread may change it meanwhile.
+
+    Args:
+        modules: those that may take part, without repetition, the one that the program belongs to first.
+        tensors: everything that may go into the program.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+        self.generation = generation()
+        self.guard: Guard | None = None
+        if not any(tensor.is_inference() for tensor in tensors):  # those record no changes
+            self.guard = Guard(modules, tensors, all_modes=True)
+
+
 class Programs:
     """The programs of a block, or of a chain of blocks, by `signature`, as long as its modules and tensors hold."""
 
@@ -51,16 +66,23 @@ class Programs:
         self._programs.clear()
         return None
 
-    def keep(self, x: Tensor, program: Program, guard: Callable[[], Guard]) -> None:
-        """Keep a program for inputs such as x; `guard` makes what watches over everything that it was bound to."""
-        now = generation()
-        try:
-            guard_of_all = self._guard or guard()
-        except RuntimeError:  # inference tensors carry no version: nothing tells when they change
+    def keep(self, x: Tensor, program: Program, before: Before, guard: Callable[[], Guard]) -> None:
+        """Keep a program for inputs such as x, unless anything has changed while it was bound.
+
+        Args:
+            x: an input.
+            program: what was bound.
+            before: made before it was.
+            guard: makes what watches over everything that it was bound to.
+        """
+        if before.guard is None:
+            return
+        guard_of_all = self._guard or guard()
+        if not (before.guard.holds() and guard_of_all.holds()):
             return
         if len(self._programs) >= self.LIMIT:
             self._programs.clear()
-        self._guard, self._generation = guard_of_all, now
+        self._guard, self._generation = guard_of_all, before.generation
         self._programs[signature(x)] = program
 
     def bind(
@@ -85,17 +107,19 @@ class Programs:
         runners = [runner for runner, _ in blocks]
         tensors = [t for runner in runners for t in runner.parameters()]
         found = None
-        if dispatch.plain(tensors):
+        others, further = ([], []) if following is None else (following[1], following[0].parameters())
+        if dispatch.plain([*tensors, *further]):
+            before = Before(list(dict.fromkeys([*modules, *others])), [*tensors, *further])
             found = bind(blocks, x, stage_kernel, None if following is None else following[0].steps[0])
         if found is None:
             return None
         if following is not None and found[0].ends.ahead is not None:
             runners.append(following[0])
-            modules = list(dict.fromkeys([*modules, *following[1]]))
-            tensors += following[0].parameters()
+            modules = list(dict.fromkeys([*modules, *others]))
+            tensors += further
         if self._guard is None or not self._watched.issuperset(modules[1:]):  # a guard of all these is to be made
             self._guard, self._watched = None, set(modules[1:])
             self._programs.clear()
         all_modes = any(runner.eval_only for runner in runners)
-        self.keep(x, found[0], lambda: Guard(modules, tensors, all_modes))
+        self.keep(x, found[0], before, lambda: Guard(modules, tensors, all_modes))
         return found

@@ -231,17 +231,6 @@ def _name(node: fx.Node) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
-def _trace(block: nn.Module, training: bool) -> tuple[Step, ...]:
-    modes = {module: module.training for module in block.modules()}
-    try:
-        for module in modes:
-            module.training = training
-        return _Builder(block, graph_of(block)).build()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def recognize(block: nn.Module) -> Plan:
     """The plan of a residual block.
 
@@ -249,16 +238,16 @@ def recognize(block: nn.Module) -> Plan:
         Unsupported: with the reason, if the block is anything but conv-norm-act steps and one residual add.
     """
     leaves.check_untouched(block)
-    steps = _trace(block, training=False)
+    steps = _Builder(block, graph_of(block, training=False)).build()
     try:
-        eval_only = _trace(block, training=True) != steps or _has_dropout(block)
+        eval_only = _Builder(block, graph_of(block, training=True)).build() != steps or _has_dropout(block)
     except Unsupported:
         eval_only = True
     return Plan(steps, eval_only)
 
 
 def _has_dropout(block: nn.Module) -> bool:
-    return any(isinstance(m, (nn.Dropout, nn.Dropout2d)) and m.p > 0 for m in block.modules())
+    return any(isinstance(m, (nn.Dropout, nn.Dropout2d)) for m in block.modules())  # also of p = 0: it may be set
 
 
 def looks_residual(block: nn.Module) -> bool:
@@ -266,7 +255,7 @@ def looks_residual(block: nn.Module) -> bool:
     if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
         return False
     try:
-        graph = graph_of(block)
+        graph = graph_of(block, block.training)
     except Unsupported:
         return sum(isinstance(m, nn.Conv2d) for m in block.children()) >= 2
     return any(_Builder._called(node) in _ADDS for node in graph.nodes)

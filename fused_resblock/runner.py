@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,8 +118,10 @@ class Runner:
     """
 
     def __init__(self, block: nn.Module, plan: Plan) -> None:
-        # dropout may be switched on alone, so every module's mode counts where one of them matters
-        self.eval_only = list(block.modules()) if plan.eval_only else []
+        # dropout may be switched on alone, so every module's mode counts where one of them matters; a reference to the
+        # block itself would keep it alive
+        self.eval_only = list(block.modules())[1:] if plan.eval_only else []
+        self._block = weakref.ref(block)
         self.steps = [BoundStep(block, step) for step in plan.steps]
         self.norms = [block.get_submodule(path) for path in plan.norms()]
         self.in_channels = self._in_channels()
@@ -133,7 +136,8 @@ class Runner:
 
     def mode_obstacle(self) -> str | None:
         """Why the block's mode calls for its own forward; None when the plan may run."""
-        if any(module.training for module in self.eval_only):
+        block = self._block()
+        if self.eval_only and block is not None and any(module.training for module in (block, *self.eval_only)):
             return "in train() it computes something else"
         for norm in self.norms:
             if leaves.uses_batch_statistics(norm):

@@ -63,7 +63,7 @@ class FusedStage(Freezable):
             program = programs.find(x, self.unasked())
             if program is not None:
                 if handover.fits(self, program):
-                    if flat.recording():
+                    if flat.recording() and type(self).forward is FusedStage.forward:
                         flat.note(tuple(self.children()), program, partial(handover.run, self, program))
                     return handover.run(self, program, x)
                 _programs.pop(self, None)

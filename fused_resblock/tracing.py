@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Collection
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,6 +14,9 @@ from torch import fx, nn
 
 from . import leaves
 from .plan import Unsupported
+
+#: two traces at once would each put back, in the end, what the other had put in place of every module's call
+_one_at_a_time = threading.RLock()
 
 
 class _Proxy(fx.Proxy):
@@ -27,6 +33,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._stops = stops
         self._modes = self._current_modes()
+        self._thread = threading.get_ident()
 
     @staticmethod
     def _current_modes() -> tuple[bool, ...]:
@@ -35,6 +42,18 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._stops or leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Record a call. While it traces, `torch.fx` has those of all threads come here: others' simply run."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """An attribute of a module, as `call_module`."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -75,24 +94,53 @@ class _Snapshot:
         return changed
 
 
-def graph_of(block: nn.Module, stops: Collection[nn.Module] = ()) -> fx.Graph:
-    """The graph of the block's forward; the block is left as it was.
+def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()) -> fx.Graph:
+    """The graph of the block's forward.
+
+    A twin of the block is traced: the block itself may be serving in another thread.
 
     Args:
         block: a residual block, or any module.
+        training: the mode of all its modules in which it is traced.
         stops: modules whose calls are recorded as they are, besides the layers that a plan may hold.
 
     Raises:
         Unsupported: if the forward cannot be traced, or leaves something behind on the block.
     """
-    before = _Snapshot(block)
+    paths = [path for path, module in block.named_modules() if module in stops]
+    traced = _twin(block, training)
+    before = _Snapshot(traced)
     try:
-        return _Tracer(stops).trace(block)
+        with _one_at_a_time:
+            return _Tracer({traced.get_submodule(path) for path in paths}).trace(traced)
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy
-        message = (str(error).splitlines() or [repr(error)])[0]
-        raise Unsupported(f"its forward cannot be traced: {message}") from None
+        raise Unsupported(f"its forward cannot be traced: {_first_line(error)}") from None
     finally:
         if before.restore():
             raise Unsupported("its forward changes the block's own attributes or buffers")
+
+
+def _twin(block: nn.Module, training: bool) -> nn.Module:
+    """A copy of the modules alone, in this mode, and of the lists and the like they are in; anything else is shared."""
+    twins = {m: m if isinstance(m, torch.jit.ScriptModule) else object.__new__(type(m)) for m in block.modules()}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return twins.get(value, value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, of(value.__self__))
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, of(item)) for key, item in value.items())
+        return type(value)(map(of, value)) if type(value) in (list, tuple, set, deque) else value
+
+    for module, twin in twins.items():
+        if twin is not module:
+            twin.__dict__.update((name, of(value)) for name, value in module.__dict__.items())
+            twin.__dict__["training"] = training
+    return twins[block]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]

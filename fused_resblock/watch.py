@@ -12,9 +12,17 @@ from torch import Tensor, fx, nn
 
 from . import leaves
 from .sampling import read, words
+from .swap import Swapped
+from .touched import listen, now, when
 
 _VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def _asks_itself(module: nn.Module) -> bool:
+    """Whether this is a module of somebody's own within a block, whose forward may ask its attributes."""
+    given = isinstance(module, Swapped) or type(module).__module__.startswith("torch.nn.")
+    return not given and not leaves.is_leaf(module)
 
 
 class Watch:
@@ -31,7 +39,9 @@ class Watch:
         self._sizes = [(m._modules, len(m._modules)) for m in modules]
         self._convs = [(m, self._settings(m)) for m in inner if isinstance(m, nn.Conv2d)]
         self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
-        self._attributes = [m.__dict__ for m in inner]
+        self._inner = inner
+        own = [m.__dict__ for m in inner if _asks_itself(m)]
+        self._own = [(d, len(d), [(name, value) for name, value in d.items() if name != "training"]) for d in own]
 
     @staticmethod
     def _settings(conv: nn.Conv2d) -> tuple[Any, ...]:
@@ -45,13 +55,16 @@ class Watch:
         for modules, size in self._sizes:
             if len(modules) != size:
                 return False
+        for attributes, size, before in self._own:
+            if len(attributes) != size or any(attributes.get(name) is not value for name, value in before):
+                return False
         return all(self._settings(conv) == settings for conv, settings in self._convs)
 
     def obstacle(self) -> str | None:
         """Why inner modules must be called one by one; None when they need not."""
         if any(self._hooks):
             return "hooks on inner modules"
-        if any(map(contains, self._attributes, repeat("forward"))):
+        if any(map(leaves.replaced, self._inner)):
             return "the forward of an inner module is overridden on the instance"
         return "global module hooks" if nn.modules.module._has_any_global_hook() else None
 
@@ -86,16 +99,23 @@ class Guard:
             "_fused_kernel",
         )
         entries += [(m.__dict__, name) for m in modules for name in settings if name in m.__dict__]
+        own = [m.__dict__ for m in inner if _asks_itself(m)]
+        entries += [(attributes, name) for attributes in own for name in attributes if name != "training"]
         entries += [(m.__dict__, "training") for m in modules if all_modes or "eps" in m.__dict__]
         self._places, self._names = zip(*entries, strict=True)
         self._values = [place[name] for place, name in entries]
         self._types = list(map(type, inner))
         self._children = [m._modules for m in modules if not leaves.is_leaf(m)]
+        self._children += own
         self._sizes = list(map(len, self._children))
         self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
         self._attributes = [m.__dict__ for m in inner]
+        self._convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
         self._tensors = list(tensors)
         self._filters = [t for t in tensors if t.dim() > 1]
+        listen()
+        self._now = now()
+        self._when = list(map(when, self._tensors))
         self._states = self._states_now()
         self._words = words(self._tensors)
         # one copy touches them all at once; one after the other they would be as many misses of the cache in a row
@@ -107,6 +127,14 @@ class Guard:
         """Version and place of each tensor, and how each filter lies in memory."""
         tensors = self._tensors
         return list(map(_VERSION, tensors)), list(map(_POINTER, tensors)), list(map(_STRIDE, self._filters))
+
+    def _untouched(self) -> bool:
+        """Whether what was touched since is other tensors."""
+        latest = now()
+        if list(map(when, self._tensors)) != self._when:
+            return False
+        self._now = latest
+        return True
 
     def holds(self) -> bool:
         """Ask everything again."""
@@ -121,7 +149,9 @@ class Guard:
             and list(map(len, self._children)) == self._sizes
             and not any(self._hooks)
             and not any(map(contains, self._attributes, repeat("forward")))
+            and not any(map(contains, self._convs, repeat("_conv_forward")))
             and not nn.modules.module._has_any_global_hook()
+            and (self._now == now() or self._untouched())
             and self._states_now() == self._states
             and read(self._words) == self._seen
         )

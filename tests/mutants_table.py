@@ -23,6 +23,8 @@ def _next_chain(change: str) -> str:
 _HEAD = "tests/test_head.py::test_"
 _FROZEN = "tests/test_frozen.py::test_"
 _FLAT = "tests/test_flat.py::test_"
+_THREADS = "tests/test_threads.py::test_"
+_TOUCHED = "tests/test_touched.py::test_"
 
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
@@ -58,9 +60,61 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "frozen while attributes change",
-            'if name != "training" or value != self.training:',
-            "if False:",
+            "        super().__setattr__(name, value)\n        self.look_again()",
+            "        super().__setattr__(name, value)",
             _FROZEN + "what_ends_the_promise[new convolution]",
+        ),
+        (
+            "frozen while a state is loaded",
+            "            return super().load_state_dict(*args, **kwargs)\n        finally:\n            self.look_again()",
+            "            return super().load_state_dict(*args, **kwargs)\n        finally:\n            pass",
+            _THREADS + "states_that_are_loaded_beside_a_forward",
+        ),
+        (
+            "training leaves no trace",
+            "            touch([*self.parameters(), *self.buffers()])",
+            "            pass",
+            _TOUCHED + "train_mode_is_time_for_any_edit[BasicBlock]",
+        ),
+    ],
+    "fused_resblock/touched.py": [
+        (
+            "fused optimizers not heard",
+            "    if groups:\n",
+            "    if False:\n",
+            _TOUCHED + "fused_optimizers[SGD-False]",
+        ),
+        (
+            "optimizers of others not heard",
+            'if not own or group.get("fused")',
+            'if group.get("fused")',
+            _TOUCHED + "optimizers_of_others_may_use_any_kernel",
+        ),
+        (
+            "running statistics not touched",
+            "    if running:\n",
+            "    if False:\n",
+            _TOUCHED + "recalibrated_norms[auto]",
+        ),
+    ],
+    "fused_resblock/tracing.py": [
+        (
+            "other threads traced",
+            "            return forward(*args, **kwargs)",
+            "            pass",
+            _THREADS + "other_threads_run_while_one_traces",
+        ),
+        (
+            "two traces at once",
+            "        with _one_at_a_time:",
+            "        if True:",
+            _THREADS + "one_traces_after_the_other",
+        ),
+        (
+            "original traced",
+            '            twin.__dict__["training"] = training',
+            '            module.__dict__["training"] = training',
+            _THREADS + "what_is_traced_stays_as_it_is",
         ),
     ],
     "fused_resblock/flat.py": [
@@ -134,13 +188,13 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "tensors of the next chain not watched",
-            "tensors += following[0].parameters()",
+            "tensors += further",
             "pass",
             "tests/test_handover_changes.py::test_weights_that_autocast_had_copied",
         ),
         (
             "modules of the next chain not watched",
-            "modules = list(dict.fromkeys([*modules, *following[1]]))",
+            "modules = list(dict.fromkeys([*modules, *others]))",
             "modules = list(modules)",
             _next_chain("eps"),
         ),
@@ -246,8 +300,8 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/backends/folding.py": [
         (
             "cache ignores the version",
-            "(id(t), t._version, t.data_ptr(), t.stride())",
-            "(id(t), t.data_ptr(), t.stride())",
+            "(id(t), t._version, when(t), t.data_ptr(), t.stride())",
+            "(id(t), when(t), t.data_ptr(), t.stride())",
             "tests/test_mutants.py::test_edit_of_one_number_is_seen[onednn]",
         ),
         (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import BF16, FP32, require
 from parity import assert_parity
-from test_stem import network
+from stem_networks import network
 from torch import nn
 
 import fused_resblock as frb

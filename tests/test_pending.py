@@ -110,15 +110,18 @@ def test_use(use, mode):
 
 
 def test_what_leaves_the_network_is_computed():
-    _, fused = both(lambda n, x: n.bn1(n.conv1(x)))
+    kept: list[Tensor] = []
+    _, fused = both(lambda n, x: (kept.append(n.conv1(x)), {"y": [n.bn1(n.conv1(x))]})[1])
     with torch.no_grad():
         x = torch.randn(1, 3, 6, 6)
-        y = fused(x)
-        assert isinstance(y, Pending)
-        assert y.computed is not None
-        kept = y.clone()
+        (y,) = fused(x)["y"]
+        assert type(y) is Tensor
+        assert isinstance(kept[0], Pending)
+        assert kept[0].computed is not None
+        copies = [y.clone(), kept[0].clone()]
         x.zero_(), fused.conv1.weight.zero_()
-        assert torch.equal(y, kept)
+        assert torch.equal(y, copies[0])
+        assert torch.equal(kept[0], copies[1])
 
 
 def test_no_work_is_left_pending_outside_of_the_network():
@@ -140,6 +143,17 @@ def test_scope_ends_with_an_error():
         fused(torch.randn(1, 3, 6, 6))
     assert not pending.allowed()
     assert fused.kept[0].computed is not None
+
+
+def test_an_error_is_not_hidden_by_another():
+    def fail(net: nn.Module, x: Tensor) -> Tensor:
+        y = net.conv1(x)
+        x.zero_()
+        raise KeyError(y.shape)
+
+    _, fused = both(fail)
+    with torch.no_grad(), pytest.raises(KeyError):
+        fused(torch.randn(1, 3, 6, 6))
 
 
 def test_input_changed_before_the_output_was_used():

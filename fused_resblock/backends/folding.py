@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..params import BatchNorm, Conv
 from ..sampling import read, words
+from ..touched import listen, when
 
 Parts = tuple[Tensor | None, ...]
 
@@ -62,7 +63,7 @@ def keep(value: object) -> None:
 
 def _stamp(parts: Parts) -> tuple[Any, ...]:
     """Identity, version and place of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
-    return tuple(None if t is None else (id(t), t._version, t.data_ptr(), t.stride()) for t in parts)
+    return tuple(None if t is None else (id(t), t._version, when(t), t.data_ptr(), t.stride()) for t in parts)
 
 
 class _Entry(NamedTuple):
@@ -106,11 +107,13 @@ class TensorCache:
         entry = self._entries.get(key)
         if entry is not None and entry.stamp == stamp and read(entry.words) == entry.seen:
             return entry.value
-        value = compute()
+        listen()
         sampled = words(parts)
+        seen = read(sampled)  # before what is computed: another thread may be editing
+        value = compute()
         entries = self._entries
         storages = [weakref.ref(t.untyped_storage(), lambda _: entries.pop(key, None)) for t in parts if t is not None]
-        entries[key] = _Entry(stamp, sampled, read(sampled), value, storages)
+        entries[key] = _Entry(stamp, sampled, seen, value, storages)
         if len(entries) > self.LIMIT:
             entries.pop(next(iter(entries)))
         return value

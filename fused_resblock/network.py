@@ -1,0 +1,215 @@
+"""The network around residual blocks: its forward, and the stems that are found in its graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from . import dispatch, flat, leaves
+from .frozen import Freezable
+from .pending import Pending, allowed, scope
+from .plan import Unsupported
+from .stem import StemConv, StemFollower, hooked
+from .swap import Swapped, base_class, swapped_class, undo
+from .tracing import graph_of
+
+
+class FusedNetwork(Freezable):
+    """Mixin of a network around blocks: its stems may leave work pending while its forward runs.
+
+    If it is frozen, and called with one tensor, its forward becomes one function; see `flat`.
+    """
+
+    LOOKS = 8  # at the graph of a network whose attributes change; then its stems are given up
+
+    _fused_stems: tuple[tuple[str, ...], ...] = ()
+    _fused_stops: tuple[str, ...] = ()  # the names of the blocks
+    _fused_looks = 0
+    _fused_stale = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if FusedNetwork not in cls.__bases__:  # derived from a class that was made here, perhaps with its own forward
+            return
+        own = base_class(cls).forward
+
+        def scoped(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+            if allowed():
+                return own(self, *args, **kwargs)
+            with scope():
+                y = own(self, *args, **kwargs)
+                return y if type(y) is Tensor else pytree.tree_map_only(Pending, Pending.value, y)
+
+        @functools.wraps(own)  # whoever traces the network asks for the names of its arguments
+        def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+                self.look_again(*args, *kwargs.values())
+                return own(self, *args, **kwargs)
+            if self._fused_stale and not any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+                self._look()
+            image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+            if image and self.unasked() and dispatch.plain(args):
+                return flat.run(self, functools.partial(scoped, self), args[0])
+            return scoped(self, *args, **kwargs)
+
+        cls.forward = forward
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        own = name == "training" or name.startswith("_fused_")
+        if not own and not (isinstance(before, Tensor) and isinstance(value, Tensor)):
+            self.__dict__["_fused_stale"] = True  # the forward may ask it, and read now what lies within a stem
+
+    def _look(self) -> None:
+        """Look at the graph once more, and give up the stems that are none any more."""
+        self.__dict__.update(_fused_stale=False, _fused_looks=self._fused_looks + 1)
+        modules = dict(self.named_modules())
+        graph = None
+        if self._fused_looks <= self.LOOKS:
+            blocks = {modules[path] for path in self._fused_stops if path in modules}
+            with contextlib.suppress(Unsupported):
+                graph = graph_of(self, training=False, stops=blocks)
+        kept = tuple(stem for stem in self._fused_stems if graph is not None and _is_stem(graph, stem))
+        for first, *_ in set(self._fused_stems) - set(kept):
+            if first in modules:
+                unfuse_stem(modules[first])
+        self.__dict__["_fused_stems"] = kept
+        flat.know(self, graph if self._fused_frozen else None)
+
+
+def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> Iterator[tuple[str, fx.Graph]]:
+    """The name and the graph, in eval mode, of every network around residual blocks, itself outside of them.
+
+    Where a forward cannot be traced, the modules in it that hold blocks are looked at one by one.
+    """
+    if module in blocks or not any(m in blocks for m in module.modules()):
+        return
+    try:
+        if not isinstance(module, FusedNetwork):
+            swapped_class(FusedNetwork, type(module))
+        graph = graph_of(module, training=False, stops=blocks)
+    except Exception:  # no graph, or no class can be derived from the module's
+        for child_name, child in module.named_children():
+            yield from find_networks(child, blocks, f"{name}.{child_name}" if name else child_name)
+    else:
+        yield name, graph
+
+
+def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
+    """The names, within a network, of the modules of every stem in the graph of its forward; fused ones come first.
+
+    A stem is a convolution followed by a batch norm, a ReLU and a max-pool, some of which may be absent, each of them
+    reading the one before it and nothing else reading what lies between.
+    """
+    modules = dict(module.named_modules())
+    fused: tuple[tuple[str, ...], ...] = module._fused_stems if isinstance(module, FusedNetwork) else ()
+    found = [stem for stem in fused if isinstance(modules.get(stem[0]), StemConv)]
+    for node in graph.nodes:
+        names, kind, end = [str(node.target)], 0, node
+        if node.op != "call_module" or _kind(modules[names[0]]) != 0:
+            continue
+        while len(end.users) == 1 and end.next in end.users:
+            end = end.next
+            following = modules[str(end.target)] if end.op == "call_module" else None
+            if following is None or _kind(following) <= kind:
+                break
+            kind = _kind(following)
+            names.append(str(end.target))
+        if len(names) > 1:
+            found.append(tuple(names))
+    return found
+
+
+def _is_stem(graph: fx.Graph, stem: Sequence[str]) -> bool:
+    """Whether each module of a stem reads the one before it, and nothing else does, wherever the graph calls them."""
+    for node in graph.nodes:
+        end = node
+        for following in stem[1:] if node.op == "call_module" and node.target == stem[0] else ():
+            readers = list(end.users)
+            if len(readers) != 1 or readers[0].target != following:
+                return False
+            end = readers[0]
+    return True
+
+
+def _kind(module: nn.Module) -> int:
+    """0 for a convolution, 1 for a norm, 2 for a ReLU, 3 for a max-pool that a stem may hold; -1 for anything else."""
+    if isinstance(module, Swapped):
+        return -1
+    try:
+        leaves.check_untouched(module)
+        if isinstance(module, nn.Conv2d):
+            leaves.conv_geometry(module)
+            return 0
+        if type(module) is nn.ReLU:
+            return 2
+        if type(module) is nn.MaxPool2d:
+            return -1 if module.return_indices else 3
+        leaves.norm_relu(module)
+    except Unsupported:
+        return -1
+    return 1
+
+
+def fuse_network(network: nn.Module) -> None:
+    """Give a network, without any stem so far, the class of one."""
+    network.__class__ = swapped_class(FusedNetwork, type(network))
+    network.__dict__["_fused_stems"] = ()
+
+
+def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
+    """Note the names of the blocks in a network, whose graph was looked at just now."""
+    network.__dict__.update(_fused_stops=tuple(blocks), _fused_looks=0, _fused_stale=False)
+
+
+def fuse_stem(network: nn.Module, stem: Sequence[str], backend: str) -> None:
+    """Give the modules of a stem, which begins with a convolution, and their network the classes that fuse them.
+
+    Args:
+        network: the module whose forward calls them.
+        stem: their names in the network.
+        backend: a backend's name or "auto".
+    """
+    if not isinstance(network, FusedNetwork):
+        fuse_network(network)
+    first, *rest = (network.get_submodule(path) for path in stem)
+    first.__dict__["_fused_backend"] = backend
+    if isinstance(first, StemConv):  # fused before
+        return
+    network.__dict__["_fused_stems"] += (tuple(stem),)
+    first.__class__ = swapped_class(StemConv, type(first))
+    first.__dict__["_fused_length"] = len(stem)
+    for module in rest:
+        if not isinstance(module, StemFollower):  # a ReLU may serve several stems
+            module.__class__ = swapped_class(StemFollower, type(module))
+
+
+def unfuse_stem(module: nn.Module) -> None:
+    """Take the class of a stem's module, or of a network with stems, back, if the module is one."""
+    for mixin in (FusedNetwork, StemConv, StemFollower):
+        if undo(mixin, module):
+            for attribute in [name for name in module.__dict__ if name.startswith("_fused_")]:
+                del module.__dict__[attribute]
+
+
+def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:
+    """Why the modules of a stem would compute one by one if they were called now; None when they would not."""
+    modules = dict(network.named_modules())
+    for path in stem:
+        module = modules.get(path)
+        if not isinstance(module, (StemConv, StemFollower)):
+            return f"{path} was replaced"
+        if hooked(module):
+            return f"hooks on {path}"
+        if "forward" in module.__dict__:
+            return f"the forward of {path} is overridden on the instance"
+        if hasattr(module, "running_mean") and leaves.uses_batch_statistics(module):
+            return "batch statistics (train mode)"
+    return None
