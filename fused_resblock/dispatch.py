@@ -43,9 +43,17 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     return all(t is None or (type(t) in _PLAIN_TYPES and not (grad and t.requires_grad)) for t in tensors)
 
 
-def _trained(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient will be taken of any of these; then folding them for later calls is wasted work."""
+def trained(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient may be taken of any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _folds_anyway(x: Tensor, backend: str) -> bool:
+    """Whether folded weights are needed even if they serve one call only, as oneDNN does; a later call may need them.
+
+    Not in fp64, in which `gradcheck` edits one number after the other, and no version records that.
+    """
+    return x.device.type == "cpu" and x.dtype != torch.float64 and backends.check_name(backend) != "triton"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -64,7 +72,7 @@ def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue,
         return backends.conv_bn_act(x, conv, other, epilogue, backend=backend)
     if composed(tensors):
         return backends.eager.conv_bn_act(x, conv, other, epilogue)
-    if not torch.compiler.is_compiling() and _trained(parameters):
+    if not torch.compiler.is_compiling() and trained(parameters) and not _folds_anyway(x, backend):
         with uncached():
             return ops.conv_bn_act(x, conv, other, epilogue, backend=backend)
     return ops.conv_bn_act(x, conv, other, epilogue, backend=backend)

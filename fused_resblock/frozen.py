@@ -44,7 +44,7 @@ class Freezable(Swapped):
     def look_again(self, *inputs: Any) -> None:
         """Have everything asked once more, if this module is frozen; not where its inputs are those of a trace."""
         traced = torch.compiler.is_compiling() or any(isinstance(x, fx.Proxy) for x in inputs)
-        if self._fused_frozen and not traced:
+        if self.__dict__.get("_fused_frozen") and not traced:
             _generation[0] += 1
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -53,7 +53,7 @@ class Freezable(Swapped):
         if name == "training" and not torch.compiler.is_compiling():
             touch([*self.parameters(), *self.buffers()])
         super().__setattr__(name, value)
-        self.look_again()
+        Freezable.look_again(self)  # its class may be another one now
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         try:

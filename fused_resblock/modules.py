@@ -158,7 +158,7 @@ class FusedBlock(Freezable):
             bound = programs.bind([(runner, self._fused_backend)], x, list(self.modules()))
             return None if bound is None else bound[1]
         self.look_again()
-        return runner.run(x, self._fused_backend)
+        return None if runner.better_apart(x, self._fused_backend) else runner.run(x, self._fused_backend)
 
 
 class FusedBasicBlock(FusedBlock, reference.BasicBlock):

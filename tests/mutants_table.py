@@ -60,7 +60,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "frozen while attributes change",
-            "        super().__setattr__(name, value)\n        self.look_again()",
+            "        super().__setattr__(name, value)\n        Freezable.look_again(self)",
             "        super().__setattr__(name, value)",
             _FROZEN + "what_ends_the_promise[new convolution]",
         ),

@@ -72,7 +72,7 @@ def test_tensors_that_change_while_something_is_computed_of_them():
 
 def test_states_that_are_loaded_beside_a_forward(monkeypatch):
     """A forward between the network's own entry and those of its blocks must not be the last that asks."""
-    model, x = frb.fuse(network(), frozen=True), images()
+    model, x = frb.fuse(network(), frozen=True, heads=False), images()
     with torch.no_grad():
         for _ in range(CALLS):
             model(x)
@@ -80,7 +80,7 @@ def test_states_that_are_loaded_beside_a_forward(monkeypatch):
         load, runs = nn.Conv2d._load_from_state_dict, [0]
 
         def beside(self, *args):
-            if not runs[0]:
+            if self is model.layer3[0].conv2:  # the last one that is fused
                 runs[0] += 1
                 model(x)
             return load(self, *args)
