@@ -41,7 +41,8 @@ def _prepare_explain(args: argparse.Namespace) -> Callable[[], int]:
     def job() -> int:
         model = models.build(args.model).eval().to(args.device, getattr(torch, args.dtype))
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        print(explain(fuse(model, backend=args.backend)))
+        with torch.no_grad():
+            print(explain(fuse(model, backend=args.backend)))
         return 0
 
     return job

@@ -12,6 +12,7 @@ from . import backends, flat
 from .convert import blocks
 from .frozen import Freezable
 from .head import Head, is_fast
+from .leaves import conv_geometry
 from .modules import FusedBlock
 from .network import FusedNetwork
 from .network import obstacle as stem_obstacle
@@ -20,6 +21,8 @@ from .stage import FusedStage, kernel_state
 from .stage import obstacle as stage_obstacle
 from .swap import own_class
 from .table import format_table
+
+_AUTOGRAD = "this is for calls under torch.no_grad() or torch.inference_mode(); autograd is on now"
 
 
 class BlockReport(NamedTuple):
@@ -50,6 +53,8 @@ class Explanation(list[BlockReport]):
 
     def __str__(self) -> str:
         text = self._blocks()
+        if torch.is_grad_enabled() and any(report.fused for report in self):
+            text += f"\n{_AUTOGRAD}"
         if self.parts:
             rows = [(p.name or "(model)", p.modules, "fused" if p.fused else "apart", p.reason) for p in self.parts]
             text += f"\n\n{format_table(('part', 'modules', 'state', 'reason'), rows)}"
@@ -66,7 +71,12 @@ class Explanation(list[BlockReport]):
 def explain(model: nn.Module) -> Explanation:
     """Say for every residual block of a model whether it runs fused, by which backend, and why or why not.
 
-    The answer is for a call made now: with the model in its present mode, on its present device and in its dtype.
+    The answer is for a call under `torch.no_grad()` or `torch.inference_mode()`, with the model in its present mode, on
+    its present device and in its dtype. Under autograd stems, chains and heads run apart, and on a CPU blocks whose
+    weights are trained run their own forward.
+
+    Returns:
+        The reports of the blocks as a list, and those of stems, chains, frozen networks and heads in its `parts`.
 
     Raises:
         TypeError: if model is not an `nn.Module`.
@@ -83,6 +93,10 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
         if isinstance(module, FusedNetwork):
             for stem in module._fused_stems:
                 reason = stem_obstacle(module, stem)
+                if reason is None:
+                    conv = module.get_submodule(stem[0])
+                    choice = _choice(conv.__dict__["_fused_backend"], conv)
+                    reason = choice.reason if choice.backend == "eager" else None
                 kinds = " + ".join(own_class(module.get_submodule(path)).__name__ for path in stem)
                 path = f"{name}.{stem[0]}".lstrip(".")
                 yield PartReport(path, kinds, reason is None, reason or "one operation")
@@ -90,11 +104,18 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
                 one, said = (False, "in train mode") if module.training else flat.standing(module)
                 yield PartReport(name, "the network", one, f"frozen: {said}")
         elif isinstance(module, FusedStage):
-            reason = stage_obstacle(module)  # type: ignore[arg-type]
+            reason = stage_obstacle(module) or _eager(module)  # type: ignore[arg-type]
             said = reason or f"one chain{kernel_state(module)}{_frozen(module)}"  # type: ignore[arg-type]
             yield PartReport(name, f"{len(module)} blocks", reason is None, said)  # type: ignore[arg-type]
         elif isinstance(module, Head) and example is not None and is_fast(module, example):
             yield PartReport(name, own_class(module).__name__, True, module.WHY)
+
+
+def _eager(stage: FusedStage) -> str | None:
+    """Why all blocks of a chain run as plain PyTorch; None where any does not."""
+    choices = [_choices(block, block._fused_plan) for block in stage.children()]  # type: ignore[arg-type]
+    reasons = dict.fromkeys(reason for names, found in choices if names == ["eager"] for reason in found)
+    return "; ".join(reasons) if all(names == ["eager"] for names, _ in choices) else None
 
 
 def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:
@@ -106,26 +127,33 @@ def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:
     if obstacle is not None:
         return BlockReport(name, cls, False, "eager", obstacle)
     assert isinstance(outcome, Plan)
-    choices = [_choice(module, branch.conv) for branch in outcome.convs()]
-    names = list(dict.fromkeys(choice.backend for choice in choices))
-    reasons = list(dict.fromkeys(choice.reason for choice in choices))
+    names, reasons = _choices(module, outcome)
     return BlockReport(name, cls, names != ["eager"], "+".join(names), "; ".join(reasons) + _frozen(module))
+
+
+def _choices(block: FusedBlock, plan: Plan) -> tuple[list[str], list[str]]:
+    """The backends of a block's convolutions, and the reasons for them, each once."""
+    convs = [block.get_submodule(branch.conv or "") for branch in plan.convs()]
+    choices = [_choice(block._fused_backend, conv) for conv in convs]
+    return list(dict.fromkeys(c.backend for c in choices)), list(dict.fromkeys(c.reason for c in choices))
 
 
 def _frozen(module: Freezable) -> str:
     return "; frozen" if module.unasked() else ""
 
 
-def _choice(block: FusedBlock, path: str | None) -> backends.Choice:
-    conv = block.get_submodule(path or "")
-    assert isinstance(conv, torch.nn.Conv2d)
-    weight = conv.weight
+def _choice(backend: str, conv: nn.Module) -> backends.Choice:
+    """What runs a convolution: by all that is known before an image comes."""
+    assert isinstance(conv, nn.Conv2d)
+    weight, kernel = conv.weight, (conv.weight.shape[2], conv.weight.shape[3])
+    _, padding, dilation, groups = conv_geometry(conv)
     problem = backends.Problem(
         weight.device.type,
         weight.dtype,
         channels=conv.in_channels,
         out_channels=weight.shape[0],
-        kernel=(weight.shape[2], weight.shape[3]),
-        groups=conv.groups,
+        kernel=kernel,
+        groups=groups,
+        overpadded=backends.overpadded(kernel, padding, dilation),
     )
-    return backends.resolve(backends.check_name(block._fused_backend), problem)
+    return backends.resolve(backends.check_name(backend), problem)

@@ -113,4 +113,6 @@ def unfuse_head(module: nn.Module) -> None:
 
 def is_fast(module: Head, example: Tensor) -> bool:
     """Whether a head would be fast now in a network with parameters such as `example`."""
-    return "forward" not in module.__dict__ and module.applies(example)
+    weight = module._parameters.get("weight") if isinstance(module, Classifier) else example
+    usable = weight is not None and weight.dtype == example.dtype  # else computed by somebody, as pruning does
+    return usable and "forward" not in module.__dict__ and module.applies(example)

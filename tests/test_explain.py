@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from frozen_networks import network
 from odd_blocks import SqueezeExcite
 from torch import nn
+from torch.nn.utils import prune
 
 import fused_resblock as frb
 from fused_resblock.reference import BasicBlock, Bottleneck, PreActBottleneck
@@ -35,7 +37,8 @@ def test_is_a_list_of_named_tuples(model):
 
 
 def test_table_has_a_line_for_every_block(model):
-    lines = str(frb.explain(frb.fuse(model))).splitlines()
+    with torch.no_grad():
+        lines = str(frb.explain(frb.fuse(model))).splitlines()
     assert lines[0].split() == ["name", "class", "state", "backend", "reason"]
     table = [line.split() for line in lines[:-1] if line.split()[0] in "012"]
     assert [(line[0], line[1], line[2]) for line in table] == [
@@ -44,6 +47,42 @@ def test_table_has_a_line_for_every_block(model):
         ("2", "FusedBottleneck", "fused"),
     ]
     assert lines[-1] == "2 of 3 fused"
+
+
+def test_table_tells_that_autograd_is_on(model):
+    assert str(frb.explain(frb.fuse(model))).splitlines()[-1].endswith("autograd is on now")
+    assert str(frb.explain(model)).splitlines()[-1] == "0 of 3 fused"
+
+
+@CPU_ONLY
+def test_parts_whose_operations_are_plain_pytorch():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8)))
+    parts = frb.explain(frb.fuse(model.eval(), backend="eager")).parts
+    assert [(part.name, part.fused, part.reason) for part in parts] == [("0", False, "forced"), ("2", False, "forced")]
+    parts = frb.explain(frb.fuse(model.double())).parts
+    assert [part.fused for part in parts] == [False, False]
+    assert all("float64" in part.reason for part in parts)
+
+
+@CPU_ONLY
+def test_dilated_filter_that_lies_in_the_padding():
+    block = BasicBlock(8, 8).eval()
+    block.conv1.padding, block.conv1.dilation = (2, 2), (1, 2)
+    block.conv1.kernel_size, block.conv1.weight = (3, 1), nn.Parameter(block.conv1.weight[..., :1].clone())
+    (report,) = frb.explain(frb.fuse(block))
+    assert report.backend == "eager+onednn"
+
+
+@CPU_ONLY
+def test_heads_that_are_not_packed():
+    model = network().bfloat16()
+    assert [part.name for part in frb.explain(frb.fuse(model)).parts][-1] == "fc"
+    pruned = frb.fuse(model)
+    prune.random_unstructured(pruned.fc, "weight", 0.5)
+    mixed = frb.fuse(model)
+    mixed.fc.float()
+    for other in (pruned, mixed):
+        assert "fc" not in [part.name for part in frb.explain(other).parts]
 
 
 def test_model_that_was_not_fused_yet(model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gpu import gpu_of
-from ..params import PLAIN, BatchNorm, Bound, BoundPair, Conv, Epilogue, output_size
+from ..params import PLAIN, BatchNorm, Bound, BoundPair, Conv, Epilogue, Pair, output_size
 from . import asked, cudnn, eager, few_images, onednn, triton, tuned
 from .select import Choice, Problem, preference, select
 
@@ -78,7 +78,7 @@ def refusal(name: str, problem: Problem) -> str | None:
     return BACKENDS[name].unavailable() or BACKENDS[name].unsupported(problem)
 
 
-@cache
+@lru_cache(maxsize=4096)  # images of every size may come
 def resolve(backend: str, problem: Problem, measured: str | None = None) -> Choice:
     """The backend that runs `problem`: the named one, or `select`'s choice for "auto", a measured one before others.
 
@@ -91,6 +91,11 @@ def resolve(backend: str, problem: Problem, measured: str | None = None) -> Choi
     return Choice(backend, "forced") if reason is None else Choice("eager", f"{backend}: {reason}")
 
 
+def overpadded(kernel: Pair, padding: Pair, dilation: Pair) -> bool:
+    """Whether a dilated filter can lie in the padding altogether."""
+    return max(dilation) > 1 and any(p > d * (k - 1) for k, p, d in zip(kernel, padding, dilation, strict=True))
+
+
 def conv_problem(
     device: torch.device, dtype: torch.dtype, shape: Shape, weight_shape: Shape, *geometry: Any
 ) -> Problem:
@@ -99,13 +104,22 @@ def conv_problem(
     k, _, r, s = weight_shape
     p, q = output_size(h, w, r, s, *geometry[:3])
     padding, dilation, groups = geometry[1:]
-    overpadded = max(dilation) > 1 and any(
-        pad > step * (taps - 1) for pad, step, taps in zip(padding, dilation, (r, s), strict=True)
-    )
     reach = ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * channels
     pixels = n * max(h * w, p * q)
     capability = gpu_of(device).capability
-    return Problem(device.type, dtype, "conv", channels, k, (r, s), groups, pixels, reach, overpadded, capability)
+    return Problem(
+        device.type,
+        dtype,
+        "conv",
+        channels,
+        k,
+        (r, s),
+        groups,
+        pixels,
+        reach,
+        overpadded((r, s), padding, dilation),
+        capability,
+    )
 
 
 def dense(x: Tensor) -> Tensor:
