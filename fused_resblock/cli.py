@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -50,10 +51,15 @@ def _prepare_explain(args: argparse.Namespace) -> Callable[[], int]:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="a network of fused_resblock.models")
-    parser.add_argument("--batch", type=int, default=32, help="images; serves a quarter to four times as many")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        help="images (default: 32); a tile is used from a quarter to four times as many",
+    )
     parser.add_argument("--size", type=int, default=224, help="rows and columns of an image")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    parser.add_argument("--out", metavar="FILE.json", help="the table; it is gone on with if it exists")
+    parser.add_argument("--out", metavar="FILE.json", help="the table; continued if it exists")
 
 
 def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
@@ -119,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None means those of the process.
 
     Returns:
-        The exit code: 0, 1 if the command found something wrong, 2 for a mistake in the arguments.
+        The exit code: 0, 1 if the command found something wrong, 2 for a mistake in the arguments; 130 and 141 for an
+        interruption by the keyboard and by the end of a pipe.
     """
     args = _parser().parse_args(argv)
     try:
@@ -128,6 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fused-resblock: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     try:
-        return job()
+        code = job()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as of `| head`; what is left to print is for nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

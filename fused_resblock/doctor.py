@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
+import warnings
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -14,6 +18,8 @@ from .table import format_table
 from .version import __version__
 
 _PACKAGES = ("triton", "torchvision", "timm", "numpy")
+#: those with code of their own for one torch, or built on such
+_IMPORTED = ("torchvision", "timm")
 _VARIABLES = (
     "FUSED_RESBLOCK_BACKEND",
     "FUSED_RESBLOCK_CONFIG_DIR",
@@ -106,11 +112,31 @@ def hints() -> list[str]:
     return advice
 
 
+def _problems() -> list[str]:
+    """What is set or installed here and does not work."""
+    found = []
+    folder = os.environ.get("FUSED_RESBLOCK_CONFIG_DIR")
+    if folder and not Path(folder).is_dir():
+        found.append(f"FUSED_RESBLOCK_CONFIG_DIR must be a folder that exists, got {folder!r}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tuned.known()
+    found += [str(warning.message) for warning in caught]
+    for package in _IMPORTED:
+        try:
+            if find_spec(package) is not None:
+                importlib.import_module(package)
+        except Exception as error:  # whatever a package raises that does not fit this torch
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            found.append(f"{package} must fit torch {torch.__version__}, got {type(error).__name__}: {reason}")
+    return found
+
+
 def run() -> int:
     """Print the report.
 
     Returns:
-        0, or 1 if `FUSED_RESBLOCK_BACKEND` cannot be obeyed.
+        0, or 1 if anything that is set or installed does not work.
     """
     variables = [[name, os.environ.get(name, "not set")] for name in _VARIABLES]
     print(_versions(), _hardware(), _backends(), format_table(["variable", "value"], variables), sep="\n\n")
@@ -119,7 +145,10 @@ def run() -> int:
     except (ValueError, RuntimeError) as error:
         print(f"\nPROBLEM: {error}")
         return 1
+    problems = _problems()
     print(f"\n{_choices(backend)}\n\n{_tuned()}")
     for hint in hints():
         print(f"\nHint: {hint}.")
-    return 0
+    for problem in problems:
+        print(f"\nPROBLEM: {problem}")
+    return 1 if problems else 0

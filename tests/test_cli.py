@@ -30,6 +30,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
     state = models.resnet18(num_classes=4).state_dict()
+    fc = state["fc.weight"]
+    torch.save(state | {"fc.weight": fc * float("inf")}, tmp_path / "infinite.pt")
+    torch.save(state | {"fc.weight": fc.int()}, tmp_path / "integers.pt")
+    torch.save(state | {"fc.weight": fc[:0], "fc.bias": fc[:0, 0]}, tmp_path / "nothing.pt")
     state["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"][:1]
     torch.save(state, tmp_path / "reshaped.pt")
     monkeypatch.chdir(tmp_path)
@@ -41,13 +45,13 @@ MISTAKES = {
     "unknown-command": ("bake", "invalid choice: 'bake'"),
     "unknown-option": ("demo --speed 9", "unrecognized arguments: --speed 9"),
     "abbreviated-option": ("demo --skip-d", "unrecognized arguments: --skip-d"),
-    "batch-0": ("demo --batch 0", "batch must be at least 1, got 0"),
+    "batch-0": ("demo --batch 0", "batch must be from 1 to 4096, got 0"),
     "batch-word": ("demo --batch two", "argument --batch: invalid int value: 'two'"),
     "batch-below-images": (
         "demo --batch 1 --image a --image b",
         "batch must be at least the number of images, 2, got 1",
     ),
-    "runs-0": ("demo --runs 0", "runs must be at least 1, got 0"),
+    "runs-0": ("demo --runs 0", "runs must be from 1 to 1000000, got 0"),
     "unknown-dtype": ("demo --dtype int8", "invalid choice: 'int8'"),
     "unknown-model": ("demo --model resnet18,resnet9", "model must be one of resnet18, resnet34,"),
     "no-gpu": ("demo --device cuda", "device must be available, got 'cuda': torch sees no CUDA device"),
@@ -57,19 +61,44 @@ MISTAKES = {
     "nothing-left": ("demo --skip-digits --skip-photos", "skip-digits and skip-photos must not both be given"),
     "plot-of-nothing": ("demo --skip-photos --plot a.png", "plot must be given without skip-photos"),
     "plot-suffix": ("demo --plot a.txt", "plot must end in one of .png, .svg, .pdf, got 'a.txt'"),
-    "plot-nowhere": ("demo --plot absent/a.png", "plot must be a file in a folder that exists, got 'absent/a.png'"),
-    "json-folder": ("demo --json .", "json must be a file in a folder that exists, got '.'"),
+    "plot-nowhere": ("demo --plot absent/a.png", "plot must be a file that can be written, got 'absent/a.png'"),
+    "json-folder": ("demo --json .", "json must be a file that can be written, got '.'"),
     "image-absent": ("demo --image absent.jpg", "image must be a picture that Pillow reads, got 'absent.jpg'"),
     "image-text": ("demo --image text.jpg", "image must be a picture that Pillow reads, got 'text.jpg'"),
     "image-cut-off": ("demo --image cut.png", "image must be a picture that Pillow reads, got 'cut.png'"),
     "weights-two-models": ("demo --weights linear.pt", "model must be a single network when weights are given"),
-    "weights-absent": ("demo --model resnet18 --weights x.pt", "weights must be a file that torch.load reads"),
-    "weights-text": ("demo --model resnet18 --weights text.pt", "weights must be a file that torch.load reads"),
+    "weights-absent": (
+        "demo --model resnet18 --weights x.pt",
+        "weights must be a file that can be read, got 'x.pt': No such",
+    ),
+    "weights-text": (
+        "demo --model resnet18 --weights text.pt",
+        "weights must be a state_dict that torch.save wrote, got 'tex",
+    ),
     "weights-list": ("demo --model resnet18 --weights list.pt", "weights must be a state_dict of tensors, got list"),
     "weights-other": (
         "demo --model resnet18 --weights linear.pt",
         "weights must fit resnet18, got 102 missing, 2 unex",
     ),
+    "weights-infinite": (
+        "demo --model resnet18 --weights infinite.pt",
+        "weights must be finite, got NaN or infinity in 'fc.",
+    ),
+    "weights-integers": (
+        "demo --model resnet18 --weights integers.pt",
+        "weights must be dense and floating-point, got ",
+    ),
+    "weights-no-class": (
+        "demo --model resnet18 --weights nothing.pt",
+        "weights must have at least 1 class in 'fc.weight'",
+    ),
+    "weights-of-nothing": (
+        "demo --skip-photos --model resnet18 --weights a.pt",
+        "weights must be given without skip-photos",
+    ),
+    "image-of-nothing": ("demo --skip-photos --image a.png", "image must be given without skip-photos"),
+    "plot-read-only": ("demo --plot /proc/a.png", "plot must be a file that can be written, got '/proc/a.png'"),
+    "batch-enormous": ("demo --batch 99999999999", "batch must be from 1 to 4096, got 99999999999"),
     "weights-shape": ("demo --model resnet18 --weights reshaped.pt", "1 differently shaped tensors, 'layer1.0.conv1.w"),
     "explain-model": ("explain --model vgg", "model must be one of resnet18, resnet34,"),
     "explain-backend": ("explain --backend fast", "backend must be one of auto, triton, cudnn, onednn, eager, got 'fa"),
@@ -127,6 +156,33 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     out = capsys.readouterr().out
     for word in (torch.__version__, machine.cpu_name(), "TRITON_INTERPRET", "float32", "bfloat16", *backends.BACKENDS):
         assert word in out
+
+
+def test_doctor_tells_what_does_not_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("FUSED_RESBLOCK_BACKEND", raising=False)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "does_not_fit.py").write_text("raise RuntimeError('operator does not exist\\n...')")
+    (tmp_path / "broken.json").write_text("{")
+    monkeypatch.syspath_prepend(tmp_path / "package")
+    monkeypatch.setattr(doctor, "_IMPORTED", ("does_not_fit", "not_there"))
+    monkeypatch.setenv("FUSED_RESBLOCK_CONFIG_DIR", str(tmp_path))
+    assert run(["doctor"]) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM: ")]
+    assert len(problems) == 2
+    assert "broken.json" in problems[0]
+    assert problems[1].endswith(f"must fit torch {torch.__version__}, got RuntimeError: operator does not exist")
+    monkeypatch.setenv("FUSED_RESBLOCK_CONFIG_DIR", str(tmp_path / "absent"))
+    assert run(["doctor"]) == 1
+    assert "FUSED_RESBLOCK_CONFIG_DIR must be a folder that exists, got " in capsys.readouterr().out
+
+
+def test_end_of_a_pipe() -> None:
+    command = f"{sys.executable} -m fused_resblock explain --model resnet18 | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith("name")
 
 
 def test_doctor_obeys_and_reports_the_environment(

@@ -111,6 +111,40 @@ def test_batch_of_pictures(batch: int) -> None:
         assert torch.equal(x[i], x[i - 2])
 
 
+def test_panorama_is_cut_before_it_is_scaled() -> None:
+    from PIL import Image
+
+    ramp = Image.linear_gradient("L").rotate(90).resize((30000, 1)).convert("RGB")
+    x = inputs.to_batch([ramp], 1)
+    assert x.shape == (1, 3, 224, 224)
+    assert (x.amax((2, 3)) - x.amin((2, 3))).max() < 0.02  # one colour, as the middle is one pixel
+
+
+@pytest.mark.parametrize("size", [(256, 256), (320, 256), (256, 300)], ids=str)
+def test_picture_that_needs_no_scaling_is_cut(size: tuple[int, int]) -> None:
+    import numpy
+    from PIL import Image
+
+    pixels = numpy.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8)
+    top, left = (size[1] - 224) // 2, (size[0] - 224) // 2
+    middle = torch.from_numpy(pixels[top : top + 224, left : left + 224].astype("float32") / 255)
+    x = inputs.to_batch([Image.fromarray(pixels)], 1)[0].permute(1, 2, 0)
+    torch.testing.assert_close(x * torch.tensor(inputs._STD) + torch.tensor(inputs._MEAN), middle)
+
+
+def test_weights_under_other_names(tmp_path: Path) -> None:
+    state = nn.Linear(2, 2).state_dict()
+    for name, kept in {
+        "plain": state,
+        "timm": {"model": state, "epoch": 3},
+        "lightning": {"state_dict": state},
+    }.items():
+        torch.save(kept, tmp_path / name)
+        assert inputs.read_weights(tmp_path / name).keys() == state.keys()
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "parallel")
+    assert inputs.read_weights(tmp_path / "parallel").keys() == state.keys()
+
+
 @pytest.mark.parametrize("size", [(224, 224), (1, 1), (3, 500)], ids=str)
 def test_one_grey_picture_of_any_size(size: tuple[int, int]) -> None:
     from PIL import Image

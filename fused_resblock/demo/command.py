@@ -71,30 +71,44 @@ def _check(args: argparse.Namespace) -> list[str]:
             raise ValueError(f"model must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
     if args.weights is not None and len(names) != 1:
         raise ValueError(f"model must be a single network when weights are given, got {', '.join(names)}")
-    for option in ("batch", "runs"):
+    for option, most in (("batch", 4096), ("runs", 1_000_000)):
         value = getattr(args, option)
-        if value is not None and value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{option} must be from 1 to {most}, got {value}")
     if args.batch is not None and args.batch < len(args.image or ()):
         raise ValueError(f"batch must be at least the number of images, {len(args.image)}, got {args.batch}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be available, got 'cuda': torch sees no CUDA device")
     if args.skip_digits and args.skip_photos:
         raise ValueError("skip-digits and skip-photos must not both be given, got both: nothing is left to show")
-    if args.plot is not None and args.skip_photos:
-        raise ValueError("plot must be given without skip-photos, got both: it shows the photograph part")
+    for option in ("plot", "weights", "image"):
+        if getattr(args, option) and args.skip_photos:
+            raise ValueError(f"{option} must be given without skip-photos, got both: it is for the photograph part")
     if args.plot is not None and args.plot.suffix.lower() not in SUFFIXES:
         raise ValueError(f"plot must end in one of {', '.join(SUFFIXES)}, got {str(args.plot)!r}")
     for option in ("plot", "json"):
         file = getattr(args, option)
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise ValueError(f"{option} must be a file in a folder that exists, got {str(file)!r}")
+        if file is not None and not _writable(file):
+            raise ValueError(f"{option} must be a file that can be written, got {str(file)!r}")
     needs = _NEEDS | ({"matplotlib": "matplotlib"} if args.plot else {})
     absent = [package for module, package in needs.items() if find_spec(module) is None]
     if absent:
         raise ValueError(f"demo must have {', '.join(absent)}, got none: pip install 'fused_resblock[demo]'")
     check_name("auto")
     return names
+
+
+def _writable(file: Path) -> bool:
+    """Whether a file can be written; it is not there afterwards if it was not before."""
+    there = file.exists()
+    try:
+        with file.open("ab"):
+            pass
+        if not there:
+            file.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def run(args: argparse.Namespace, names: list[str], state: dict[str, Tensor] | None, pictures: dict[str, Any]) -> int:

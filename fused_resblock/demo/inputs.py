@@ -54,10 +54,9 @@ def to_batch(pictures: Sequence[Any], batch: int) -> Tensor:
 
     images = []
     for picture in pictures:
-        scale = 256 / min(picture.size)
-        width, height = (max(SIZE, round(side * scale)) for side in picture.size)
-        left, top = (width - SIZE) // 2, (height - SIZE) // 2
-        middle = picture.resize((width, height)).crop((left, top, left + SIZE, top + SIZE))
+        half = min(picture.size) * SIZE / 256 / 2  # of the middle, in pixels of the picture
+        x, y = (side / 2 for side in picture.size)
+        middle = picture.resize((SIZE, SIZE), box=(x - half, y - half, x + half, y + half))
         pixels = torch.from_numpy(numpy.array(middle, dtype=numpy.float32) / 255)
         images.append(((pixels - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1))
     chosen = [images[i % len(images)] for i in range(batch)]
@@ -65,31 +64,40 @@ def to_batch(pictures: Sequence[Any], batch: int) -> Tensor:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Read a `state_dict` that `torch.save` wrote, alone or under the key "state_dict".
+    """Read a `state_dict` that `torch.save` wrote, alone or under the key "state_dict" or "model".
+
+    The prefix "module." of `DataParallel` is left out.
 
     Raises:
         ValueError: if the file holds anything else.
     """
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no common base class for its errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"weights must be a file that torch.load reads, got {str(file)!r}: {reason}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+    except OSError as error:
+        raise ValueError(f"weights must be a file that can be read, got {str(file)!r}: {error.strerror}") from error
+    except Exception as error:  # torch.load has no common base class for its errors, and advises what is unsafe
+        raise ValueError(
+            f"weights must be a state_dict that torch.save wrote, got {str(file)!r}: no checkpoint, or one "
+            "with other objects than tensors, as a whole model is"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"weights must be a state_dict of tensors, got {type(loaded).__name__} in {str(file)!r}")
-    return loaded
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
 def check_fit(state: dict[str, Tensor], name: str) -> None:
-    """Check that a checkpoint's names and shapes are those of the network; the classifier may have any width.
+    """Check that a checkpoint's names and shapes are those of the network; the classifier may have any width but 0.
 
     `num_batches_tracked`, which inference does not read, may be absent.
 
     Raises:
-        ValueError: if a tensor is missing, unexpected or of another shape.
+        ValueError: if a tensor is missing, unexpected, of another shape, or not of finite real numbers.
     """
+    if num_classes(state) < 1:
+        raise ValueError("weights must have at least 1 class in 'fc.weight', got 0")
     with torch.device("meta"):
         expected = models.build(name, num_classes=num_classes(state)).state_dict()
     needed = {key for key in expected if not key.endswith("num_batches_tracked")}
@@ -102,6 +110,12 @@ def check_fit(state: dict[str, Tensor], name: str) -> None:
             f"weights must fit {name}, got {len(missing)} missing, {len(unexpected)} unexpected and "
             f"{len(reshaped)} differently shaped tensors, {first!r} among them"
         )
+    for key in sorted(needed):
+        value = state[key]
+        if value.layout != torch.strided or not value.is_floating_point():
+            raise ValueError(f"weights must be dense and floating-point, got {value.layout} {value.dtype} in {key!r}")
+        if not value.isfinite().all():
+            raise ValueError(f"weights must be finite, got NaN or infinity in {key!r}")
 
 
 def num_classes(state: dict[str, Tensor]) -> int:

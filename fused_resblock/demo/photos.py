@@ -52,7 +52,7 @@ def errors(model: nn.Module, eager: Tensor, fused: Tensor, x: Tensor) -> dict[st
     max_abs_error = (fused - eager).abs().max().item()
     return {
         "max_abs_error": max_abs_error,
-        "max_rel_error": max_abs_error / largest,
+        "max_rel_error": max_abs_error / largest if largest else max_abs_error,
         "eager_error": eager_error,
         "fused_error": fused_error,
         "parity": fused_error <= SLACK * eager_error + ROUNDINGS * torch.finfo(x.dtype).eps * largest,
