@@ -18,6 +18,7 @@ from .recognize import looks_residual, recognize
 from .stage import FusedStage, is_stage
 from .swap import swapped_class, undo
 
+_LEFT_OUT = "left out by filter_fn"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -44,7 +45,7 @@ def fuse(
         backend: "auto", "triton", "cudnn", "onednn" or "eager", for all blocks of this call.
         inplace: change `model` itself; otherwise a deep copy is changed and `model` stays as it is.
         filter_fn: called with a block's name and module; False leaves the block alone.
-        strict: raise if any residual block could not be fused.
+        strict: raise if a residual block that filter_fn does not leave out could not be fused.
         stages: also run the blocks of an `nn.Sequential` (`layer1` and so on) as one chain; see `FusedStage`. Where a
             measured table says that it is faster, the tail of a bottleneck and the head of the next one are then one
             kernel; "kernel" asks for it wherever it can run.
@@ -58,21 +59,25 @@ def fuse(
         The fused model. `explain` says what became of each block.
 
     Raises:
-        TypeError: if model is not an `nn.Module`, or frozen not a bool.
-        ValueError: if the backend's name is unknown; in strict mode, if a residual block was not fused.
+        TypeError: if model is not an `nn.Module`, filter_fn no function, or an option of another type.
+        ValueError: if the backend's name or `stages` is unknown; in strict mode, if a residual block was not fused.
         RuntimeError: if the backend is not available on this machine.
 
     On an error the model is as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if stages not in (True, False, "kernel"):
+    if not isinstance(stages, bool) and not (isinstance(stages, str) and stages == "kernel"):
         raise ValueError(f'stages must be True, False or "kernel", got {stages!r}')
-    if not isinstance(frozen, bool):
-        raise TypeError(f"frozen must be True or False, got {frozen!r}")
+    options = {"inplace": inplace, "strict": strict, "stems": stems, "heads": heads, "frozen": frozen}
+    for option, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} must be True or False, got {value!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of a name and a module, got {filter_fn!r}")
     backends.check_name(backend)
     found = list(blocks(model, filter_fn))  # everything that can fail comes before the first change
-    kept = [(name, outcome) for name, _, outcome in found if isinstance(outcome, str)]
+    kept = [(name, outcome) for name, _, outcome in found if isinstance(outcome, str) and outcome != _LEFT_OUT]
     if strict and kept:
         reasons = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in kept)
         raise ValueError(f"model must hold only blocks that can be fused when strict, got {reasons}")
@@ -165,7 +170,7 @@ def _walk(
         outcome = examine(module)
         if outcome is not None:
             if filter_fn is not None and not filter_fn(name, module):
-                outcome = "left out by filter_fn"
+                outcome = _LEFT_OUT
             yield name, module, outcome
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import backends, dispatch
 from .dispatch import autocast_dtype
-from .params import BatchNorm, Conv, Epilogue, Pair, Shortcut, pair
+from .params import BatchNorm, Conv, Epilogue, Pair, Shortcut
 
 __all__ = ["BatchNorm", "Shortcut", "bn_act", "conv_bn_act"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def conv_bn_act(
@@ -67,7 +72,8 @@ def conv_bn_act(
     convolution as an implicit GEMM (Chetlur et al., arXiv:1410.0759).
     """
     backend = backends.check_name(backend)
-    conv = Conv(weight, bias, norm, pair(stride), pair(padding), pair(dilation), groups)
+    stride, padding, dilation = _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation")
+    conv = Conv(weight, bias, norm, stride, padding, dilation, _integer(groups, "groups"))
     check_image(x, "x")
     dtype = autocast_dtype(x)
     _check_conv(x, conv, dtype is not None)
@@ -130,14 +136,30 @@ def bn_act(
     return dispatch.bn_act(x, norm, residual, epilogue, backend=backend)
 
 
-def check_image(x: Tensor, name: str) -> None:
-    """Raise unless `x` is a floating-point tensor `[N, C, H, W]`."""
+def _integer(value: Any, name: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return value
+
+
+def _pair(value: Any, name: str) -> Pair:
+    if not isinstance(value, (tuple, list)):
+        value = (_integer(value, name),) * 2
+    if len(value) != 2:
+        raise ValueError(f"{name} must be an integer or a pair of integers, got {value!r}")
+    return _integer(value[0], name), _integer(value[1], name)
+
+
+def check_image(x: Tensor, name: str, axes: str = "[N, C, H, W]") -> None:
+    """Raise unless `x` is a floating-point tensor of four dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got shape {list(x.shape)}")
+        raise ValueError(f"{name} must have 4 dimensions {axes}, got shape {list(x.shape)}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must have elements of 16, 32 or 64 bits, got {x.dtype}")
 
 
 def _check_like(tensor: Tensor, name: str, x: Tensor, autocast: bool) -> None:
@@ -151,7 +173,9 @@ def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str) -> 
     if norm is None:
         return
     if not isinstance(norm, BatchNorm):
-        raise TypeError(f"{name} must be a BatchNorm, got {type(norm).__name__}")
+        raise TypeError(f"{name} must be a BatchNorm, as BatchNorm.of(module) gives it, got {type(norm).__name__}")
+    if isinstance(norm.eps, bool) or not isinstance(norm.eps, (int, float)):
+        raise TypeError(f"{name}.eps must be a number, got {norm.eps!r}")
     for field, tensor in zip(BatchNorm._fields[:4], norm[:4], strict=True):
         if tensor is None and field in ("weight", "bias"):
             continue
@@ -170,7 +194,7 @@ def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str) -> 
 def _check_conv(x: Tensor, conv: Conv, autocast: bool, owner: str = "") -> None:
     """Check a convolution; `owner` stands before its arguments' names ("shortcut.")."""
     weight, bias, groups = conv.weight, conv.bias, conv.groups
-    check_image(weight, f"{owner}weight")
+    check_image(weight, f"{owner}weight", "[K, C / groups, R, S]")
     _check_like(weight, f"{owner}weight", x, autocast)
     k = weight.shape[0]
     if groups < 1 or k % groups:
@@ -198,7 +222,7 @@ def _check_conv(x: Tensor, conv: Conv, autocast: bool, owner: str = "") -> None:
 def _check_residual(residual: Tensor, x: Tensor, out: tuple[int, ...], stride: int, autocast: bool) -> None:
     check_image(residual, "residual")
     _check_like(residual, "residual", x, autocast)
-    if stride < 1:
+    if _integer(stride, "residual_stride") < 1:
         raise ValueError(f"residual_stride must be at least 1, got {stride}")
     n, c, h, w = residual.shape
     if (n, c, -(-h // stride), -(-w // stride)) != out:
@@ -211,7 +235,7 @@ def _check_shortcut(shortcut: Shortcut, x: Tensor, out: tuple[int, ...], autocas
         raise TypeError(f"shortcut must be a Shortcut, got {type(shortcut).__name__}")
     check_image(shortcut.x, "shortcut.x")
     _check_like(shortcut.x, "shortcut.x", x, autocast)
-    if shortcut.stride < 1:
+    if _integer(shortcut.stride, "shortcut.stride") < 1:
         raise ValueError(f"shortcut.stride must be at least 1, got {shortcut.stride}")
     _check_conv(shortcut.x, shortcut.conv, autocast, "shortcut.")
     if tuple(shortcut.weight.shape[2:]) != (1, 1):

@@ -169,6 +169,32 @@ def test_strict_names_every_block_and_its_reason():
     assert classes(original) == PLAIN
 
 
+def test_strict_is_content_with_what_was_left_out():
+    frb.fuse(model(), strict=True, filter_fn=lambda name, _: name != "silu")
+
+
+@pytest.mark.parametrize("option", ["inplace", "strict", "stems", "heads", "frozen"])
+def test_options_are_true_or_false(option):
+    original = model()
+    with pytest.raises(TypeError, match=f"^{option} must be True or False, got 'no'"):
+        frb.fuse(original, **{option: "no"})
+    assert [type(m) for m in original.modules()] == [type(m) for m in model().modules()]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"filter_fn": 3}, TypeError, "filter_fn must be a function of a name and a module, got 3"),
+        ({"backend": ["triton"]}, TypeError, r"backend must be a string, got \['triton'\]"),
+        ({"stages": torch.ones(2)}, ValueError, "stages must be True, False or"),
+        ({"stages": 1}, ValueError, "stages must be True, False or"),
+    ],
+)
+def test_other_options(options, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        frb.fuse(model(), **options)
+
+
 def test_strict_with_everything_fused():
     frb.fuse(nn.Sequential(BasicBlock(8, 8), ResidualBlock(8, 8)), strict=True)
 

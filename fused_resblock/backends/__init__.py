@@ -56,6 +56,7 @@ def check_name(backend: str) -> str:
     """Return `backend`, or the value of `FUSED_RESBLOCK_BACKEND` in place of "auto".
 
     Raises:
+        TypeError: if it is no string.
         ValueError: if it is neither "auto" nor a backend.
         RuntimeError: if the backend is not available on this machine.
     """
@@ -65,6 +66,8 @@ def check_name(backend: str) -> str:
         source = "FUSED_RESBLOCK_BACKEND"
     if backend == "auto":
         return backend
+    if not isinstance(backend, str):
+        raise TypeError(f"{source} must be a string, got {backend!r}")
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[backend].unavailable()
