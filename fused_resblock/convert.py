@@ -13,6 +13,7 @@ from .frozen import Freezable
 from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
 from .network import FusedNetwork, find_networks, find_stems, fuse_network, fuse_stem, know_blocks, unfuse_stem
+from .per_module import forget
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
 from .stage import FusedStage, is_stage
@@ -137,6 +138,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(False)
+        forget(module)
         if undo(FusedStage, module):
             module.__dict__.pop("_fused_kernel", None)
         unfuse_stem(module)

@@ -8,7 +8,6 @@ that needs out of the cache. Where nothing changes the answers are those of the 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import frozen, leaves
+from .per_module import PerModule
 from .plan import Unsupported
 from .program import signature
 from .recorder import Recorder
@@ -80,8 +80,8 @@ class _Flat:
         return y
 
 
-_flats: weakref.WeakKeyDictionary[nn.Module, _Flat] = weakref.WeakKeyDictionary()
-_graphs: weakref.WeakKeyDictionary[nn.Module, fx.Graph] = weakref.WeakKeyDictionary()
+_flats: PerModule[_Flat] = PerModule("flat")
+_graphs: PerModule[fx.Graph] = PerModule("graph")
 
 
 def know(network: nn.Module, graph: fx.Graph | None) -> None:
@@ -90,7 +90,7 @@ def know(network: nn.Module, graph: fx.Graph | None) -> None:
     A copy of the network has none until it is noted.
     """
     if graph is None:
-        _graphs.pop(network, None)
+        _graphs.pop(network)
     else:
         _graphs[network] = graph
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends.folding import kept
+from .per_module import PerModule
 from .program import Program, signature
 from .programs import Programs
 from .runner import BoundStep
@@ -26,7 +27,7 @@ from .watch import Guard
 PATIENCE = 32
 
 #: the programs of every chain that has run as one
-programs: weakref.WeakKeyDictionary[nn.Module, Programs] = weakref.WeakKeyDictionary()
+programs: PerModule[Programs] = PerModule("programs")
 
 
 class Link:
@@ -69,7 +70,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_links: weakref.WeakKeyDictionary[nn.Module, Link] = weakref.WeakKeyDictionary()
+_links: PerModule[Link] = PerModule("link")
 
 
 def following(stage: nn.Module) -> nn.Module | None:

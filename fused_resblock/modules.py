@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from . import dispatch, flat, reference
 from .frozen import Freezable
+from .per_module import PerModule
 from .plan import Plan, Unsupported
 from .programs import Programs
 from .recognize import recognize
@@ -40,7 +40,7 @@ def _norms(block: nn.Module) -> list[nn.Module]:
     return [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
 
-_states: weakref.WeakKeyDictionary[FusedBlock, _State] = weakref.WeakKeyDictionary()
+_states: PerModule[_State] = PerModule("state")
 
 
 class FusedBlock(Freezable):
@@ -95,12 +95,12 @@ class FusedBlock(Freezable):
         """Take a plan, or the reason why there is none, as that of the block's present modules."""
         self.__dict__.update(_fused_plan=plan, _fused_reason=reason, _fused_layout=layout(self))
         self.__dict__.setdefault("_fused_backend", "auto")
-        _states.pop(self, None)
+        _states.pop(self)
 
     def use_backend(self, backend: str) -> None:
         """Run on this backend, or on the one that is chosen for "auto", from the next call on."""
         self.__dict__["_fused_backend"] = backend
-        _states.pop(self, None)
+        _states.pop(self)
 
     def runner(self) -> Runner | None:
         """What runs the plan with the modules of this moment; None where the block's own forward has to run."""

@@ -66,7 +66,7 @@ class FusedStage(Freezable):
                     if flat.recording() and type(self).forward is FusedStage.forward:
                         flat.note(tuple(self.children()), program, partial(handover.run, self, program))
                     return handover.run(self, program, x)
-                _programs.pop(self, None)
+                _programs.pop(self)
         return self._bind(x)
 
     def _bind(self, x: Tensor) -> Tensor | None:
@@ -74,7 +74,9 @@ class FusedStage(Freezable):
         stage: Any = self
         if obstacle(stage):
             return None
-        programs = _programs.setdefault(stage, Programs())
+        programs = _programs.get(stage)
+        if programs is None:
+            programs = _programs[stage] = Programs()
         blocks = [(block.runner(), block._fused_backend) for block in stage]
         behind: Any = self._block_behind(blocks[-1][1])
         following = None if behind is None else (behind.runner(), list(behind.modules()))
@@ -82,7 +84,7 @@ class FusedStage(Freezable):
         bound = programs.bind(blocks, x, list(stage.modules()), kernel, following)
         before = handover.learn(stage, x)
         if before is not None:
-            _programs.pop(before, None)  # to be bound again, with this chain's head
+            _programs.pop(before)  # to be bound again, with this chain's head
         if bound is None:
             return None
         handover.note(stage, bound[1], bound[0])

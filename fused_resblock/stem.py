@@ -6,7 +6,6 @@ computing; those behind it add themselves to what is pending, and the last one c
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from . import backends, dispatch, flat, leaves
 from .frozen import Freezable
 from .params import BatchNorm, Conv, Epilogue
 from .pending import Pending, allowed
+from .per_module import PerModule
 from .plan import Unsupported
 from .program import Operation, Program
 from .programs import Before, Programs
@@ -96,14 +96,14 @@ def _joins(module: nn.Module, chain: tuple[nn.Module, ...]) -> bool:
     return len(chain) == 1 and not leaves.uses_batch_statistics(module)
 
 
-_programs: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Programs]] = weakref.WeakKeyDictionary()
+_programs: PerModule[tuple[tuple[int, ...], Programs]] = PerModule("stem")  # of the last module of a stem
 
 
 def _run(x: Tensor, chain: tuple[nn.Module, ...]) -> Tensor | None:
     """The result of a chain of modules on x; None if its parameters are no plain tensors."""
     last = chain[-1]
     identities = tuple(map(id, chain))  # the guard keeps all but the last alive, so they stay unique
-    known, programs = _programs.get(last, (None, None))
+    known, programs = _programs.get(last) or (None, None)
     if programs is None or known != identities:
         programs = Programs()
         _programs[last] = identities, programs

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from . import leaves
+from .per_module import is_kept
 from .plan import Unsupported
 
 #: two traces at once would each put back, in the end, what the other had put in place of every module's call
@@ -137,7 +138,8 @@ def _twin(block: nn.Module, training: bool) -> nn.Module:
 
     for module, twin in twins.items():
         if twin is not module:
-            twin.__dict__.update((name, of(value)) for name, value in module.__dict__.items())
+            kept = [(name, value) for name, value in module.__dict__.items() if not is_kept(value)]
+            twin.__dict__.update((name, of(value)) for name, value in kept)
             twin.__dict__["training"] = training
     return twins[block]
 

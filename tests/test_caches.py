@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import fused_resblock as frb
 from fused_resblock import backends
 from fused_resblock.models import randomize_norms
+from fused_resblock.per_module import PerModule, is_kept
 from fused_resblock.reference import BasicBlock, ResidualBlock
 
 
@@ -41,6 +44,72 @@ def test_memory_is_freed_with_the_model(backend):
     gc.collect()
     assert [r() for r in blocks if r() is not None] == []
     assert cached() == 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("path", ["", "0", "0.conv1", "0.bn2"])
+def test_memory_is_freed_with_a_model_that_hooks_know(path, frozen):
+    """As objects do that show which pixels a network looked at: they hold the model, and a hook in it holds them."""
+    fused = frb.fuse(randomize_norms(nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8))).eval(), frozen=frozen)
+
+    class Shower:
+        def __init__(self, model: nn.Module) -> None:
+            self.model = model
+            model.get_submodule(path).register_forward_hook(self.see)
+
+        def see(self, module, args, y) -> None:
+            self.seen = y
+
+    shower = Shower(fused)
+    with torch.no_grad():
+        for _ in range(5):
+            fused(torch.randn(1, 8, 5, 5))
+    assert shower.seen is not None
+    gone = [weakref.ref(m) for m in fused.modules()]
+    del fused, shower
+    gc.collect()
+    assert [m() for m in gone if m() is not None] == []
+
+
+def test_memory_of_blocks_that_are_planned_for_eval_mode_is_freed():
+    class Dropping(BasicBlock):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            self.drop = nn.Dropout(0.1)
+
+        def forward(self, x):
+            return self.relu(self.bn2(self.drop(self.conv2(self.relu(self.bn1(self.conv1(x)))))) + x)
+
+    fused = frb.fuse(Dropping(8, 8).eval(), strict=True)
+    with torch.no_grad():
+        fused(torch.randn(1, 8, 5, 5))
+    gone = weakref.ref(fused)
+    del fused
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_was_looked_up_is_not_copied():
+    fused = made()
+    assert any(is_kept(value) for module in fused.modules() for value in vars(module).values())
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        kept = [value for module in copied.modules() for value in vars(module).values() if is_kept(value)]
+        assert kept
+        assert all(slot.value is None and slot.owner is None for slot in kept)
+        frb.unfuse(copied)
+        assert not any(is_kept(value) for module in copied.modules() for value in vars(module).values())
+
+
+def test_replicas_look_up_for_themselves():
+    values, module, replica = PerModule[str]("value"), nn.Module(), nn.Module()
+    values[module] = "mine"
+    replica.__dict__ = module.__dict__.copy()
+    assert values.get(module) == "mine"
+    assert values.get(replica) is None
+    with pytest.raises(KeyError):
+        values[replica]
+    values[replica] = "another"
+    assert values.get(module) == "mine"
 
 
 def test_no_growth_over_many_calls():

@@ -62,7 +62,7 @@ def test_parity(settings, size, backend):
         assert_parity(y, reference(x), copy.deepcopy(reference).double()(x.double()), what="logits", floor=1e-5)
     assert torch.equal(y, again)
     assert torch.equal(x, kept)
-    assert len(stems._programs) > 0
+    assert any(module in stems._programs for module in fused.modules())
 
 
 def data_edit(net: nn.Module) -> None:
