@@ -14,7 +14,7 @@ import torch
 
 from . import backends, machine
 from .backends import tuned
-from .table import format_table
+from .table import first_line, format_table
 from .version import __version__
 
 _PACKAGES = ("triton", "torchvision", "timm", "numpy")
@@ -127,8 +127,8 @@ def _problems() -> list[str]:
             if find_spec(package) is not None:
                 importlib.import_module(package)
         except Exception as error:  # whatever a package raises that does not fit this torch
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            found.append(f"{package} must fit torch {torch.__version__}, got {type(error).__name__}: {reason}")
+            got = f"{type(error).__name__}: {first_line(error)}"
+            found.append(f"{package} must fit torch {torch.__version__}, got {got}")
     return found
 
 

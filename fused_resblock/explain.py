@@ -92,11 +92,8 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
     for name, module in model.named_modules():
         if isinstance(module, FusedNetwork):
             for stem in module._fused_stems:
-                reason = stem_obstacle(module, stem)
-                if reason is None:
-                    conv = module.get_submodule(stem[0])
-                    choice = _choice(conv.__dict__["_fused_backend"], conv)
-                    reason = choice.reason if choice.backend == "eager" else None
+                conv = module.get_submodule(stem[0])
+                reason = stem_obstacle(module, stem) or _eager_stem(conv)
                 kinds = " + ".join(own_class(module.get_submodule(path)).__name__ for path in stem)
                 path = f"{name}.{stem[0]}".lstrip(".")
                 yield PartReport(path, kinds, reason is None, reason or "one operation")
@@ -104,14 +101,20 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
                 one, said = (False, "in train mode") if module.training else flat.standing(module)
                 yield PartReport(name, "the network", one, f"frozen: {said}")
         elif isinstance(module, FusedStage):
-            reason = stage_obstacle(module) or _eager(module)  # type: ignore[arg-type]
+            reason = stage_obstacle(module) or _eager_stage(module)  # type: ignore[arg-type]
             said = reason or f"one chain{kernel_state(module)}{_frozen(module)}"  # type: ignore[arg-type]
             yield PartReport(name, f"{len(module)} blocks", reason is None, said)  # type: ignore[arg-type]
         elif isinstance(module, Head) and example is not None and is_fast(module, example):
             yield PartReport(name, own_class(module).__name__, True, module.WHY)
 
 
-def _eager(stage: FusedStage) -> str | None:
+def _eager_stem(conv: nn.Module) -> str | None:
+    """Why a stem that begins with this convolution runs as plain PyTorch; None where it does not."""
+    choice = _choice(conv.__dict__["_fused_backend"], conv)
+    return choice.reason if choice.backend == "eager" else None
+
+
+def _eager_stage(stage: FusedStage) -> str | None:
     """Why all blocks of a chain run as plain PyTorch; None where any does not."""
     choices = [_choices(block, block._fused_plan) for block in stage.children()]  # type: ignore[arg-type]
     reasons = dict.fromkeys(reason for names, found in choices if names == ["eager"] for reason in found)

@@ -161,7 +161,6 @@ def _kind(module: nn.Module) -> int:
 def fuse_network(network: nn.Module) -> None:
     """Give a network, without any stem so far, the class of one."""
     network.__class__ = swapped_class(FusedNetwork, type(network))
-    network.__dict__["_fused_stems"] = ()
 
 
 def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
@@ -169,7 +168,7 @@ def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
     network.__dict__.update(_fused_stops=tuple(blocks), _fused_looks=0, _fused_stale=False)
 
 
-def fuse_stem(network: nn.Module, stem: Sequence[str], backend: str) -> None:
+def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:
     """Give the modules of a stem, which begins with a convolution, and their network the classes that fuse them.
 
     Args:
@@ -183,7 +182,7 @@ def fuse_stem(network: nn.Module, stem: Sequence[str], backend: str) -> None:
     first.__dict__["_fused_backend"] = backend
     if isinstance(first, StemConv):  # fused before
         return
-    network.__dict__["_fused_stems"] += (tuple(stem),)
+    network.__dict__["_fused_stems"] = (*network._fused_stems, tuple(stem))
     first.__class__ = swapped_class(StemConv, type(first))
     first.__dict__["_fused_length"] = len(stem)
     for module in rest:

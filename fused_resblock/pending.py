@@ -35,11 +35,12 @@ def scope() -> Iterator[None]:
         failed = False
     finally:
         _made.reset(token)
-        for pending in [pending for reference in made if (pending := reference()) is not None]:
-            with (
-                contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext()
-            ):  # the first error is to be seen
-                pending.value()
+        errors = contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext()  # the first is to be seen
+        for reference in made:
+            pending = reference()
+            if pending is not None:
+                with errors:
+                    pending.value()
 
 
 def allowed() -> bool:

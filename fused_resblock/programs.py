@@ -107,16 +107,18 @@ class Programs:
         runners = [runner for runner, _ in blocks]
         tensors = [t for runner in runners for t in runner.parameters()]
         found = None
-        others, further = ([], []) if following is None else (following[1], following[0].parameters())
-        if dispatch.plain([*tensors, *further]):
-            before = Before(list(dict.fromkeys([*modules, *others])), [*tensors, *further])
+        everything = modules, tensors
+        if following is not None:
+            together = list(dict.fromkeys([*modules, *following[1]]))
+            everything = together, [*tensors, *following[0].parameters()]
+        if dispatch.plain(everything[1]):
+            before = Before(*everything)
             found = bind(blocks, x, stage_kernel, None if following is None else following[0].steps[0])
         if found is None:
             return None
         if following is not None and found[0].ends.ahead is not None:
             runners.append(following[0])
-            modules = list(dict.fromkeys([*modules, *others]))
-            tensors += further
+            modules, tensors = everything
         if self._guard is None or not self._watched.issuperset(modules[1:]):  # a guard of all these is to be made
             self._guard, self._watched = None, set(modules[1:])
             self._programs.clear()

@@ -1,4 +1,4 @@
-"""Plain text tables: aligned columns, for `explain`, `doctor`, the demo and the benchmarks."""
+"""Plain text: aligned tables, and what an error says in one line, for commands and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def _is_number(cell: object) -> bool:
     except ValueError:
         return text in ("", "-")
     return True
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from . import leaves
 from .per_module import is_kept
 from .plan import Unsupported
+from .table import first_line
 
 #: two traces at once would each put back, in the end, what the other had put in place of every module's call
 _one_at_a_time = threading.RLock()
@@ -117,7 +118,7 @@ def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy
-        raise Unsupported(f"its forward cannot be traced: {_first_line(error)}") from None
+        raise Unsupported(f"its forward cannot be traced: {first_line(error)}") from None
     finally:
         if before.restore():
             raise Unsupported("its forward changes the block's own attributes or buffers")
@@ -142,7 +143,3 @@ def _twin(block: nn.Module, training: bool) -> nn.Module:
             twin.__dict__.update((name, of(value)) for name, value in kept)
             twin.__dict__["training"] = training
     return twins[block]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]

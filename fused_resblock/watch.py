@@ -105,9 +105,9 @@ class Guard:
         self._places, self._names = zip(*entries, strict=True)
         self._values = [place[name] for place, name in entries]
         self._types = list(map(type, inner))
-        self._children = [m._modules for m in modules if not leaves.is_leaf(m)]
-        self._children += own
-        self._sizes = list(map(len, self._children))
+        self._sized = [m._modules for m in modules if not leaves.is_leaf(m)]
+        self._sized += own
+        self._sizes = list(map(len, self._sized))
         self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
         self._attributes = [m.__dict__ for m in inner]
         self._convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
@@ -146,7 +146,7 @@ class Guard:
             return False
         return (
             list(map(type, self._modules)) == self._types
-            and list(map(len, self._children)) == self._sizes
+            and list(map(len, self._sized)) == self._sizes
             and not any(self._hooks)
             and not any(map(contains, self._attributes, repeat("forward")))
             and not any(map(contains, self._convs, repeat("_conv_forward")))

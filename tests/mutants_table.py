@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutant import Mutant
+from mutants_changes import CHANGES
 from mutants_halo import HALO
 from mutants_kernels import KERNELS
 from mutants_stages import STAGES
@@ -21,10 +22,6 @@ def _next_chain(change: str) -> str:
 
 
 _HEAD = "tests/test_head.py::test_"
-_FROZEN = "tests/test_frozen.py::test_"
-_FLAT = "tests/test_flat.py::test_"
-_THREADS = "tests/test_threads.py::test_"
-_TOUCHED = "tests/test_touched.py::test_"
 
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
@@ -51,92 +48,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             _HEAD + "changes_are_seen[weight of its class]",
         ),
     ],
-    "fused_resblock/frozen.py": [
-        (
-            "frozen in train mode",
-            "return self._fused_frozen and not self.training",
-            "return self._fused_frozen",
-            _FROZEN + "in_train_mode_everything_is_asked",
-        ),
-        (
-            "frozen while attributes change",
-            "        super().__setattr__(name, value)\n        Freezable.look_again(self)",
-            "        super().__setattr__(name, value)",
-            _FROZEN + "what_ends_the_promise[new convolution]",
-        ),
-        (
-            "frozen while a state is loaded",
-            "            return super().load_state_dict(*args, **kwargs)\n        finally:\n            self.look_again()",
-            "            return super().load_state_dict(*args, **kwargs)\n        finally:\n            pass",
-            _THREADS + "states_that_are_loaded_beside_a_forward",
-        ),
-        (
-            "training leaves no trace",
-            "            touch([*self.parameters(), *self.buffers()])",
-            "            pass",
-            _TOUCHED + "train_mode_is_time_for_any_edit[BasicBlock]",
-        ),
-    ],
-    "fused_resblock/touched.py": [
-        (
-            "fused optimizers not heard",
-            "    if groups:\n",
-            "    if False:\n",
-            _TOUCHED + "fused_optimizers[SGD-False]",
-        ),
-        (
-            "optimizers of others not heard",
-            'if not own or group.get("fused")',
-            'if group.get("fused")',
-            _TOUCHED + "optimizers_of_others_may_use_any_kernel",
-        ),
-        (
-            "running statistics not touched",
-            "    if running:\n",
-            "    if False:\n",
-            _TOUCHED + "recalibrated_norms[auto]",
-        ),
-    ],
-    "fused_resblock/tracing.py": [
-        (
-            "other threads traced",
-            "            return forward(*args, **kwargs)",
-            "            pass",
-            _THREADS + "other_threads_run_while_one_traces",
-        ),
-        (
-            "two traces at once",
-            "        with _one_at_a_time:",
-            "        if True:",
-            _THREADS + "one_traces_after_the_other",
-        ),
-        (
-            "original traced",
-            '            twin.__dict__["training"] = training',
-            '            module.__dict__["training"] = training',
-            _THREADS + "what_is_traced_stays_as_it_is",
-        ),
-    ],
-    "fused_resblock/flat.py": [
-        (
-            "function of a frozen network believed",
-            'function if same else "its graph gives another result"',
-            "function",
-            _FLAT + "networks_that_run_their_own_forward[Asking]",
-        ),
-        (
-            "own forward told to be a function",
-            "    if not reasons:\n",
-            "    if functions:\n",
-            _FLAT + "explain_tells_why_it_runs_its_own_forward[Asking-another result]",
-        ),
-        (
-            "function of a network with hooks",
-            " or any(map(leaves.hooked, list(network.modules())[1:])):",
-            ":",
-            _FLAT + "hooks_from_before_run",
-        ),
-    ],
+    **CHANGES,
     "fused_resblock/gradients.py": [
         (
             "dbeta unmasked twice",
@@ -184,18 +96,18 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "frozen for ever",
             "known = frozen and self._generation == now",
             "known = frozen",
-            _FROZEN + "what_ends_the_promise[load_state_dict of a block]",
+            "tests/test_frozen.py::test_what_ends_the_promise[load_state_dict of a block]",
         ),
         (
             "tensors of the next chain not watched",
-            "tensors += further",
-            "pass",
+            "modules, tensors = everything",
+            "modules = everything[0]",
             "tests/test_handover_changes.py::test_weights_that_autocast_had_copied",
         ),
         (
             "modules of the next chain not watched",
-            "modules = list(dict.fromkeys([*modules, *others]))",
-            "modules = list(modules)",
+            "modules, tensors = everything",
+            "tensors = everything[1]",
             _next_chain("eps"),
         ),
         (

@@ -110,19 +110,8 @@ def conv_problem(
     reach = ((r - 1) * dilation[0] * w + (s - 1) * dilation[1] + 1) * channels
     pixels = n * max(h * w, p * q)
     capability = gpu_of(device).capability
-    return Problem(
-        device.type,
-        dtype,
-        "conv",
-        channels,
-        k,
-        (r, s),
-        groups,
-        pixels,
-        reach,
-        overpadded((r, s), padding, dilation),
-        capability,
-    )
+    padded = overpadded((r, s), padding, dilation)
+    return Problem(device.type, dtype, "conv", channels, k, (r, s), groups, pixels, reach, padded, capability)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""The faults that `make mutants` puts into what notices changes and traces, and the test that must notice each."""
+
+from __future__ import annotations
+
+_FROZEN = "tests/test_frozen.py::test_"
+_FLAT = "tests/test_flat.py::test_"
+_THREADS = "tests/test_threads.py::test_"
+_TOUCHED = "tests/test_touched.py::test_"
+
+#: (name, old text, new text, killers) by file.
+CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/frozen.py": [
+        (
+            "frozen in train mode",
+            "return self._fused_frozen and not self.training",
+            "return self._fused_frozen",
+            _FROZEN + "in_train_mode_everything_is_asked",
+        ),
+        (
+            "frozen while attributes change",
+            "        super().__setattr__(name, value)\n        Freezable.look_again(self)",
+            "        super().__setattr__(name, value)",
+            _FROZEN + "what_ends_the_promise[new convolution]",
+        ),
+        (
+            "frozen while a state is loaded",
+            "        with self._changing():\n            return super().load_state_dict",
+            "        if True:\n            return super().load_state_dict",
+            _THREADS + "states_that_are_loaded_beside_a_forward",
+        ),
+        (
+            "training leaves no trace",
+            "            touch([*self.parameters(), *self.buffers()])",
+            "            pass",
+            _TOUCHED + "train_mode_is_time_for_any_edit[BasicBlock]",
+        ),
+    ],
+    "fused_resblock/touched.py": [
+        (
+            "fused optimizers not heard",
+            "    if groups:\n",
+            "    if False:\n",
+            _TOUCHED + "fused_optimizers[SGD-False]",
+        ),
+        (
+            "optimizers of others not heard",
+            'if not own or group.get("fused")',
+            'if group.get("fused")',
+            _TOUCHED + "optimizers_of_others_may_use_any_kernel",
+        ),
+        (
+            "running statistics not touched",
+            "    if running:\n",
+            "    if False:\n",
+            _TOUCHED + "recalibrated_norms[auto]",
+        ),
+    ],
+    "fused_resblock/tracing.py": [
+        (
+            "other threads traced",
+            "            return forward(*args, **kwargs)",
+            "            pass",
+            _THREADS + "other_threads_run_while_one_traces",
+        ),
+        (
+            "two traces at once",
+            "        with _one_at_a_time:",
+            "        if True:",
+            _THREADS + "one_traces_after_the_other",
+        ),
+        (
+            "original traced",
+            '            twin.__dict__["training"] = training',
+            '            module.__dict__["training"] = training',
+            _THREADS + "what_is_traced_stays_as_it_is",
+        ),
+    ],
+    "fused_resblock/flat.py": [
+        (
+            "function of a frozen network believed",
+            'function if same else "its graph gives another result"',
+            "function",
+            _FLAT + "networks_that_run_their_own_forward[Asking]",
+        ),
+        (
+            "own forward told to be a function",
+            "    if not reasons:\n",
+            "    if functions:\n",
+            _FLAT + "explain_tells_why_it_runs_its_own_forward[Asking-another result]",
+        ),
+        (
+            "function of a network with hooks",
+            " or any(map(leaves.hooked, list(network.modules())[1:])):",
+            ":",
+            _FLAT + "hooks_from_before_run",
+        ),
+    ],
+}
