@@ -23,7 +23,7 @@ from .program import signature
 from .recorder import Recorder
 
 Call = Callable[[Any], Any]
-_UNKNOWN = "a copy has no graph until it is fused again"
+_UNKNOWN = "its graph is not known until it is fused again"  # that of a copy, or of one that could not be traced again
 
 
 class Ran(NamedTuple):

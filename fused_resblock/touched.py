@@ -7,6 +7,7 @@ edit, by address of the storage, so that views of a storage are touched with it 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 LIMIT = 100_000  # addresses
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)  # subclasses may have no storage that could be asked for
 
+_lock = threading.Lock()
 _now = [0]
 _when: dict[int, int] = {}
 _forgotten = [0]  # of an address that is not known: as late as the last that was let go
@@ -34,12 +36,13 @@ def when(tensor: Tensor) -> int:
 def touch(tensors: Iterable[Tensor | None]) -> None:
     """Note that tensors may have been edited in a way that their version counters do not record."""
     addresses = {t.untyped_storage().data_ptr() for t in tensors if t is not None and type(t) in _PLAIN}
-    if len(_when) > LIMIT:
-        _forgotten[0] = _now[0]
-        _when.clear()
-    number = _now[0] + 1
-    _when.update(dict.fromkeys(addresses, number))
-    _now[0] = number
+    with _lock:  # two at once would share a number, and what asks between them would miss the second
+        if len(_when) > LIMIT:
+            _forgotten[0] = _now[0]
+            _when.clear()
+        number = _now[0] + 1
+        _when.update(dict.fromkeys(addresses, number))
+        _now[0] = number
 
 
 def touch_statistics(norms: Iterable[nn.Module]) -> None:

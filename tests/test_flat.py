@@ -170,7 +170,7 @@ def test_explain_tells_which_inputs_run_the_own_forward():
 def test_a_copy_has_no_graph():
     model = copy.deepcopy(frb.fuse(network(), frozen=True))
     run_in(model, images())
-    assert said(model) == (False, "frozen: its own forward: a copy has no graph until it is fused again")
+    assert said(model) == (False, "frozen: its own forward: its graph is not known until it is fused again")
     frb.fuse(model, frozen=True, inplace=True)
     run_in(model, images())
     assert said(model)[0]
