@@ -6,6 +6,7 @@ constexprs, the argument types and the alignment are those of the real launch, n
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -91,9 +92,9 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _said(kernel: Any, tool: str, option: str) -> str:
+def _said(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         done = subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True)
     if done.returncode or not done.stdout:
@@ -101,9 +102,10 @@ def _said(kernel: Any, tool: str, option: str) -> str:
     return done.stdout
 
 
-def disassembled(kernel: Any) -> str:
-    """The SASS of a compiled kernel."""
-    return _said(kernel, "nvdisasm", "-c")
+@functools.lru_cache(maxsize=8)
+def disassembled(cubin: bytes) -> str:
+    """The SASS of a compiled kernel; half a second, of which most is the tool's own start."""
+    return _said(cubin, "nvdisasm", "-c")
 
 
 def one_by_one(sass: str) -> bool:
@@ -125,7 +127,8 @@ def inspect(kernel: Any, chip: Chip) -> dict[str, int | bool | str]:
     `serialized` whether each waits for the one before it, `async_loads` LDGSTS and how many of them are 128-bit,
     `plain_loads` LDG, `tma_loads` UTMALDG, `max_nan` whether the ReLU keeps NaN.
     """
-    usage, sass = _said(kernel, "cuobjdump", "--dump-resource-usage"), disassembled(kernel)
+    cubin = kernel.asm["cubin"]
+    usage, sass = _said(cubin, "cuobjdump", "--dump-resource-usage"), disassembled(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cannot read the compiled kernel: {usage}")

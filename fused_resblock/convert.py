@@ -180,7 +180,8 @@ def examine(module: nn.Module) -> Plan | str | None:
     """A module's plan, the reason why a residual block has none, or None for anything but a residual block."""
     if isinstance(module, FusedBlock):
         return module._fused_plan or module._fused_reason or "cannot be fused"
-    if isinstance(module, _CONTAINERS) or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+    inner = (m for m in module.modules() if m is not module)
+    if isinstance(module, _CONTAINERS) or not any(isinstance(m, nn.Conv2d) for m in inner):
         return None
     try:
         plan = recognize(module)

@@ -97,7 +97,8 @@ class Driver:
     ) -> None:
         text = kernel.asm["ptx"]
         if text not in self._compiled:
-            self._compiled[text] = Compiled(parse(text)), "wgmma" in text and one_by_one(disassembled(kernel))
+            serialized = "wgmma" in text and one_by_one(disassembled(kernel.asm["cubin"]))
+            self._compiled[text] = Compiled(parse(text)), serialized
         (compiled, serialized), memory = self._compiled[text], _Memory()
         parameters: dict[str, Any] = {"descriptors": {}}
         values = _values(signature, args, metadata, memory, parameters["descriptors"])
