@@ -49,7 +49,10 @@ setup(
     entry_points={"console_scripts": ["fused-resblock = fused_resblock.cli:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Environment :: GPU :: NVIDIA CUDA",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -181,7 +181,8 @@ def examine(module: nn.Module) -> Plan | str | None:
     if isinstance(module, FusedBlock):
         return module._fused_plan or module._fused_reason or "cannot be fused"
     inner = (m for m in module.modules() if m is not module)
-    if isinstance(module, _CONTAINERS) or not any(isinstance(m, nn.Conv2d) for m in inner):
+    called = type(module).forward is not nn.Module.forward  # else it only holds others, as in a graph module
+    if isinstance(module, _CONTAINERS) or not called or not any(isinstance(m, nn.Conv2d) for m in inner):
         return None
     try:
         plan = recognize(module)

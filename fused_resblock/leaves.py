@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .params import Pair, pair
 from .plan import Unsupported
@@ -43,7 +43,9 @@ def conv_geometry(module: nn.Module) -> tuple[Pair, Pair, Pair, int]:
     if not isinstance(module, nn.Conv2d):
         raise Unsupported(f"convolution {type(module).__name__} is not nn.Conv2d")
     cls: Any = own_class(module)
-    if (cls.forward, cls._conv_forward) != _CONV_FORWARDS or "_conv_forward" in module.__dict__:
+    if "_conv_forward" in module.__dict__:
+        raise Unsupported("the _conv_forward of a convolution is overridden on the instance")
+    if (cls.forward, cls._conv_forward) != _CONV_FORWARDS:
         raise Unsupported(f"convolution {cls.__name__} is not nn.Conv2d")
     if module.padding_mode != "zeros":
         raise Unsupported(f"padding mode {module.padding_mode!r}")
@@ -102,6 +104,8 @@ def check_untouched(root: nn.Module) -> None:
             raise Unsupported(f"hooks on {where}")
         if module is not root and replaced(module):
             raise Unsupported(f"the forward of {where} is overridden on the instance")
+        if isinstance(module, fx.GraphModule):
+            raise Unsupported("it was traced by torch.fx, which leaves no modules that are blocks")
         if type(module).__call__ is not nn.Module.__call__:
             raise Unsupported(f"the call of {where} is overridden by its class")
         if torch.nn.utils.parametrize.is_parametrized(module):

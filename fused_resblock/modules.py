@@ -17,7 +17,7 @@ from .recognize import recognize
 from .runner import Runner
 from .swap import base_class, register
 from .touched import touch_statistics
-from .watch import Watch, layout, unchanged, untraceable
+from .watch import Entry, Watch, layout, unchanged, untraceable
 
 
 class _State:
@@ -31,8 +31,11 @@ class _State:
         plan = block.__dict__.get("_fused_plan")
         if plan is None:
             self.reason = block.__dict__.get("_fused_reason")
-        else:
+            return
+        try:
             self.runner = Runner(block, plan)
+        except Unsupported as error:  # of something that has changed since the block was planned
+            self.reason = str(error)
 
 
 def _norms(block: nn.Module) -> list[nn.Module]:
@@ -61,7 +64,7 @@ class FusedBlock(Freezable):
     _fused_backend: str
     _fused_plan: Plan | None
     _fused_reason: str | None
-    _fused_layout: tuple[tuple[str, type], ...]
+    _fused_layout: tuple[Entry, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from . import leaves
 from .plan import Branch, Plan, Step, Unsupported
+from .swap import own_class
 from .tracing import graph_of
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -141,7 +142,9 @@ class _Builder:
             return self._lower_relu(node)
         if called is operator.getitem:
             return self._lower_slice(node)
-        raise Unsupported(f"{_name(node)} is not a convolution, norm, ReLU or add")
+        if node.op == "get_attr":
+            raise Unsupported(f"its forward uses the tensor {node.target} outside of a layer")
+        raise Unsupported(f"its forward calls {_name(node)}, which is not a convolution, norm, ReLU or add")
 
     def _lower_module(self, node: fx.Node) -> int | Step | _View:
         path, module = str(node.target), self.modules[str(node.target)]
@@ -149,7 +152,7 @@ class _Builder:
         if isinstance(module, nn.Conv2d):
             leaves.conv_geometry(module)
             return Step(Branch(self._emit(source), path))
-        if type(module) is nn.ReLU:
+        if own_class(module) is nn.ReLU:
             return self._lower_relu(node)
         if isinstance(module, nn.AvgPool2d):
             return Step(Branch(self._emit(source), None), pool=path)

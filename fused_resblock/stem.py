@@ -40,7 +40,7 @@ class StemConv(Freezable):
         if torch.is_grad_enabled():
             self.look_again(x)
             return None
-        if not dispatch.plain((x,)) or not allowed():
+        if not isinstance(x, Tensor) or not dispatch.plain((x,)) or not allowed():
             return None
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device or hooked(self):

@@ -17,12 +17,18 @@ from .touched import listen, now, when
 
 _VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
+_SETTINGS = (*_CONV_SETTINGS, "kernel_size", "ceil_mode")
+_OF_ANY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"}
 
 
 def _asks_itself(module: nn.Module) -> bool:
     """Whether this is a module of somebody's own within a block, whose forward may ask its attributes."""
     given = isinstance(module, Swapped) or type(module).__module__.startswith("torch.nn.")
     return not given and not leaves.is_leaf(module)
+
+
+def _conv_settings(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return tuple(getattr(conv, name) for name in _CONV_SETTINGS)
 
 
 class Watch:
@@ -37,15 +43,11 @@ class Watch:
         inner = modules[1:]
         self._children = [(m._modules, name, child, type(child)) for m in modules for name, child in m._modules.items()]
         self._sizes = [(m._modules, len(m._modules)) for m in modules]
-        self._convs = [(m, self._settings(m)) for m in inner if isinstance(m, nn.Conv2d)]
+        self._convs = [(m, _conv_settings(m)) for m in inner if isinstance(m, nn.Conv2d)]
         self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
         self._inner = inner
         own = [m.__dict__ for m in inner if _asks_itself(m)]
         self._own = [(d, len(d), [(name, value) for name, value in d.items() if name != "training"]) for d in own]
-
-    @staticmethod
-    def _settings(conv: nn.Conv2d) -> tuple[Any, ...]:
-        return tuple(getattr(conv, name) for name in _CONV_SETTINGS)
 
     def same_modules(self) -> bool:
         """Whether every module is still where it was, of the same class and with the same settings."""
@@ -58,7 +60,7 @@ class Watch:
         for attributes, size, before in self._own:
             if len(attributes) != size or any(attributes.get(name) is not value for name, value in before):
                 return False
-        return all(self._settings(conv) == settings for conv, settings in self._convs)
+        return all(_conv_settings(conv) == settings for conv, settings in self._convs)
 
     def obstacle(self) -> str | None:
         """Why inner modules must be called one by one; None when they need not."""
@@ -90,9 +92,7 @@ class Guard:
         entries = [(places, name) for places in slots for name in places if name != "num_batches_tracked"]
         settings = (
             "eps",
-            *_CONV_SETTINGS,
-            "kernel_size",
-            "ceil_mode",
+            *_SETTINGS,
             "_fused_plan",
             "_fused_backend",
             "_fused_length",
@@ -157,19 +157,46 @@ class Guard:
         )
 
 
-def layout(block: nn.Module) -> tuple[tuple[str, type], ...]:
-    """Path and class of every module in the block: what `unchanged` compares where identities cannot be."""
-    return tuple((name, type(module)) for name, module in block.named_modules() if name)
+#: path, class and settings of a module
+Entry = tuple[str, type, tuple[tuple[str, Any], ...]]
+_PLAIN = (bool, int, float, str, type(None))
 
 
-def unchanged(block: nn.Module, expected: tuple[tuple[str, type], ...]) -> bool:
-    """Whether the block's modules are of the classes they were and have no hooks; `torch.compile` can trace this."""
+def layout(block: nn.Module) -> tuple[Entry, ...]:
+    """Path, class and settings of every module in the block: what `unchanged` compares where identities cannot be.
+
+    It is copied and pickled with the block. Settings are plain values: numbers, strings, and tuples of them.
+    """
+    return tuple((name, type(module), _settings(module)) for name, module in block.named_modules() if name)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    found = dict(vars(module))
+    if _asks_itself(module):
+        classes = type(module).__mro__
+        defaults = [vars(cls) for cls in reversed(classes[: classes.index(nn.Module)])]
+        found = {name: value for attributes in (*defaults, found) for name, value in attributes.items()}
+        names = [name for name in found if name not in _OF_ANY_MODULE and not name.startswith("__")]
+    else:
+        names = [name for name in _SETTINGS if name in found]
+    return tuple((name, found[name]) for name in names if _is_plain(found[name]))
+
+
+def _is_plain(value: object) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
+
+
+def unchanged(block: nn.Module, expected: tuple[Entry, ...]) -> bool:
+    """Whether the block's modules have their classes and settings, and no hooks; `torch.compile` can trace this."""
     modules = dict(block.named_modules())
     if len(modules) != len(expected) + 1:
         return False
-    for name, cls in expected:
-        if name not in modules or type(modules[name]) is not cls:
+    for name, cls, settings in expected:
+        if name not in modules or type(modules[name]) is not cls or leaves.replaced(modules[name]):
             return False
+        for key, value in settings:
+            if getattr(modules[name], key, None) != value:
+                return False
         for hooks in leaves.hook_dicts(modules[name]):
             if len(hooks) > 0:
                 return False

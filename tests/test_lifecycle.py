@@ -141,6 +141,25 @@ def test_symbolic_trace(pair):
     assert any("conv1" in str(node.target) for node in graph.graph.nodes)
 
 
+def test_a_graph_of_a_network_is_explained_as_one():
+    """Its modules are shells that only hold layers."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), BasicBlock(8, 8)).eval()
+    traced = torch.fx.symbolic_trace(network)
+    (report,) = frb.explain(frb.fuse(traced))
+    assert not report.fused
+    assert report.reason == "it was traced by torch.fx, which leaves no modules that are blocks"
+
+
+def test_blocks_whose_layers_are_those_of_a_fused_graph():
+    reference = made()
+    x = torch.randn(2, 8, 7, 6)
+    frb.fuse(torch.fx.symbolic_trace(shared := copy.deepcopy(reference)), inplace=True)
+    fused = frb.fuse(shared, strict=True)
+    with torch.no_grad():
+        close(fused(x), reference(x))
+        close(fused(x), reference(x))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace(pair):
     reference, fused, x = pair

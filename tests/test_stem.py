@@ -163,6 +163,7 @@ def test_training_is_the_references_to_the_bit(training):
         pytest.param(torch.ones(2, 3, 19, 22, dtype=torch.int64), id="integers"),
         pytest.param(torch.randn(3, 19), id="rank"),
         pytest.param([1.0], id="list"),
+        pytest.param(None, id="nothing"),
     ],
 )
 def test_wrong_input_raises_what_torch_raises(x):
