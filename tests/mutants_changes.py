@@ -6,6 +6,7 @@ _FROZEN = "tests/test_frozen.py::test_"
 _FLAT = "tests/test_flat.py::test_"
 _THREADS = "tests/test_threads.py::test_"
 _TOUCHED = "tests/test_touched.py::test_"
+_SETTINGS = "tests/test_settings.py::test_"
 
 #: (name, old text, new text, killers) by file.
 CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
@@ -33,6 +34,34 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             "            touch([*self.parameters(), *self.buffers()])",
             "            pass",
             _TOUCHED + "train_mode_is_time_for_any_edit[BasicBlock]",
+        ),
+    ],
+    "fused_resblock/watch.py": [
+        (
+            "defaults of a class are no settings",
+            "for attributes in (*defaults, found)",
+            "for attributes in (found,)",
+            _SETTINGS + "change[what the class sets-in a copy-compiled]",
+        ),
+        (
+            "settings not asked where it is traced",
+            "            if getattr(modules[name], key, None) != value:",
+            "            if False:",
+            _SETTINGS + "change[a flag-after a call-exported]",
+        ),
+        (
+            "forward of an instance not asked where it is traced",
+            " or leaves.replaced(modules[name]):",
+            ":",
+            _SETTINGS + "change[forward on the instance-after a call-compiled]",
+        ),
+    ],
+    "fused_resblock/modules.py": [
+        (
+            "changed before it was first called",
+            "            if layout(self) != self._fused_layout or state is not None:",
+            "            if state is not None:",
+            _SETTINGS + "change[a flag-before the first call-called]",
         ),
     ],
     "fused_resblock/touched.py": [
