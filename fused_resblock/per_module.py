@@ -1,7 +1,7 @@
 """What is looked up about a module, kept on the module itself, and neither copied nor pickled with it.
 
 A `WeakKeyDictionary` would keep a module alive for ever whose value refers to it, be it by way of a hook in it that
-knows the model. What lies on the module goes with it, as one cycle.
+knows the model. What lies on the module goes with it: at once where it does not refer to the module, else as one cycle.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import repeat
 from operator import attrgetter, contains, getitem, is_
@@ -98,12 +99,17 @@ class Guard:
             "_fused_length",
             "_fused_kernel",
         )
-        entries += [(m.__dict__, name) for m in modules for name in settings if name in m.__dict__]
+        entries += [(m.__dict__, name) for m in inner for name in settings if name in m.__dict__]
         own = [m.__dict__ for m in inner if _asks_itself(m)]
         entries += [(attributes, name) for attributes in own for name in attributes if name != "training"]
-        entries += [(m.__dict__, "training") for m in modules if all_modes or "eps" in m.__dict__]
+        entries += [(m.__dict__, "training") for m in inner if all_modes or "eps" in m.__dict__]
         self._places, self._names = zip(*entries, strict=True)
         self._values = [place[name] for place, name in entries]
+        root = vars(modules[0])  # not kept: this guard lies in it, and a cycle would not be freed at once
+        self._root = weakref.ref(modules[0])
+        self._root_names = [name for name in settings if name in root]
+        self._root_names += ["training"] if all_modes or "eps" in root else []
+        self._root_values = list(map(root.get, self._root_names))
         self._types = list(map(type, inner))
         self._sized = [m._modules for m in modules if not leaves.is_leaf(m)]
         self._sized += own
@@ -139,6 +145,9 @@ class Guard:
     def holds(self) -> bool:
         """Ask everything again."""
         self._touched.copy()  # into the cache
+        root = vars(self._root())
+        if not all(map(is_, map(root.get, self._root_names), self._root_values)):
+            return False
         try:
             if not all(map(is_, map(getitem, self._places, self._names), self._values)):
                 return False

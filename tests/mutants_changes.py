@@ -38,6 +38,18 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/watch.py": [
         (
+            "settings of the module that a program lies on",
+            "        if not all(map(is_, map(root.get, self._root_names), self._root_values)):",
+            "        if False:",
+            "tests/test_stem.py::test_change[pool's stride]",
+        ),
+        (
+            "a cycle of a module and its guard",
+            "        self._root = weakref.ref(modules[0])",
+            "        self._root = lambda root=modules[0]: root",
+            "tests/test_caches.py::test_memory_is_freed_at_once",
+        ),
+        (
             "defaults of a class are no settings",
             "for attributes in (*defaults, found)",
             "for attributes in (found,)",

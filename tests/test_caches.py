@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import zoo
+from stem_networks import network
 from torch import nn
 
 import fused_resblock as frb
@@ -44,6 +45,24 @@ def test_memory_is_freed_with_the_model(backend):
     gc.collect()
     assert [r() for r in blocks if r() is not None] == []
     assert cached() == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("options", [{}, {"stages": False}, {"stems": False, "heads": False}], ids=str)
+def test_memory_is_freed_at_once(options, backend):
+    """Where models come and go, they must not pile up until Python looks for cycles."""
+    fused = frb.fuse(network(), backend=backend, **options)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for size in (11, 13, 11):
+                fused(torch.randn(1, 3, size, size))
+        gone = [weakref.ref(thing) for thing in (*fused.modules(), *fused.parameters())]
+        del fused
+        assert [thing() for thing in gone if thing() is not None] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
