@@ -12,6 +12,8 @@ from .params import Pair, pair
 from .plan import Unsupported
 from .swap import own_class
 
+#: the dictionaries of a module's call-time hooks
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: what the plans stand for, even if somebody puts something else in its place later
 _CONV_FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward
 _NORM_FORWARD = nn.BatchNorm2d.forward
@@ -136,9 +138,4 @@ def replaced(module: nn.Module) -> bool:
 
 def hook_dicts(module: nn.Module) -> tuple[dict, ...]:
     """The dictionaries that hold a module's call-time hooks; all are empty where there are none."""
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    return tuple([getattr(module, name) for name in HOOKS])

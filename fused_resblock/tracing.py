@@ -6,7 +6,7 @@ import operator
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Collection
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -96,8 +96,39 @@ class _Snapshot:
         return changed
 
 
+class _Shared:
+    """Dictionaries and lists of objects that modules hold, which a twin shares: no proxy may stay in them.
+
+    Such an object collects features, say, as those of timm do. Nothing else is put back: other threads may use them.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        held = [value for m in block.modules() for value in vars(m).values() if _is_object(value)]
+        found = [vars(value) for value in held]
+        found += [item for attributes in found for item in attributes.values() if isinstance(item, dict | list)]
+        self._before = [(items, items.copy()) for items in found]
+
+    def clean(self) -> None:
+        """Take proxies away, or put back what stood in their place."""
+        for items, before in self._before:
+            if isinstance(items, list):
+                if any(isinstance(item, fx.Proxy) for item in items):
+                    items[:] = before
+                continue
+            for key in [key for key, item in items.items() if isinstance(key, fx.Proxy) or isinstance(item, fx.Proxy)]:
+                if key in before:
+                    items[key] = before[key]
+                else:
+                    del items[key]
+
+
+def _is_object(value: object) -> bool:
+    known = nn.Module | torch.Tensor | type | FunctionType | MethodType
+    return hasattr(value, "__dict__") and not isinstance(value, known)
+
+
 def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()) -> fx.Graph:
-    """The graph of the block's forward.
+    """The graph of the block's forward; hooks do not run, and what they do is not in it.
 
     A twin of the block is traced: the block itself may be serving in another thread.
 
@@ -111,7 +142,7 @@ def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()
     """
     paths = [path for path, module in block.named_modules() if module in stops]
     traced = _twin(block, training)
-    before = _Snapshot(traced)
+    before, shared = _Snapshot(traced), _Shared(block)
     try:
         with _one_at_a_time:
             return _Tracer({traced.get_submodule(path) for path in paths}).trace(traced)
@@ -120,6 +151,7 @@ def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()
     except Exception as error:  # whatever a forward does with a proxy
         raise Unsupported(f"its forward cannot be traced: {first_line(error)}") from None
     finally:
+        shared.clean()
         if before.restore():
             raise Unsupported("its forward changes the block's own attributes or buffers")
 
@@ -141,5 +173,6 @@ def _twin(block: nn.Module, training: bool) -> nn.Module:
         if twin is not module:
             kept = [(name, value) for name, value in module.__dict__.items() if not is_kept(value)]
             twin.__dict__.update((name, of(value)) for name, value in kept)
+            twin.__dict__.update((name, OrderedDict()) for name in leaves.HOOKS if name in twin.__dict__)
             twin.__dict__["training"] = training
     return twins[block]
