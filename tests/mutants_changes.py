@@ -98,6 +98,18 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/tracing.py": [
         (
+            "hooks run while their network is traced",
+            "            twin.__dict__.update((name, OrderedDict()) for name in leaves.HOOKS if name in twin.__dict__)\n",
+            "",
+            "tests/test_tracing.py::test_hooks_do_not_run",
+        ),
+        (
+            "proxies stay in objects",
+            "        shared.clean()\n",
+            "",
+            "tests/test_tracing.py::test_objects_of_the_network_keep_nothing",
+        ),
+        (
             "other threads traced",
             "            return forward(*args, **kwargs)",
             "            pass",
