@@ -181,7 +181,8 @@ def examine(module: nn.Module) -> Plan | str | None:
     if isinstance(module, FusedBlock):
         return module._fused_plan or module._fused_reason or "cannot be fused"
     inner = (m for m in module.modules() if m is not module)
-    called = type(module).forward is not nn.Module.forward  # else it only holds others, as in a graph module
+    # else it only holds others, as in a graph module; the class of a ScriptModule has no forward at all
+    called = getattr(type(module), "forward", None) is not nn.Module.forward
     if isinstance(module, _CONTAINERS) or not called or not any(isinstance(m, nn.Conv2d) for m in inner):
         return None
     try:
