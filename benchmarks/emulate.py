@@ -49,7 +49,7 @@ NAMES = ("fp16", "bf16", "tf32")
 #: images by size, so that there are several tiles
 IMAGES = {56: 2, 28: 2, 14: 2, 7: 4}
 #: images of any other size
-OTHERS = 9
+OTHERS = 5
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")
