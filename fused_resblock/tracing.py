@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 from collections import OrderedDict, deque
@@ -44,6 +45,18 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._stops or leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """The forward's arguments: a proxy for the first, and the defaults of the others, as plans are called.
+
+        A proxy in the place of a default would answer `last is None` with no.
+        """
+        _, *parameters = inspect.signature(root_fn).parameters.values()
+        named = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
+        if not parameters or not named or any(p.default is p.empty for p in parameters[1:]):
+            return super().create_args_for_root(root_fn, *args, **kwargs)
+        default = () if parameters[0].default is parameters[0].empty else (parameters[0].default,)
+        return root_fn, [self.root, self.create_proxy("placeholder", parameters[0].name, default, {})]
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Record a call. While it traces, `torch.fx` has those of all threads come here: others' simply run."""
