@@ -8,7 +8,7 @@ PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
 .PHONY: help venv demo test lint format bench-cpu readme plots codegen emulate roofline mutants clean
-.PHONY: gpu gpu-check gpu-tune gpu-bench gpu-profile gpu-install
+.PHONY: gpu gpu-check gpu-suite gpu-tune gpu-bench gpu-profile gpu-install
 
 help:
 	@echo "make demo       compare eager and fused networks on sample images (ARGS='--model resnet50 --batch 8')"
@@ -19,7 +19,7 @@ help:
 	@echo "make mutants    put faults into copies of the library, one by one: the tests must notice each"
 	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md, make plots draws them"
 	@echo "make gpu        check, tune, measure and profile on an NVIDIA GPU, with python3's own torch (OUT=folder)"
-	@echo "                gpu-check, gpu-tune, gpu-bench, gpu-profile are its steps; each goes on where it was stopped"
+	@echo "                gpu-check, gpu-suite, gpu-tune, gpu-bench, gpu-profile are its steps; each goes on where it was stopped"
 	@echo "make clean      remove .venv, caches and build output"
 
 venv: $(STAMP)
@@ -61,7 +61,7 @@ mutants: $(STAMP)
 gpu: gpu-install
 	$(PYTHON) -m benchmarks.gpu all $(ARGS)
 
-gpu-check gpu-tune gpu-bench gpu-profile: gpu-install
+gpu-check gpu-suite gpu-tune gpu-bench gpu-profile: gpu-install
 	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(ARGS)
 
 gpu-install:

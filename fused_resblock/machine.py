@@ -75,10 +75,13 @@ def driver_version() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package is imported from, with "-dirty" after local changes; else None."""
+    """The commit of the checkout that this package is imported from, with "-dirty" after local changes.
+
+    Of a copy without its history it is what the environment variable FUSED_RESBLOCK_COMMIT says, else None.
+    """
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():  # an installed copy, perhaps inside somebody else's checkout
-        return None
+        return os.environ.get("FUSED_RESBLOCK_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -76,6 +76,11 @@ class Launch:
         self._compiled: Any = None
         self._early = False  # whether that starts before the kernel before it has ended
 
+    @property
+    def kernel_name(self) -> str:
+        """As profilers show it."""
+        return str(self._kernel.fn.__name__)
+
     def __call__(self, *activations: Any) -> None:
         """Launch on the current stream of the device; activations are tensors, tensor descriptors or None."""
         aligned = not any(isinstance(t, torch.Tensor) and t.data_ptr() % 16 for t in activations)

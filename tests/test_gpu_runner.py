@@ -34,7 +34,9 @@ ROOT = Path(__file__).parents[1]
 # profile
 
 NCU = """==PROF== Connected to process 1
-3 kernels launched
+launch: block.reduce _conv_bn_act_kernel
+launch: block.expand _conv_bn_act_kernel
+2 kernels launched
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","1","_conv_bn_act_kernel","gpu__time_duration.sum","ns","1,234"
 "0","1","_conv_bn_act_kernel","launch__registers_per_thread","register/thread","128"
@@ -47,8 +49,8 @@ def test_counters_are_read_from_the_profilers_table(context):
     launches = profile.parse(NCU)
     kernel = "_conv_bn_act_kernel"
     assert launches == [{"kernel": kernel, "duration_ns": "1234", "registers": "128"}, {"kernel": kernel}]
-    profile.record(launches, profile.records(context))
-    assert [row["launch"] for row in profile.records(context).rows()] == launch_each.names()[:2]
+    profile.record(profile.launched(NCU), launches, profile.records(context))
+    assert [row["launch"] for row in profile.records(context).rows()] == ["block.reduce", "block.expand"]
     assert profile.parse("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
@@ -60,7 +62,10 @@ def test_a_machine_without_ncu_is_told_so(context, monkeypatch):
 
 def test_every_launch_of_the_memory_check_runs(capsys):
     assert launch_each.main(["--tiny", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == "10 kernels launched\n"
+    *launches, last = capsys.readouterr().out.splitlines()
+    assert last == f"{len(launches)} kernels launched"
+    assert sum(line.startswith("launch: tail.") for line in launches) == 2
+    assert [line.split()[1] for line in launches[-3:]] == ["stem", "stem", "bn_act.residual"]
 
 
 # compiling ahead
@@ -113,14 +118,14 @@ def test_all_runs_the_steps_in_order_and_the_summary_last():
     ran = []
     args = runner.arguments(["--budget", "10"])
     assert runner.run_all(args, lambda step, left: ran.append(step) or 0) == 0
-    assert ran == ["check", "tune", "bench", "profile", "summary"]
+    assert ran == ["check", "suite", "tune", "bench", "profile", "summary"]
 
 
 def test_a_failed_step_does_not_stop_the_others_but_a_missing_gpu_does():
     ran = []
     args = runner.arguments([])
     assert runner.run_all(args, lambda step, left: ran.append(step) or int(step == "check")) == 1
-    assert ran == ["check", "tune", "bench", "profile", "summary"]
+    assert ran == ["check", "suite", "tune", "bench", "profile", "summary"]
     ran.clear()
     assert runner.run_all(args, lambda step, left: ran.append(step) or 2) == 2
     assert ran == ["check"]

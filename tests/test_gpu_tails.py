@@ -6,7 +6,7 @@ import pytest
 import torch
 from stand_in_device import StandIn
 
-from benchmarks.gpu import check, launch_each, tails, tune
+from benchmarks.gpu import check, tails, tune
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.records import read_json
@@ -80,9 +80,3 @@ def test_tuned_tails_are_in_the_table(context):
     timed = context.device.timed
     tune.run(context)
     assert context.device.timed == timed
-
-
-def test_tails_and_stem_are_launched(capsys):
-    assert launch_each.main(["--tiny", "--device", "cpu"]) == 0
-    assert "10 kernels launched" in capsys.readouterr().out
-    assert len(launch_each.names()) == len(set(launch_each.names()))

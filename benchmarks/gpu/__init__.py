@@ -1,6 +1,6 @@
 """Check, tune, measure and profile on an NVIDIA GPU: `python -m benchmarks.gpu`, or `make gpu`.
 
-Four steps, each under nine minutes and restartable alone; what was measured is on disk at once and is not measured
+Five steps, each under nine minutes and restartable alone; what was measured is on disk at once and is not measured
 again. Needs CUDA PyTorch and Triton, no network, and no installed `fused_resblock`.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
 import torch
@@ -42,13 +42,18 @@ def batch(context: Context) -> int:
     return 2 if context.quick else BATCH
 
 
-def jobs(context: Context) -> Iterator[Job]:
-    """Tiles that ship first, in every dtype; then the rest of the search space, fp16 before the others."""
+def shipped(context: Context) -> Iterator[Job]:
+    """The tiles that ship, in every dtype."""
     todo, images = shapes(context), batch(context)
     for dtype in DTYPES:
         for shape in todo:
             tiles = {space.chosen(shape, n, dtype, context.device.gpu): None for n in (images, 1, 32, 128)}
             yield from (Job(shape, images, dtype, tile) for tile in tiles)
+
+
+def others(context: Context) -> Iterator[Job]:
+    """The rest of the search space, fp16 before the others."""
+    todo, images = shapes(context), batch(context)
     for dtype in DTYPES:
         for shape in todo:
             tiles = space.tiles(shape, dtype, context.device.gpu, images)
@@ -92,14 +97,14 @@ def verdict(call: Callable[[], Tensor], same: Tensor, exact: Tensor, finish: Cal
     return {"status": "wrong" if failure else "ok", "max_error": largest, "error_bound": bound, "note": failure or ""}
 
 
-def check_tiles(context: Context, table: Records) -> None:
+def check_tiles(context: Context, table: Records, jobs: Iterable[Job]) -> None:
     """Check every tile of the convolution that is not on record."""
 
     def key(job: Job) -> tuple[str, str, str, str]:
         return "conv_bn_act", job.dtype, space.key_of(job.shape), str(job.tile)
 
     device, oracle = context.device, Oracle(context.device.torch_name)
-    todo = list({key(job): job for job in jobs(context) if not table.done(*key(job))}.values())
+    todo = list({key(job): job for job in jobs if not table.done(*key(job))}.values())
     context.log(f"check: {len(todo)} tiles to check")
     failed = 0
     for compiled in device.compiled(todo, context.deadline):
@@ -134,7 +139,7 @@ def check_tiles(context: Context, table: Records) -> None:
 def shipped_faults(context: Context, table: Records) -> list[str]:
     """The tiles that ship and are not right."""
     faults = []
-    for dtype, of_dtype in groupby(jobs(context), key=lambda job: job.dtype):
+    for dtype, of_dtype in groupby(shipped(context), key=lambda job: job.dtype):
         for shape in {job.shape: None for job in of_dtype}:
             for n in (1, 32, 128):
                 tile = str(space.chosen(shape, n, dtype, context.device.gpu))
@@ -150,8 +155,9 @@ def run(context: Context) -> int:
     table = records(context)
     check_elementwise(context, table)
     stems.check(context, table, verdict)
-    check_tiles(context, table)
+    check_tiles(context, table, shipped(context))
     tails.check(context, table, verdict)
+    check_tiles(context, table, others(context))
     faults = [
         f"{row['kernel']} {row['dtype']} {row['case']}: {row['status']} {row['note']}"
         for row in table.rows(tile="")

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from fused_resblock.kernels.tiles import Tile
 
@@ -32,24 +34,45 @@ class Job:
     dtype: str
     tile: Tile
 
+    def launch(self, dtype: torch.dtype) -> None:
+        """Launch the kernel on tensors without values."""
+        from .operations import build
+
+        build(self.shape, self.batch, dtype, "meta").with_tile(self.tile)
+
+
+class Compilable(Protocol):
+    """A kernel to compile, in a process of its own."""
+
+    @property
+    def dtype(self) -> str:
+        """As `operations.DTYPES` names it."""
+
+    @property
+    def tile(self) -> Any:
+        """What distinguishes it."""
+
+    def launch(self, dtype: torch.dtype) -> None:
+        """Launch the kernel on tensors without values."""
+
 
 @dataclass(frozen=True)
 class Compiled:
     """What became of a job: why it does not compile, or None, and its shared memory in bytes."""
 
-    job: Job
+    job: Any
     failure: str | None = None
     shared: int | None = None
 
 
-def compile_one(job: Job, capability: int) -> Compiled:
+def compile_one(job: Compilable, capability: int) -> Compiled:
     """Compile one job for a chip; leaves the code in Triton's cache."""
     from ..offline import CHIPS, compiling_for
-    from .operations import build, precision
+    from .operations import precision
 
     try:
         with precision(job.dtype) as dtype, compiling_for(capability) as kernels:
-            build(job.shape, job.batch, dtype, "meta").with_tile(job.tile)
+            job.launch(dtype)
         (_, kernel), *_ = kernels
     except Exception as error:  # the compiler fails in many ways; the tile is then not used
         lines = str(error).strip().splitlines() or [""]
@@ -67,7 +90,7 @@ def workers() -> int:
 
 
 def compile_all(
-    jobs: Sequence[Job], capability: int, deadline: Deadline, worker: Any = compile_one
+    jobs: Sequence[Compilable], capability: int, deadline: Deadline, worker: Any = compile_one
 ) -> Iterator[Compiled]:
     """Compile jobs on all cores and yield each when it is done, until the deadline.
 

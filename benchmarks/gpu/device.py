@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_resblock.kernels.gpu import Gpu
 
-from .compiling import Compiled, Job, compile_all
+from .compiling import Compilable, Compiled, compile_all
 from .deadline import Deadline
 from .requirements import Unusable
 
@@ -47,7 +47,7 @@ class Device(Protocol):
     def free(self) -> None:
         """Give cached memory back."""
 
-    def compiled(self, jobs: Iterable[Job], deadline: Deadline) -> Iterator[Compiled]:
+    def compiled(self, jobs: Iterable[Compilable], deadline: Deadline) -> Iterator[Compiled]:
         """Compile jobs ahead, in any order, and give them back with what the compiler said."""
 
 
@@ -140,5 +140,5 @@ class CudaDevice:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
-    def compiled(self, jobs: Iterable[Job], deadline: Deadline) -> Iterator[Compiled]:
+    def compiled(self, jobs: Iterable[Compilable], deadline: Deadline) -> Iterator[Compiled]:
         return compile_all(list(jobs), self.capability, deadline)

@@ -1,12 +1,14 @@
 """Launch the main kernels once each, for the profiler and for compute-sanitizer to look at.
 
-`python -m benchmarks.gpu.launch_each [--tiny] [--device cpu]`; `names` lists the launches in their order.
+`python -m benchmarks.gpu.launch_each [--tiny] [--device cpu]` prints a line for each launch, in their order.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 
@@ -14,6 +16,7 @@ from fused_resblock.backends.triton import prepare
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.convolution import bind_convolution
 from fused_resblock.kernels.gpu import gpu_of
+from fused_resblock.kernels.launch import Launch
 from fused_resblock.kernels.relu_backward import relu_backward
 from fused_resblock.kernels.stage import choose_stage_tile
 from fused_resblock.kernels.stem import bind_stem, pack_weight
@@ -75,14 +78,19 @@ def _stem(batch: int, size: int, dtype: torch.dtype, device: str) -> object:
     return bind_stem(operation.x, prepare(operation.conv, dtype), packed)(operation.x)
 
 
-def names() -> list[str]:
-    """The launches of a profiled run, in order, without making any tensors.
+@contextmanager
+def told(case: str) -> Iterator[list[str]]:
+    """Within this context every kernel of the library's that is launched says so: `launch: <case> <kernel>`."""
+    launched: list[str] = []
+    run = Launch.__call__
 
-    The stem's kernel comes after one that copies the image.
-    """
-    convolutions = [shape.name for shape in (*bottleneck_shapes(), *basic_shapes())]
-    tails = [f"tail.{shape.name}" for shape in tail_shapes(False)]
-    return [*convolutions, *tails, "stem.pack", "stem", "bn_act.residual", "relu_backward"]
+    def launch(self: Launch, *activations: object) -> None:
+        launched.append(self.kernel_name)
+        print(f"launch: {case} {self.kernel_name}", flush=True)
+        run(self, *activations)
+
+    with patch.object(Launch, "__call__", launch):
+        yield launched
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     count = 0
     with torch.no_grad():
-        for _, launch in launches(args.tiny, args.device):
-            launch()
-            count += 1
+        for case, launch in launches(args.tiny, args.device):
+            with told(case) as kernels:
+                launch()
+            count += len(kernels)
     if args.device == "cuda":
         torch.cuda.synchronize()
     print(f"{count} kernels launched")

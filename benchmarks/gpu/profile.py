@@ -8,11 +8,10 @@ import shutil
 import sys
 
 from .context import Context
-from .launch_each import names
 from .records import Records
 from .verify import command_output
 
-KEY = ("launch",)
+KEY = ("launch", "kernel")
 #: column -> ncu's name
 METRICS = {
     "duration_ns": "gpu__time_duration.sum",
@@ -23,8 +22,8 @@ METRICS = {
     "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "tensor_percent": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
 }
-COLUMNS = ("status", "kernel", *METRICS, "note")
-KERNELS = "regex:_(conv_bn_act|bn_act|relu_backward)_kernel"
+COLUMNS = ("status", *METRICS, "note")
+KERNELS = "regex:^_(conv|expand_shift|pack|stem|bn_act).*_kernel$"
 
 
 def records(context: Context) -> Records:
@@ -58,16 +57,21 @@ def parse(text: str) -> list[dict[str, str]]:
     return [found[number] for number in sorted(found)]
 
 
-def record(launches: list[dict[str, str]], table: Records) -> None:
+def launched(text: str) -> list[str]:
+    """The launches that `launch_each` named, in order."""
+    return [line.split()[1] for line in text.splitlines() if line.startswith("launch: ")]
+
+
+def record(names: list[str], launches: list[dict[str, str]], table: Records) -> None:
     """Add the counters under the launches' names."""
-    for name, launch in zip(names(), launches, strict=False):
+    for name, launch in zip(names, launches, strict=False):
         table.add(launch=name, status="ok", **launch)
 
 
 def run(context: Context) -> int:
     """Profile unless it has been done; says so where ncu is missing or may not read counters."""
     table = records(context)
-    if all(table.done(name) for name in names()):
+    if table.done("all", ""):
         context.log("profile: already measured")
         return 0
     tool = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
@@ -75,13 +79,14 @@ def run(context: Context) -> int:
         context.log("profile: ncu is not installed; no counters are read")
         return 0
     status, said = command_output(command(tool), context.deadline.left())
-    launches = parse(said)
-    record(launches, table)
+    names, launches = launched(said), parse(said)
+    record(names, launches, table)
     errors = [line for line in said.splitlines() if line.startswith("==ERROR==")]
-    if len(launches) != len(names()):
+    if status or not launches or len(launches) != len(names):
         context.keep(f"--- ncu\n{said[-20000:]}")
         why = errors[0] if errors else "it ran out of time" if status is None else f"exit status {status}"
-        context.log(f"profile: {len(launches)} of {len(names())} launches, {why}")
+        context.log(f"profile: {len(launches)} of {len(names)} launches, {why}")
         return 0 if any("ERR_NVGPUCTRPERM" in line for line in errors) else 1
+    table.add(launch="all", kernel="", status="measured")
     context.log(f"profile: {len(launches)} launches")
     return 0

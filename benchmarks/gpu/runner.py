@@ -19,7 +19,7 @@ from time import monotonic
 from .bootstrap import ROOT
 from .requirements import Unusable, check_versions, versions
 
-STEPS = ("check", "tune", "bench", "profile")
+STEPS = ("check", "suite", "tune", "bench", "profile")
 BUDGET, LONGEST, GRACE = 500.0, 510.0, 20.0
 BAD_INPUT, LOST_CONTEXT, RESTARTS = 2, 75, 8
 QUICK_BUDGET = 120.0

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 
 from . import bench, ceilings, check, profile, summary, tune, verify
 from .context import Context
-from .deadline import Deadline
 from .device import Broken, first_line, is_broken
 from .records import Row
 
 #: exit status of a process that must be followed by a new one: the GPU's context is lost
 LOST_CONTEXT = 75
-#: of the time of `check`, what the tiles may take before the test suite has run
-TILES_SHARE = 0.6
 
 Part = Callable[[Context], object]
 
 
-def _graph_and_memory(context: Context) -> None:
-    table = check.records(context)
-    verify.check_graph(context, table)
-    verify.check_memory(context, table)
+def _graph(context: Context) -> None:
+    verify.check_graph(context, check.records(context))
 
 
-def _first_tiles(context: Context) -> None:
-    table = check.records(context)
-    check.check_elementwise(context, table)
-    check.check_tiles(replace(context, deadline=Deadline(TILES_SHARE * context.deadline.left())), table)
+def _memory(context: Context) -> None:
+    verify.check_memory(context, check.records(context))
 
 
 def _suite(context: Context) -> None:
@@ -48,7 +40,8 @@ def verified(context: Context) -> list[Row]:
 
 
 PARTS: dict[str, tuple[Part, ...]] = {
-    "check": (ceilings.run, _graph_and_memory, _first_tiles, _suite, check.run, _verdict),
+    "check": (ceilings.run, _graph, check.run, _memory, _verdict),
+    "suite": (_suite, _verdict),
     "tune": (tune.run,),
     "bench": (bench.run,),
     "profile": (profile.run,),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -126,30 +127,74 @@ def bound(asked: Asked, tile: StageTile) -> Callable[[Tensor, Any], tuple[Tensor
     return run  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class TailJob:
+    """A tile of a tail to compile."""
+
+    shape: TailShape
+    batch: int
+    dtype: str
+    tile: StageTile
+
+    def key(self) -> tuple[str, str, str, str]:
+        """As the verdicts name it."""
+        return "expand_shift", self.dtype, self.shape.key(), str(self.tile)
+
+    def launch(self, dtype: torch.dtype) -> None:
+        """Launch the kernel on tensors without values."""
+        asked = self.shape.build(self.batch, dtype, "meta")
+        bound(asked, self.tile)(*(_empty(size, dtype) for size in (asked.size, asked.other_size)))
+
+
+def _empty(size: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+    assert size is not None
+    return torch.empty(tuple(size), dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=4)
+@torch.no_grad()
+def _subject(shape: TailShape, batch: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """A tail, its two inputs, torch's result in its dtype, and the exact one."""
+    asked = shape.build(batch, dtype, device)
+    x, other = asked.inputs()
+    same = joined(asked.plain(x, other))
+    exact = joined(asked.plain(x.double(), None if other is None else other.double()))
+    return asked, x, other, same, exact
+
+
+def jobs(context: Context) -> Iterator[TailJob]:
+    """Every tile of every tail, tail by tail."""
+    batch, dtypes = (2, ("ieee",)) if context.quick else (16, ("fp16", "bf16", "tf32"))
+    for dtype, shape in ((d, s) for d in dtypes for s in shapes(context.quick)):
+        yield from (TailJob(shape, batch, dtype, tile) for tile in _tiles(context, shape, dtype))
+
+
 def check(context: Context, table: Records, verdict: Callable[..., dict[str, object]]) -> None:
     """Check every tile of every tail that is not on record."""
-    device, batch = context.device, 2 if context.quick else 16
-    dtypes = ("ieee",) if context.quick else ("fp16", "bf16", "tf32")
-    for dtype, shape in ((d, s) for d in dtypes for s in shapes(context.quick)):
-        todo = [t for t in _tiles(context, shape, dtype) if not table.done("expand_shift", dtype, shape.key(), str(t))]
-        if not todo:
-            continue
-        with precision(dtype) as kind, torch.no_grad():
-            asked = shape.build(batch, kind, device.torch_name)
-            x, other = asked.inputs()
-            same = joined(asked.plain(x, other))
-            exact = joined(asked.plain(x.double(), None if other is None else other.double()))
-            for tile in todo:
-                if not context.deadline.allows():
-                    return
-                try:
-                    row = verdict(lambda t=tile: joined(bound(asked, t)(x, other)), same, exact, device.synchronize)  # noqa: B023
-                except RuntimeError as error:
-                    row = {"status": "error", "note": first_line(error)}
-                    device.free()
-                table.add(kernel="expand_shift", dtype=dtype, case=shape.key(), tile=str(tile), **row)
-                if row["status"] == "crash":
-                    raise Broken(f"expand_shift {dtype} {shape.key()} {tile}: {row['note']}")
+    device = context.device
+    for compiled in device.compiled([job for job in jobs(context) if not table.done(*job.key())], context.deadline):
+        job: TailJob = compiled.job
+        row: dict[str, object] = {"status": "failed", "note": compiled.failure}
+        if compiled.failure is None:
+            try:
+                with precision(job.dtype) as kind:
+                    asked, x, other, same, exact = _subject(job.shape, job.batch, kind, device.torch_name)
+                    row = verdict(
+                        lambda a=asked, t=job.tile, x=x, o=other: joined(bound(a, t)(x, o)),
+                        same,
+                        exact,
+                        device.synchronize,
+                    )
+            except RuntimeError as error:
+                row = {"status": "error", "note": first_line(error)}
+                device.free()
+        table.add(
+            **dict(zip(("kernel", "dtype", "case", "tile"), job.key(), strict=True)), shared=compiled.shared, **row
+        )
+        if row["status"] == "crash":
+            raise Broken(f"{' '.join(job.key())}: {row['note']}")
+        if not context.deadline.allows():
+            return
     context.log(f"check: stage kernel: {table.count('status', table.rows(kernel='expand_shift'))}")
 
 

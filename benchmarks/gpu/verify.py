@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from .device import Broken, first_line, is_broken
 from .networks import in_order
 from .records import Records
 
-#: test files that run the kernels, the shortest first
+#: test files that run the kernels
 SUITE = (
     "test_relu_backward",
     "test_bn_act",
@@ -37,8 +38,10 @@ SUITE = (
     "test_compile",
     "test_kept",
 )
-#: seconds for one file and for compute-sanitizer
-FILE_SECONDS, SANITIZER_SECONDS = 90, 120
+#: seconds for all files, and for compute-sanitizer
+SUITE_SECONDS, SANITIZER_SECONDS = 400, 120
+#: processes that share the GPU: most of a test's time goes into compiling
+PROCESSES = 12
 
 
 def command_output(
@@ -82,16 +85,16 @@ def _record(context: Context, table: Records, case: str, command: Sequence[str],
 
 
 def check_suite(context: Context, table: Records) -> None:
-    """Run the parity tests, a file at a time."""
-    for stem in SUITE[:1] if context.quick else SUITE:
-        file = ROOT / "tests" / f"{stem}.py"
-        if table.done("pytest", "", stem, "") or not file.is_file():
-            continue
-        if not context.deadline.allows(20):
-            return
-        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.bootstrap", "-p", "no:cacheprovider"]
-        command += ["-q", "-m", "not slow", "--maxfail", "20", str(file)]
-        _record(context, table, f"pytest {stem}", command, FILE_SECONDS)
+    """Run the parity tests, in several processes where pytest-xdist is installed."""
+    files = [ROOT / "tests" / f"{stem}.py" for stem in (SUITE[:1] if context.quick else SUITE)]
+    files = [file for file in files if file.is_file()]
+    if table.done("pytest", "", "tests", "") or not files or not context.deadline.allows(20):
+        return
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.bootstrap", "-p", "no:cacheprovider", "-q"]
+    if not context.quick and importlib.util.find_spec("xdist") is not None:
+        command += ["--numprocesses", str(min(PROCESSES, os.cpu_count() or 1))]
+    command += ["--maxfail", "40", "--tb", "short", *map(str, files)]
+    _record(context, table, "pytest tests", command, SUITE_SECONDS)
 
 
 def check_memory(context: Context, table: Records) -> None:
