@@ -97,7 +97,9 @@ class Case:
         times = {}
         for name in tiles:
             try:
-                times[name] = timed(self.context, self.ops, triton_with(name), LOOK).median_ms
+                spread = timed(self.context, self.ops, triton_with(name), LOOK)
+                self.table.add(**self.labels, backend="triton", tile=name, status="look", **micros(spread))
+                times[name] = spread.median_ms
             except Exception as error:  # it was right at another batch, but may still fail to run
                 self._lost(error, "triton", name)
         return sorted(times, key=times.__getitem__)[:FINALISTS]
