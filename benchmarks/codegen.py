@@ -25,7 +25,7 @@ from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
 from fused_resblock.kernels.stage import bind_stage, candidates
 from fused_resblock.kernels.stem import bind_stem, pack_weight
-from fused_resblock.kernels.tiles import StageTile, Tile
+from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 from fused_resblock.params import Affine, Conv
 
 from .gpu import space
@@ -118,6 +118,11 @@ def kernel_of(tile: StageTile) -> str:
     return "expand_shift" + ("_halo" if tile.halo else "_tma" if tile.tma else "")
 
 
+def stem_kernel(capability: int, dtype: str) -> str:
+    """The kernel that runs a stem."""
+    return "stem_hopper" if capability == 90 and dtype != "tf32" else "stem"
+
+
 def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
     """The tail of a bottleneck with the next reduce, without, and with a downsample branch, for each width.
 
@@ -173,10 +178,11 @@ def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tup
             yield from _stage_jobs(gpu, name)
             x = _meta(32, 64, 56, 56, dtype=dtype)
             image = _meta(32, 3, 224, 224, dtype=dtype)
+            stem_tile = None if capability == 90 else StemTile()
             first = Conv(_meta(64, 3, 7, 7, dtype=dtype), None, _affine(64), (2, 2), (3, 3))  # type: ignore[arg-type]
 
-            def stem(image: torch.Tensor = image, first: Conv = first) -> Any:
-                return bind_stem(image, first, pack_weight(first.weight, True))(image)
+            def stem(image: torch.Tensor = image, first: Conv = first, tile: StemTile | None = stem_tile) -> Any:
+                return bind_stem(image, first, pack_weight(first.weight, True), tile)(image)
 
             def elementwise(x: torch.Tensor = x) -> Any:
                 return bn_act(x, _affine(64), x)
@@ -184,7 +190,7 @@ def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tup
             def backward(x: torch.Tensor = x) -> Any:
                 return relu_backward(x, x)
 
-            yield Job(capability, name, "stem", "7x7", "", stem)
+            yield Job(capability, name, stem_kernel(capability, name), "7x7", "", stem)
             yield Job(capability, name, "bn_act", "residual", "", elementwise, multiplies=False)
             yield Job(capability, name, "relu_backward", "", "", backward, multiplies=False, rectifies=False)
 

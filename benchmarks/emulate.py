@@ -26,11 +26,11 @@ from tqdm import tqdm
 from fused_resblock.backends import triton as backend
 from fused_resblock.kernels import conv_halo, conv_tma, expand_shift_halo, halo
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.pool import POOL
 from fused_resblock.kernels.stage import candidates
-from fused_resblock.kernels.tiles import StageTile, Tile
+from fused_resblock.kernels.stem import bind_stem, pack_weight
+from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 
-from .codegen import convolution_of, kernel_of, shipped
+from .codegen import convolution_of, kernel_of, shipped, stem_kernel
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, poisoned, precision
@@ -156,9 +156,9 @@ def stem(capability: int, name: str, size: int) -> dict[str, Any]:
         op = stems.operation(size, 2, dtype, "cpu")
         wide = op.to(torch.float64)
         exact, same = stems.apart(wide, "eager")(wide.x, None), _own(name, lambda: stems.apart(op, "eager")(op.x, None))
-        run = backend.bind_stem(op.x, op.conv, True, POOL, False)
-        assert run is not None
-        return judged(capability, lambda: run(op.x, None), same, exact)
+        conv, packed = backend.prepare(op.conv, dtype), pack_weight(op.conv.weight, True)
+        run = bind_stem(op.x, conv, packed, None if capability == 90 else StemTile())
+        return judged(capability, lambda: run(op.x), same, exact)
 
 
 def elementwise(capability: int, name: str, judge: Callable[..., Any], c: int, size: int, what: str) -> dict[str, Any]:
@@ -189,7 +189,14 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
                     kernel = kernel_of(stage_tile)
                     yield Job(capability, name, kernel, shape.key(), str(stage_tile), run)
             for size in (64, 37):
-                yield Job(capability, name, "stem", f"7x7.{size}px", "", partial(stem, capability, name, size))
+                yield Job(
+                    capability,
+                    name,
+                    stem_kernel(capability, name),
+                    f"7x7.{size}px",
+                    "",
+                    partial(stem, capability, name, size),
+                )
             for kernel, judge, what in (
                 ("bn_act", judge_bn_act, "residual"),
                 ("bn_act", judge_bn_act, "strided"),

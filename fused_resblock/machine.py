@@ -75,13 +75,16 @@ def driver_version() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package is imported from, with "-dirty" after local changes.
+    """The commit of the checkout that this package is imported from, with "-dirty" after local changes; else None.
 
-    Of a copy without its history it is what the environment variable FUSED_RESBLOCK_COMMIT says, else None.
+    The environment variable FUSED_RESBLOCK_COMMIT goes first: of a copy whose history is gone, or another one's.
     """
+    named = os.environ.get("FUSED_RESBLOCK_COMMIT")
+    if named:
+        return named
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():  # an installed copy, perhaps inside somebody else's checkout
-        return os.environ.get("FUSED_RESBLOCK_COMMIT") or None
+        return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .dependent import wait_for_input
 from .epilogue import eps_of, nan_relu, scale_shift, vectors
+from .gpu import gpu_of
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .pool import is_stem_pool
 from .tiles import StemTile
@@ -193,6 +194,37 @@ def _kept(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, accumulator(dtype))
 
 
+def _on_hopper(x, packed) -> bool:
+    """Whether `stem_hopper` runs: 16-bit values, blocks of 64 output channels, a filter that fits the registers."""
+    k, r, taps = packed.shape
+    wide = x.element_size() != 2 or k % 64 or r * taps > 256
+    return not (wide or interpreted()) and gpu_of(x.device).halo
+
+
+def _launch_of(dtype: torch.dtype, packed, norm, eps: float, sizes, images: int, tile: StemTile) -> Launch:
+    """`_stem_kernel` for packed weights; see `stem_hopper.launch_of`."""
+    k, r, taps = packed.shape
+    _, _, p2, q2, _, _ = sizes
+    half = min(tile.pooled_columns, max(16, triton.next_power_of_2(q2 + 1)))
+    block_k = min(64, triton.next_power_of_2(k))
+    return Launch(
+        _stem_kernel,
+        (triton.cdiv(p2, tile.pooled_rows) * triton.cdiv(q2, half - 1), images, triton.cdiv(k, block_k)),
+        (
+            packed,
+            *norm,
+            *sizes,
+            *(k, r, taps, eps),
+            *(accumulator(dtype), dot_precision(dtype), interpreted() and dtype == torch.bfloat16),
+            _kept(dtype),
+            *(tile.pooled_rows, 2 * half, block_k),
+        ),
+        packed.device,
+        num_warps=tile.num_warps,
+        num_stages=1,
+    )
+
+
 def bind_stem(x, conv, packed, tile: StemTile | None = None):
     """Prepare the two kernels for parameters and shapes.
 
@@ -205,7 +237,6 @@ def bind_stem(x, conv, packed, tile: StemTile | None = None):
     Returns:
         A function of x that gives `[N, K, P2, Q2]`, channels_last.
     """
-    tile = tile or StemTile()
     n, c, height, width = x.shape
     k, r, taps = packed.shape
     p, q = conv.output_size(height, width)
@@ -214,8 +245,6 @@ def bind_stem(x, conv, packed, tile: StemTile | None = None):
     rows_in = max(height + 2 * top, 2 * (p - 1) + r)
     columns_in = max(width + 2 * left, 2 * (q - 1) + taps // LANES)
     columns_in += -columns_in % 16  # rows begin at multiples of 16 bytes, and the compiler knows
-    half = min(tile.pooled_columns, max(16, triton.next_power_of_2(q2 + 1)))
-    block_k = min(64, triton.next_power_of_2(k))
     pack = Launch(
         _pack_kernel,
         (n * rows_in, triton.cdiv(columns_in, 256)),
@@ -223,23 +252,14 @@ def bind_stem(x, conv, packed, tile: StemTile | None = None):
         x.device,
         num_warps=4,
     )
-    launch = Launch(
-        _stem_kernel,
-        (triton.cdiv(p2, tile.pooled_rows) * triton.cdiv(q2, half - 1), n, triton.cdiv(k, block_k)),
-        (
-            packed,
-            conv.bias,
-            *vectors(conv.norm),
-            *(p, q, p2, q2, rows_in, columns_in),
-            *(k, r, taps, eps_of(conv.norm)),
-            *(accumulator(x.dtype), dot_precision(x.dtype), interpreted() and x.dtype == torch.bfloat16),
-            _kept(x.dtype),
-            *(tile.pooled_rows, 2 * half, block_k),
-        ),
-        x.device,
-        num_warps=tile.num_warps,
-        num_stages=1,
-    )
+    norm = conv.bias, *vectors(conv.norm)
+    sizes = p, q, p2, q2, rows_in, columns_in
+    if tile is None and _on_hopper(x, packed):
+        from .stem_hopper import launch_of
+
+        launch = launch_of(packed, norm, eps_of(conv.norm), sizes, n)
+    else:
+        launch = _launch_of(x.dtype, packed, norm, eps_of(conv.norm), sizes, n, tile or StemTile())
     like = {"dtype": x.dtype, "device": x.device}
 
     def run(x, _=None):

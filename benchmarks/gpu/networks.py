@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from copy import deepcopy
@@ -140,14 +141,30 @@ GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
 NO_GRAPH = ("onnxruntime",)  # it launches on the stream that it was made with
 
 
-class Made:
-    """Makes a provider's callable, as it is or as a CUDA graph, and notes the memory that its first call takes."""
+def _own_bytes(call: object, model: nn.Module) -> int:
+    """Bytes of the parameters and buffers that a provider holds in place of the model's."""
+    if not isinstance(call, nn.Module):
+        return 0
+    shared = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in call.state_dict().values()}
+    return sum(size for place, size in own.items() if place not in shared)
 
-    def __init__(self, make: Callable[[], Call], x: Tensor, device: Device, graph: bool) -> None:
-        self._make, self._x, self._device, self._graph = make, x, device, graph
+
+class Made:
+    """Makes a provider's callable, as it is or as a CUDA graph, and notes what memory it takes beside the weights.
+
+    What is held after the first call counts (workspaces, weights in another form), and the peak of a call.
+    """
+
+    def __init__(
+        self, make: Callable[[nn.Module, Tensor], Call], model: nn.Module, x: Tensor, device: Device, graph: bool
+    ) -> None:
+        self._make, self._model = partial(make, model, x), model
+        self._x, self._device, self._graph = x, device, graph
         self.extra_bytes: int | None = None
 
     def __call__(self) -> Call:
+        gc.collect()
         before, _ = self._device.memory()
         call = self._make()
         call(self._x)  # folds weights, chooses algorithms
@@ -159,7 +176,7 @@ class Made:
             self._device.memory()
             call(self._x)
         self._device.synchronize()
-        self.extra_bytes = self._device.memory()[1] - before
+        self.extra_bytes = self._device.memory()[1] - before - _own_bytes(call, self._model)
         return result
 
 
@@ -170,5 +187,5 @@ def providers(case: Case, model: nn.Module, x: Tensor, device: Device) -> dict[s
         if name == "onnxruntime" and not onnx_session.available():
             continue
         for graph in (False,) if name in NO_GRAPH else (False, True):
-            made[name + "+graph" * graph] = Made(partial(make, model, x), x, device, graph)
+            made[name + "+graph" * graph] = Made(make, model, x, device, graph)
     return made

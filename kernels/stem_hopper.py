@@ -1,0 +1,188 @@
+"""`stem` on Hopper: windows go from L1 straight into the registers that the matrix units read, the filter stays.
+
+The same arithmetic on the same copy of the image. A thread of a warpgroup multiplies pixels g and g + 8 of sixteen:
+here those are the two columns of the convolution of which a pooled pixel keeps the larger, and the sixteen of a warp
+are eight pooled pixels, the first of them the one in front that the second needs. So the pool stays within a warp, and
+28 pooled columns are a tile of 64: two of them are ResNet's 56. The windows of a whole filter are asked for before the
+first product; three programs a multiprocessor hide what is left of the way to L1. 16-bit images alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .dependent import wait_for_input
+from .epilogue import nan_relu, scale_shift
+from .gpu import gpu_of
+from .halo import WIDTH
+from .launch import Launch
+from .taps import tma_load
+
+#: pooled columns of a tile
+COLUMNS = 28
+
+
+@gluon.jit
+def _row(
+    windows,  # [64, TAPS] pointers to the windows of a row of pixels, for the filter's first row
+    w_smem,  # [R, K, TAPS]
+    zeros,  # [64, K]
+    scale,
+    shift,
+    inside,  # [64] whether there is such a pixel
+    pitch,  # elements of a row of the copy
+):
+    """A row of norm(conv), [64, K] in fp32, before the ReLU; 0 where there is no pixel."""
+    R: gl.constexpr = w_smem.shape[0]
+    x = (gl.load(windows),)
+    for r in gl.static_range(1, R):
+        x = x + (gl.load(windows + r * pitch),)  # noqa: RUF005  # Triton knows no starred tuple
+    acc = zeros
+    for r in gl.static_range(R):
+        acc = warpgroup_mma(x[r], w_smem.index(r).permute((1, 0)), acc, use_acc=r > 0, is_async=True)
+    acc = warpgroup_mma_wait(0, [acc])
+    return gl.where(inside[:, None], acc * scale[None, :] + shift[None, :], 0.0)
+
+
+@gluon.jit
+def _stem_hopper_kernel(
+    x_ptr,  # [N, HEIGHT, WIDTH, 4] as `stem` leaves it
+    y_ptr,  # [N, P2, Q2, CHANNELS]
+    w_desc,  # [CHANNELS, R*TAPS]
+    bias_ptr,  # [CHANNELS], or None
+    mean_ptr,  # [CHANNELS], or None for no normalisation
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    P,  # rows and columns of the convolution's output
+    Q,
+    P2,  # of the pooled output
+    Q2,
+    HEIGHT,
+    WIDTH,
+    CHANNELS: gl.constexpr,
+    R: gl.constexpr,
+    TAPS: gl.constexpr,
+    EPS: gl.constexpr,
+    ROWS: gl.constexpr,  # pooled rows of a program
+    PDL: gl.constexpr,  # see `dependent`
+):
+    """y = maxpool3x3(relu(scale*conv(x, w) + shift)), stride 2 and padding 1 of the pool; rounds once."""
+    K: gl.constexpr = w_desc.block_shape[0]
+    dtype: gl.constexpr = w_desc.dtype
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    PIXELS: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+    w_smem = gl.allocate_shared_memory(dtype, [R, K, TAPS], w_desc.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    fence_async_shared()
+    k = gl.program_id(2) * K
+    mbarrier.expect(bar, 2 * R * K * TAPS)
+    for r in gl.static_range(R):
+        tma_load(w_desc, [k, r * TAPS], bar, w_smem.index(r))
+
+    tiles_q = gl.cdiv(Q2, 28)
+    first = gl.program_id(0) // tiles_q * ROWS
+    q0 = gl.program_id(0) % tiles_q * 28 - 1  # the pooled column in front of the tile
+    image = x_ptr + gl.program_id(1).to(gl.int64) * HEIGHT * WIDTH * 4
+    pitch = WIDTH * 4
+    m = gl.arange(0, 64, gl.SliceLayout(1, PIXELS))
+    q = 2 * (q0 + m // 16 * 7 + m % 8) + m // 8 % 2
+    taps = gl.arange(0, TAPS, gl.SliceLayout(0, PIXELS))
+    windows = image + (gl.minimum(gl.maximum(q, 0), Q - 1) * 8)[:, None] + taps[None, :]  # stride 2 of 4 channels
+    m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    q = 2 * (q0 + m // 16 * 7 + m % 8) + m // 8 % 2
+    inside = (q >= 0) & (q < Q)
+    offs_k = k + gl.arange(0, K, gl.SliceLayout(0, MMA))
+    scale, shift = scale_shift(
+        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, offs_k, offs_k < CHANNELS, EPS, tl.float32
+    )
+    j = gl.arange(0, 32, gl.SliceLayout(1, STORED))
+    column = q0 + j // 8 * 7 + j % 8
+    stored = ((j % 8 > 0) & (column < Q2))[:, None]
+    targets = column[:, None] * CHANNELS + (k + gl.arange(0, K, gl.SliceLayout(0, STORED)))[None, :]
+    out = y_ptr + gl.program_id(1).to(gl.int64) * P2 * Q2 * CHANNELS + targets
+    zeros = gl.zeros([64, K], gl.float32, MMA)
+    wait_for_input(PDL)
+    mbarrier.wait(bar, 0)
+    above = gl.zeros([64, K], dtype, MMA)  # the last row of the convolution that the pooled row shares
+    if first > 0:
+        row = windows + (2 * first - 1) * 2 * pitch
+        above = _row(row, w_smem, zeros, scale, shift, inside, pitch).to(dtype)
+    for i in range(first, gl.minimum(first + ROWS, P2)):
+        row = windows + 4 * i * pitch
+        even = _row(row, w_smem, zeros, scale, shift, inside, pitch).to(dtype)
+        z = gl.maximum(above, even, propagate_nan=tl.PropagateNan.ALL)
+        there = inside & (2 * i + 1 < P)
+        row = windows + (4 * i + 2 * (2 * i + 1 < P).to(gl.int32)) * pitch
+        above = _row(row, w_smem, zeros, scale, shift, there, pitch).to(dtype)
+        z = gl.maximum(z, above, propagate_nan=tl.PropagateNan.ALL)
+        left, right = z.reshape([4, 2, 8, K]).permute([0, 2, 3, 1]).split()
+        z = gl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+        z = gl.maximum(z, _before(right, K), propagate_nan=tl.PropagateNan.ALL)
+        z = gl.convert_layout(nan_relu(z).reshape([32, K]), STORED)
+        gl.store(out + i * Q2 * CHANNELS, z, mask=stored)
+
+
+@gluon.jit
+def _before(right, K: gl.constexpr):
+    """[4, 8, K]: along its second axis each element's forerunner; of the first itself."""
+    LAYOUT: gl.constexpr = right.type.layout
+    LINES: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    index = gl.maximum(gl.arange(0, 8, gl.SliceLayout(0, LINES)) - 1, 0)
+    index = index[None, :, None] + gl.zeros([4, 8, K], gl.int32, LAYOUT)
+    return gl.gather(right, index, 1)
+
+
+def choose_rows(programs: int, rows: int, multiprocessors: int) -> int:
+    """Pooled rows of a program: as many as keep the last wave of programs short.
+
+    Args:
+        programs: for each range of rows.
+        rows: of the pooled output.
+        multiprocessors: of the chip; each holds three programs.
+    """
+
+    def steps(count: int) -> int:  # rows of the convolution one after another; to begin takes as long as three
+        waves = -(-programs * -(-rows // count) // (3 * multiprocessors))
+        return waves * (2 * count + 4)
+
+    return min(range(1, 17), key=steps)
+
+
+def launch_of(packed: torch.Tensor, norm: tuple, eps: float, sizes: tuple[int, ...], images: int) -> Launch:
+    """The kernel for `packed` weights as `pack_weight` gives them.
+
+    Args:
+        packed: `[K, R, TAPS]`; `K` a multiple of 64.
+        norm: bias, mean, variance, gamma and beta, each a tensor or None.
+        eps: of the norm.
+        sizes: P, Q, P2, Q2, HEIGHT, WIDTH.
+        images: N.
+    """
+    k, r, taps = packed.shape
+    _, _, p2, q2, _, _ = sizes
+    across = -(-q2 // COLUMNS)
+    rows = choose_rows(across * images * (k // WIDTH), p2, gpu_of(packed.device).multiprocessors)
+    swizzle = gl.NVMMASharedLayout(swizzle_byte_width=2 * taps, element_bitwidth=16, rank=2)
+    filters = TensorDescriptor(packed, [k, r * taps], [r * taps, 1], [WIDTH, taps], swizzle)
+    return Launch(
+        _stem_hopper_kernel,
+        (-(-p2 // rows) * across, images, k // WIDTH),
+        (filters, *norm, *sizes, k, r, taps, eps, rows),
+        packed.device,
+        num_warps=4,
+        maxnreg=168,
+    )
