@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.gpu import tf32_allowed
+from ..kernels.gpu import gpu_of, tf32_allowed
+from ..kernels.tf32 import tf32_weight
 from ..params import PLAIN, Affine, BatchNorm, Bound, BoundPair, Conv, Epilogue
 from . import tuned
 from .folding import TensorCache, bypassed, scale_shift
 from .select import Problem
 
 MOST_ROWS = 8192  # of a program: its last row is counted in 32 bits, too
-_weights = TensorCache()  # in another dtype, channels_last, or with groups joined
+_weights = TensorCache()  # in another dtype, rounded to TF32, channels_last, or with groups joined
 _affines = TensorCache()  # norms as scale and shift
 
 
@@ -77,21 +78,29 @@ def joined_groups(outputs: int, channels: int, groups: int) -> int:
     return joined
 
 
+def in_tf32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix units multiply in TF32: fp32 where torch allows it, from Ampere on, and not in the interpreter."""
+    return dtype == torch.float32 and tf32_allowed() and not interpreting() and gpu_of(device).capability >= 80
+
+
 def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
-    """The convolution as the kernels take it: weight in `dtype` and channels_last, groups joined, norm as `affine`."""
+    """The convolution as the kernels take it: weight in `dtype` and channels_last, groups joined, norm as `affine`.
+
+    Weights that are multiplied in TF32 are rounded to it (`tf32_weight`).
+    """
     weight, bias = conv.weight, conv.bias
+    tf32 = in_tf32(dtype, weight.device)
     dense = weight.is_contiguous(memory_format=torch.channels_last) and weight.data_ptr() % 16 == 0
-    if joined > 1 or weight.dtype != dtype or not dense:
+    if joined > 1 or weight.dtype != dtype or tf32 or not dense:
 
         def compute() -> Tensor:
             from ..kernels.halo import join_groups
 
             wide = join_groups(weight.detach(), conv.groups, joined) if joined > 1 else weight.detach()
-            return wide.to(dtype).clone(
-                memory_format=torch.channels_last
-            )  # memory of its own begins at a multiple of 16
+            wide = tf32_weight(wide.to(dtype)) if tf32 else wide.to(dtype)
+            return wide.clone(memory_format=torch.channels_last)  # memory of its own begins at a multiple of 16
 
-        weight = _weights.get((conv.weight,), (dtype, joined, conv.groups), compute)
+        weight = _weights.get((conv.weight,), (dtype, joined, conv.groups, tf32), compute)
     norm = affine(conv.norm, bias, dtype)
     if isinstance(norm, Affine):
         bias = None
@@ -143,7 +152,6 @@ def bind_expand_shift(
     apart: Callable[..., BoundPair],
 ) -> BoundPair | None:
     """See `backends.bind_expand_shift`; `apart` binds the same conv by conv."""
-    from ..kernels.gpu import gpu_of
     from ..kernels.stage import bind_stage, choose_stage_tile, gemms_of
     from ..kernels.tables import stage_name
 
@@ -173,12 +181,13 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured
     entry = tuned.lookup(x, conv, None, PLAIN, suffix=".pool") if measured else None
     if entry is not None and entry.backend != "triton":
         return None
-    odd = bool(conv.padding[1] % 2)
+    odd, tf32 = bool(conv.padding[1] % 2), in_tf32(x.dtype, x.device)
 
     def pack() -> Tensor:
-        return pack_weight(conv.weight.detach().to(x.dtype), odd)
+        weight = conv.weight.detach().to(x.dtype)
+        return pack_weight(tf32_weight(weight) if tf32 else weight, odd)
 
-    packed = _weights.get((conv.weight,), ("stem", x.dtype, odd), pack)
+    packed = _weights.get((conv.weight,), ("stem", x.dtype, odd, tf32), pack)
     norm = affine(conv.norm, conv.bias, x.dtype)
     bias = None if isinstance(norm, Affine) else conv.bias
     return bind(x, conv._replace(bias=bias, norm=norm), packed)
