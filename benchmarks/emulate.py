@@ -20,20 +20,19 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fused_resblock.backends import triton as backend
 from fused_resblock.kernels import conv_halo, conv_tma, expand_shift_halo, halo
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import candidates
-from fused_resblock.kernels.stem import bind_stem, pack_weight
+from fused_resblock.kernels.stem import bind_stem
 from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 
 from .codegen import convolution_of, kernel_of, shipped, stem_kernel
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
-from .gpu.operations import DTYPES, build, poisoned, precision
+from .gpu.operations import DTYPES, build, own, poisoned, precision
 from .harness import parity
 from .kernel_table import KEY, Row, key_of, key_of_row, read, table_of, write
 from .offline import CHIPS
@@ -75,19 +74,6 @@ class Job:
         return {"triton": triton.__version__, **{field: getattr(self, field) for field in KEY}, **found}
 
 
-class _Tf32(TorchFunctionMode):
-    """Convolutions round their factors to TF32, as matrix units do; then torch's own error is that of TF32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("conv2d", "convolution") and args[0].dtype == torch.float32:
-            args = (*(_rounded(t) for t in args[:2]), *args[2:])
-        return func(*args, **(kwargs or {}))
-
-
-def _rounded(t: Tensor) -> Tensor:
-    return (t.view(torch.int32) & -0x2000).view(torch.float32)
-
-
 @contextmanager
 def _few_multiprocessors(capability: int) -> Iterator[None]:
     before = conv_tma.gpu_of
@@ -124,20 +110,12 @@ def judged(capability: int, call: Callable[[], Tensor], same: Tensor, exact: Ten
     return {"status": status, "max_error": largest, "error_bound": bound, **counts, "note": note}
 
 
-def _own(name: str, function: Callable[[], Tensor]) -> Tensor:
-    """Torch's own result in a dtype."""
-    if name != "tf32":
-        return function()
-    with _Tf32():
-        return function()
-
-
 def convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dict[str, Any]:
     """A convolution of the shape table with a tile."""
     with precision(name) as dtype, torch.no_grad():
         op = build(shape, IMAGES.get(shape.out_size, OTHERS), dtype, "cpu")
         exact = op.to(torch.float64).plain()
-        return judged(capability, lambda: op.with_tile(tile), _own(name, op.plain), exact)
+        return judged(capability, lambda: op.with_tile(tile), own(name, op.plain), exact)
 
 
 def tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) -> dict[str, Any]:
@@ -146,7 +124,7 @@ def tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) ->
         asked = shape.build(IMAGES.get(shape.size, OTHERS), dtype, "cpu")
         x, other = asked.inputs()
         exact = tails.joined(asked.plain(x.double(), None if other is None else other.double()))
-        same = _own(name, lambda: tails.joined(asked.plain(x, other)))
+        same = own(name, lambda: tails.joined(asked.plain(x, other)))
         return judged(capability, lambda: tails.joined(tails.bound(asked, tile)(x, other)), same, exact)
 
 
@@ -154,9 +132,8 @@ def stem(capability: int, name: str, size: int) -> dict[str, Any]:
     """The stem on images of `size` rows and columns."""
     with precision(name) as dtype, torch.no_grad():
         op = stems.operation(size, 2, dtype, "cpu")
-        wide = op.to(torch.float64)
-        exact, same = stems.apart(wide, "eager")(wide.x, None), _own(name, lambda: stems.apart(op, "eager")(op.x, None))
-        conv, packed = backend.prepare(op.conv, dtype), pack_weight(op.conv.weight, True)
+        same, exact = stems.results(op, name)
+        conv, packed = backend.prepare(op.conv, dtype), backend.packed_stem(op.x, op.conv)
         run = bind_stem(op.x, conv, packed, None if capability == 90 else StemTile())
         return judged(capability, lambda: run(op.x), same, exact)
 

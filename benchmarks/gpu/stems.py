@@ -16,7 +16,7 @@ from fused_resblock.params import PLAIN, Epilogue
 from ..shapes import ConvShape
 from .context import Context
 from .device import Broken, first_line, is_out_of_memory
-from .operations import DTYPES, Operation, build, precision
+from .operations import DTYPES, Operation, build, own, precision
 from .records import Records
 from .timing import timed_row
 
@@ -46,6 +46,12 @@ def apart(op: Operation, backend: str) -> Call:
     return lambda x, other: torch.max_pool2d(run(x, other), *POOL)
 
 
+def results(op: Operation, dtype: str) -> tuple[Tensor, Tensor]:
+    """Torch's own result, see `own`, and the exact one."""
+    wide = op.to(torch.float64)
+    return own(dtype, lambda: apart(op, "eager")(op.x, None)), apart(wide, "eager")(wide.x, None)
+
+
 def sizes(quick: bool) -> tuple[int, ...]:
     """Rows and columns of the checked images; odd ones fill no tile."""
     return (20,) if quick else (224, 65, 288)
@@ -63,7 +69,7 @@ def check(context: Context, table: Records, verdict: Callable[..., dict[str, obj
             with precision(dtype) as kind, torch.no_grad():
                 try:
                     op = operation(size, 2, kind, context.device.torch_name)
-                    same, exact = (apart(o, "eager")(o.x, None) for o in (op, op.to(torch.float64)))
+                    same, exact = results(op, dtype)
                     row = verdict(lambda op=op: fused(op)(op.x, None), same, exact, context.device.synchronize)  # type: ignore[misc]
                 except RuntimeError as error:
                     row = {"status": "error", "note": first_line(error)}

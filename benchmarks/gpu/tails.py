@@ -22,7 +22,7 @@ from fused_resblock.tuning import MARGIN
 
 from .context import Context
 from .device import Broken, first_line, is_out_of_memory
-from .operations import DTYPES, precision
+from .operations import DTYPES, own, precision
 from .records import Records
 from .timing import timed_row
 
@@ -153,11 +153,11 @@ def _empty(size: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=4)
 @torch.no_grad()
-def _subject(shape: TailShape, batch: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    """A tail, its two inputs, torch's result in its dtype, and the exact one."""
-    asked = shape.build(batch, dtype, device)
+def _subject(shape: TailShape, batch: int, dtype: str, device: str) -> tuple[Any, ...]:
+    """A tail, its two inputs, torch's result in its dtype as `own` gives it, and the exact one."""
+    asked = shape.build(batch, DTYPES[dtype][0], device)
     x, other = asked.inputs()
-    same = joined(asked.plain(x, other))
+    same = own(dtype, lambda: joined(asked.plain(x, other)))
     exact = joined(asked.plain(x.double(), None if other is None else other.double()))
     return asked, x, other, same, exact
 
@@ -177,8 +177,8 @@ def check(context: Context, table: Records, verdict: Callable[..., dict[str, obj
         row: dict[str, object] = {"status": "failed", "note": compiled.failure}
         if compiled.failure is None:
             try:
-                with precision(job.dtype) as kind:
-                    asked, x, other, same, exact = _subject(job.shape, job.batch, kind, device.torch_name)
+                with precision(job.dtype):
+                    asked, x, other, same, exact = _subject(job.shape, job.batch, job.dtype, device.torch_name)
                     row = verdict(
                         lambda a=asked, t=job.tile, x=x, o=other: joined(bound(a, t)(x, o)),
                         same,

@@ -19,7 +19,7 @@ from ..shapes import ConvShape
 from . import check, cudnn_graph, space, stems, tails
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
-from .operations import DTYPES, Operation, build, once_each, precision
+from .operations import DTYPES, Operation, build, once_each, own, precision
 from .records import Records, read_json, write_json
 from .timing import ROUNDS, micros
 
@@ -89,7 +89,7 @@ class Case:
         """What is wrong with a result at this batch, or None."""
         if self._judged is None:
             op = self.ops[0]
-            self._judged = op.plain(), op.to(torch.float64).plain()
+            self._judged = own(self.labels["dtype"], op.plain), op.to(torch.float64).plain()
         return parity(function(self.ops[0]), *self._judged)[0]
 
     def look(self, tiles: Sequence[str]) -> list[str]:

@@ -171,23 +171,30 @@ def bind_expand_shift(
     return _guarded(run, str(tile), lambda: apart(h, conv, expand, other, shortcut, reduce))
 
 
-def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured: bool) -> Bound | None:
-    """See `backends.bind_stem`; `measured` asks whether a table knows something faster."""
-    from ..kernels.stem import bind_stem as bind
-    from ..kernels.stem import pack_weight, refusal
+def packed_stem(x: Tensor, conv: Conv) -> Tensor:
+    """The weight of a stem as its kernels take it, formed once."""
+    from ..kernels.stem import pack_weight
 
-    if refusal(conv, relu, pool) is not None:
-        return None
-    entry = tuned.lookup(x, conv, None, PLAIN, suffix=".pool") if measured else None
-    if entry is not None and entry.backend != "triton":
-        return None
     odd, tf32 = bool(conv.padding[1] % 2), in_tf32(x.dtype, x.device)
 
     def pack() -> Tensor:
         weight = conv.weight.detach().to(x.dtype)
         return pack_weight(tf32_weight(weight) if tf32 else weight, odd)
 
-    packed = _weights.get((conv.weight,), ("stem", x.dtype, odd, tf32), pack)
+    return _weights.get((conv.weight,), ("stem", x.dtype, odd, tf32), pack)
+
+
+def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured: bool) -> Bound | None:
+    """See `backends.bind_stem`; `measured` asks whether a table knows something faster."""
+    from ..kernels.stem import bind_stem as bind
+    from ..kernels.stem import refusal
+
+    if refusal(conv, relu, pool) is not None:
+        return None
+    entry = tuned.lookup(x, conv, None, PLAIN, suffix=".pool") if measured else None
+    if entry is not None and entry.backend != "triton":
+        return None
+    packed = packed_stem(x, conv)
     norm = affine(conv.norm, conv.bias, x.dtype)
     bias = None if isinstance(norm, Affine) else conv.bias
     return bind(x, conv._replace(bias=bias, norm=norm), packed)
