@@ -240,6 +240,13 @@ def test_fragments_of_a_matrix_are_where_the_instruction_set_says():
     assert np.array_equal(_sums(_scattered(sums)), sums)
 
 
+@pytest.mark.parametrize("fragment", [_fragment_a, _fragment_b])
+def test_factors_are_cut_to_tf32_and_not_rounded(fragment):
+    registers = 4 if fragment is _fragment_a else 2
+    words = np.full((1, 32, registers), 1 + 1.75 * 2.0**-10, np.float32).view(np.uint32)
+    assert (fragment(words, "tf32") == 1 + 2.0**-10).all()
+
+
 def test_swizzles_permute_the_pieces_of_eight_rows():
     at = np.arange(0, 1024, 16)
     for row in (32, 64, 128):
