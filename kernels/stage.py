@@ -68,6 +68,9 @@ def gemms_of(size: Sequence[int], conv, expand, shortcut, reduce) -> TailGemms:
 def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) -> list[StageTile]:
     """The tiles for a width of the 3x3; none where no kernel is right for it.
 
+    None of `expand_shift_tma` on Hopper: Triton multiplies there from registers that it writes anew while products that
+    read them are under way. On an H100 a tile of 128 pixels and 256 channels gives wrong sums; others pass by luck.
+
     Args:
         width: channels of the 3x3.
         outputs: channels of the next reduce, 0 without one.
@@ -79,6 +82,7 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     widest = {2: 256, 4: 128}.get(itemsize, 0)  # more TF32 operands than that do not fit the registers
     if known > widest:
         return []
+    tma = gpu.tma and gpu.capability != 90
     blocks = TILES[gpu.tma, known, second]
     stages, chunk_stages = (3 if itemsize == 2 else 2), 2
     if gpu.capability == 90 and itemsize == 2:
@@ -92,8 +96,8 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
         stages, chunk_stages = 2, 1 if crowded else 2
     block_k = min(width, 128 // itemsize)
     # where it fits the registers, and without fewer programs a multiprocessor
-    held = second and gpu.tma and itemsize == 2 and (known == 64 or (known == 128 and gpu.capability == 90))
-    tiles = [StageTile(m, n, block_k, warps, stages, chunk_stages, gpu.tma, False, held) for m, n, warps in blocks]
+    held = second and tma and itemsize == 2 and (known == 64 or (known == 128 and gpu.capability == 90))
+    tiles = [StageTile(m, n, block_k, warps, stages, chunk_stages, tma, False, held) for m, n, warps in blocks]
     buffers = halo_buffers(width, 4 * width, outputs, second)
     if buffers and gpu.halo and itemsize == 2:
         tiles.append(StageTile(PIXELS, width, width, 4, 1, buffers, True, True))

@@ -119,7 +119,7 @@ class Grid:
         profile: Profile | None = None,
     ) -> None:
         self.kernel, self.threads, self.parameters, self.memory, self.late = kernel, threads, parameters, memory, late
-        self.profile, self.late_products, self.notes = profile, late and not serialized, notes
+        self.profile, self.late_products, self.notes = profile, not serialized, notes
         self.programs = len(programs)
         self.size = self.programs * threads
         self.everybody = np.ones(self.size, bool)

@@ -165,14 +165,13 @@ def _wgmma(i: Instruction) -> Step:
             lines = (n + (0 if from_registers else 64)) * depth * (4 if kind == "tf32" else 2) // 128
             g.profile.wavefronts += groups * lines
             g.profile.ideal += groups * lines
-        fragments = _gathered(g, list(a.items)) if from_registers else None
         descriptors = [None if first is None else group(g, first(g)), group(g, second(g))]
         adds = group(g, kept(g))
 
         def product(groups: Array) -> Array:
-            left = (
-                _fragment_a(fragments, kind).reshape(-1, 64, depth)
-                if fragments is not None
+            left = (  # registers are read while the instruction is under way, as shared memory is
+                _fragment_a(_gathered(g, list(a.items)), kind).reshape(-1, 64, depth)
+                if from_registers
                 else _operand(g, descriptors[0], groups, 64, depth, kind, transposed[0])
             )
             right = _operand(g, descriptors[1], groups, n, depth, kind, b_along)
