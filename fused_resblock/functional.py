@@ -39,7 +39,8 @@ def conv_bn_act(
     with t = residual_stride, norm the identity when None, act ReLU or the identity. Products are accumulated in fp32
     (fp64 for fp64 inputs); the Triton kernel rounds once, at the store, the other backends may round the folded weight
     as well. NaN propagates as in torch, but for oneDNN's fused ReLU, which makes it 0 (as it does under Inductor). fp32
-    products use TF32 where `torch.backends.cudnn.allow_tf32` is set.
+    products use TF32 where `torch.backends.cudnn.allow_tf32` is set; the Triton kernel then multiplies by a copy of the
+    weight that `kernels.tf32` rounds.
 
     Args:
         x: `[N, C, H, W]`, floating point; any memory format, channels_last without a copy.
