@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fused_resblock.backends import triton as backend
-from fused_resblock.kernels import conv_halo, conv_tma, expand_shift_halo, halo
+from fused_resblock.kernels import conv_halo, conv_pair, conv_tma, expand_shift_halo, halo, ring
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import candidates
 from fused_resblock.kernels.stem import bind_stem
@@ -51,6 +51,8 @@ IMAGES = {56: 2, 28: 2, 14: 2, 7: 4}
 OTHERS = 5
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
+#: modules that ask for them
+PLACED = (conv_halo, conv_pair, conv_tma, expand_shift_halo, halo, ring)
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")
 
 
@@ -77,12 +79,12 @@ class Job:
 @contextmanager
 def _few_multiprocessors(capability: int) -> Iterator[None]:
     before = conv_tma.gpu_of
-    for module in (conv_halo, conv_tma, expand_shift_halo, halo):
+    for module in PLACED:
         module.gpu_of = lambda device: Gpu(FEW, capability)
     try:
         yield
     finally:
-        for module in (conv_halo, conv_tma, expand_shift_halo, halo):
+        for module in PLACED:
             module.gpu_of = before
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import ring
 from .choice import choose_tile, ranked
 from .conv_bn_act import bind_conv_bn_act
 from .conv_tma import bind_conv_tma
@@ -51,6 +52,10 @@ def _refused(x, conv, other, epilogue, tile: Tile) -> bool:
         if conv_refusal(x, conv, other, epilogue, tile) is not None:
             return True
         tile = by_boxes(conv, tile)
+    if tile.ring:
+        if ring.refusal(x, conv, other, epilogue, tile) is not None:
+            return True
+        tile = ring.by_boxes(tile)
     return tile.persistent > 0 and tma_refusal(x, conv, other, epilogue, tile) is not None
 
 
@@ -81,6 +86,10 @@ def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None, *, over
         from .conv_halo import bind_conv_halo
 
         return bind_conv_halo(x, conv, other, epilogue, tile, overwrite=overwrite)
+    if tile.ring:
+        from .conv_pair import bind_conv_pair
+
+        return bind_conv_pair(x, conv, other, epilogue, tile, overwrite=overwrite)
     if tile.persistent:
         return bind_conv_tma(x, conv, other, epilogue, tile, overwrite=overwrite)
     return bind_conv_bn_act(x, conv, other, epilogue, tile)

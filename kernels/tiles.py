@@ -30,7 +30,8 @@ class Tile:
 
     With `split_k` above 1 that many programs share the taps and channels of each piece. With `persistent` above 0 so
     many programs a multiprocessor stay resident and take piece after piece, which TMA moves (`conv_tma`); 0 is a
-    program a piece (`conv_bn_act`). With `halo` the taps come from shared memory, too (`conv_halo`).
+    program a piece (`conv_bn_act`). With `halo` the taps come from shared memory, too (`conv_halo`). With `ring` both
+    GEMMs of a downsample branch go through one ring of `num_stages` loads (`conv_pair`).
     """
 
     block_m: int
@@ -41,11 +42,12 @@ class Tile:
     split_k: int = 1
     persistent: int = 0
     halo: bool = False
+    ring: bool = False
 
     def __str__(self) -> str:
         name = f"{self.block_m}x{self.block_n}x{self.block_k}.w{self.num_warps}.s{self.num_stages}"
         name += f".k{self.split_k}" * (self.split_k > 1) + f".p{self.persistent}" * (self.persistent > 0)
-        return name + ".h1" * self.halo
+        return name + ".h1" * self.halo + ".r1" * self.ring
 
     @classmethod
     def parse(cls, name: str) -> Tile:
@@ -56,7 +58,8 @@ class Tile:
         """
         blocks, fields = _parts(name)
         numbers = (fields.get(letter, 0) for letter in "ws")
-        tile = cls(*blocks, *numbers, fields.get("k", 1), fields.get("p", 0), bool(fields.get("h")))
+        kinds = (bool(fields.get(letter)) for letter in "hr")
+        tile = cls(*blocks, *numbers, fields.get("k", 1), fields.get("p", 0), *kinds)
         return _checked(tile, name)
 
 

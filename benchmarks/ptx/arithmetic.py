@@ -140,6 +140,7 @@ BUILDERS: dict[str, Callable[[Instruction], Step]] = {
     "rcp": _same(lambda a: 1 / a),
     "min": _same(np.minimum),
     "max": _max,
+    "abs": _same(np.abs),
     "neg": _same(lambda a: -a),
     "not": _same(lambda a: ~a),
     "and": _same(lambda a, b: a & b),

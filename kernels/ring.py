@@ -1,0 +1,52 @@
+"""What `conv_pair` takes: both GEMMs of a block with a downsample branch, in one ring of loads, on Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .gpu import gpu_of
+from .tiles import Tile
+
+#: channels of a step, and of a piece of the result: 128 bytes, one row of the swizzle
+WIDTH = 64
+#: bytes of shared memory of a multiprocessor, of which every program takes one KiB more than it asks for
+SHARED = 228 << 10
+#: (block_m, block_n, warps): the accumulator takes half of the registers at most
+BLOCKS = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 256, 8), (256, 128, 8))
+
+
+def buffers_of(tile: Tile) -> int:
+    """How many pieces of 64 channels of the result find room beside the ring; 0 if the tile does not fit."""
+    programs = max(1, tile.persistent)
+    steps = tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8)  # with a barrier each
+    free = SHARED // programs - 1024 - steps - 8 * tile.block_n  # two fp32 vectors
+    pieces = min(tile.block_n // WIDTH, free // (2 * tile.block_m * WIDTH))
+    return 0 if pieces < 1 else 1 << pieces.bit_length() - 1  # a power of two divides their number
+
+
+def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
+    """Why `conv_pair` cannot run a convolution that `conv_tma` can; None when it can."""
+    branch = epilogue.shortcut
+    if other is None or branch is None:
+        return "no downsample branch"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"{x.dtype}: only 16 bits"
+    if not gpu_of(x.device).halo:
+        return "another chip than Hopper, or a Triton whose Gluon is not known"
+    k, c, r, s = conv.weight.shape
+    if (r, s) != (1, 1) or (conv.stride, conv.padding, conv.groups) != ((1, 1), (0, 0), 1):
+        return "no plain 1x1"
+    if c % WIDTH or branch.weight.shape[1] % WIDTH or k % tile.block_n:
+        return f"channels that are no multiple of {WIDTH} or of the tile's"
+    blocks = (tile.block_m, tile.block_n, tile.num_warps)
+    if blocks not in BLOCKS or tile.block_k != WIDTH or tile.num_stages < 2 or not tile.persistent:
+        return f"a tile {tile}"
+    return None if buffers_of(tile) else f"a tile {tile} that does not fit shared memory"
+
+
+def by_boxes(tile: Tile) -> Tile:
+    """The tile of `conv_tma` that stands in: two accumulators have to fit the registers."""
+    narrow = min(tile.block_n, 128)
+    return replace(tile, block_m=min(tile.block_m, 128), block_n=narrow, num_stages=2, persistent=1, ring=False)
