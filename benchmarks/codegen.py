@@ -110,7 +110,7 @@ def _conv(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Conv:
 
 def convolution_of(tile: Tile) -> str:
     """The kernel that a convolution's tile is for."""
-    return "conv_halo" if tile.halo else "conv_tma" if tile.persistent else "conv_bn_act"
+    return "conv_halo" if tile.halo else "conv_pair" if tile.ring else "conv_tma" if tile.persistent else "conv_bn_act"
 
 
 def kernel_of(tile: StageTile) -> str:

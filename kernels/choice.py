@@ -21,6 +21,7 @@ from .cost import (
 )
 from .gpu import Gpu, triton_release
 from .halo import blocks_of
+from .ring import WIDTH
 from .tiles import Tile
 
 #: by generation: vendors' figures of device memory and dense fp16 rates, at what kernels reach of them (80 to 90 and
@@ -48,6 +49,11 @@ SHAPES = (
 SPLITS = (1, 2, 4, 8, 16)
 #: of `conv_halo`, of which two programs fit a multiprocessor
 HALO = Tile(64, 64, 64, 4, 1, persistent=2, halo=True)
+#: of `conv_pair`, the one that loads least first
+RINGS = tuple(
+    Tile(block_m, block_n, 64, 8, stages, persistent=programs, ring=True)
+    for block_m, block_n, stages, programs in ((128, 256, 4, 1), (128, 128, 5, 1), (128, 128, 2, 2))
+)
 
 
 def chip_of(gpu: Gpu) -> Ceilings:
@@ -134,6 +140,13 @@ def takes_halo(gemm: Gemm, itemsize: int, gpu: Gpu) -> bool:
     return fits and itemsize == 2 and gpu.halo
 
 
+def rings(gemm: Gemm, second: Gemm, itemsize: int, gpu: Gpu) -> list[Tile]:
+    """Tiles of `conv_pair` for 1x1s in 16 bits of whole steps and blocks, of which programs take several."""
+    if not gpu.halo or itemsize != 2 or gemm.taps > 1 or gemm.groups > 1 or gemm.k % WIDTH or second.k % WIDTH:
+        return []
+    return [t for t in RINGS if gemm.n % t.block_n == 0 and gemm.pieces(t) >= 2 * t.persistent * gpu.multiprocessors]
+
+
 def _halo_seconds(gemm: Gemm, itemsize: int, tile: Tile, chip: Ceilings, residual: bool) -> float:
     """Programs that load their filters, then wait for their pixels, their products and their sums in each tile."""
     blocks = gemm.n // tile.block_n
@@ -195,6 +208,8 @@ def ranked(
     kinds = (True, False) if tma and gpu.tma and not ieee else (False,)
     options = {"residual": residual, "second": second is not None, "gpu": gpu, "ieee": ieee}
     tiles = [tile for kind in kinds for tile in candidates(gemm, itemsize, tma=kind, **options)]  # type: ignore[arg-type]
+    if tma and second is not None:
+        tiles += rings(gemm, second, itemsize, gpu)
 
     def order(tile: Tile) -> tuple[int, bool, int]:
         """Time to 10 ns, then TMA, then how much is being loaded at any moment."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .ring import shared_of
 from .tiles import StageTile, StemTile, Tile
 
 #: seconds that a launch takes besides its loop: start, first loads, last stores
@@ -206,8 +207,10 @@ def stem_cost(conv: Gemm, pooled: int, itemsize: int, tile: StemTile) -> Cost:
 def shared_bytes(tile: Tile, itemsize: int, *, residual: bool = False, second: bool = False) -> int:
     """Shared memory of a program: the operands of every stage, and with TMA the pieces that come and go.
 
-    With TMA a second GEMM's operands may be under way together with the first's.
+    With TMA a second GEMM's operands may be under way together with the first's; in a ring they take turns.
     """
+    if tile.ring:
+        return shared_of(tile)
     operands = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
     operands *= 2 if second and tile.persistent else 1
     return operands + (tile.persistent > 0) * (1 + residual) * tile.block_m * tile.block_n * itemsize
@@ -217,9 +220,12 @@ def register_count(tile: Tile, *, residual: bool = False, second: bool = False) 
     """Registers of a thread: an estimate that lies within 20 % of what compiles for sm_90 (`make codegen`).
 
     A piece's accumulators, twice with a residual (it is held beside them) or a second GEMM; the rest is addresses, of
-    which a second GEMM without TMA has twice as many.
+    which a second GEMM without TMA has twice as many. `conv_pair` has one accumulator for both GEMMs, and more besides
+    where a warpgroup has more than 64 rows.
     """
     accumulators = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    if tile.ring:
+        return accumulators + (52 if tile.block_m <= 16 * tile.num_warps else 92)
     if second:
         return 2 * accumulators + (84 if tile.persistent else 124)
     return (2 if residual else 1) * accumulators + 36

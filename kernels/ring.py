@@ -17,13 +17,21 @@ SHARED = 228 << 10
 BLOCKS = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 256, 8), (256, 128, 8))
 
 
+def _steps_of(tile: Tile) -> int:
+    """Bytes of the ring, with a barrier a step, and of two fp32 vectors."""
+    return tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8) + 8 * tile.block_n
+
+
 def buffers_of(tile: Tile) -> int:
-    """How many pieces of 64 channels of the result find room beside the ring; 0 if the tile does not fit."""
-    programs = max(1, tile.persistent)
-    steps = tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8)  # with a barrier each
-    free = SHARED // programs - 1024 - steps - 8 * tile.block_n  # two fp32 vectors
+    """How many pieces of 64 channels of the result find room beside the ring; 0 if not one does."""
+    free = SHARED // max(1, tile.persistent) - 1024 - _steps_of(tile)
     pieces = min(tile.block_n // WIDTH, free // (2 * tile.block_m * WIDTH))
     return 0 if pieces < 1 else 1 << pieces.bit_length() - 1  # a power of two divides their number
+
+
+def shared_of(tile: Tile) -> int:
+    """Bytes of shared memory of a program, with one piece of the result at least."""
+    return _steps_of(tile) + max(1, buffers_of(tile)) * 2 * tile.block_m * WIDTH
 
 
 def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from fused_resblock.kernels import ring
 from fused_resblock.kernels.choice import HALO, chip_of, power_of_two
 from fused_resblock.kernels.conv_tma import refusal
 from fused_resblock.kernels.convolution import choose, gemms_of
@@ -21,6 +22,11 @@ from .operations import DTYPES, build, precision
 
 #: (block_m, block_n, warps)
 POINTERS = ((128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 128, 4), (128, 128, 8), (256, 64, 8), (128, 128, 4))
+#: (block_m, block_n, warps, stages, programs a multiprocessor)
+RINGS = (
+    *((128, 256, 8, 4, 1), (128, 256, 8, 3, 1), (256, 128, 8, 4, 1), (128, 128, 8, 6, 1), (128, 128, 8, 5, 1)),
+    *((128, 128, 8, 4, 1), (128, 128, 8, 2, 2), (128, 64, 4, 3, 2), (64, 128, 4, 3, 2), (64, 64, 4, 3, 3)),
+)
 BOXES = (*POINTERS, (128, 256, 8), (256, 128, 8), (64, 256, 8))
 SPLIT = ((64, 64, 4), (64, 32, 4), (128, 64, 8))
 
@@ -69,6 +75,10 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
 
     if gpu.halo and conv_refusal(*arguments, HALO) is None:
         yield HALO
+    for block_m, block_n, warps, stages, programs in RINGS:
+        tile = Tile(block_m, block_n, 64, warps, stages, persistent=programs, ring=True)
+        if gpu.tma and refusal(*arguments, ring.by_boxes(tile)) is None and ring.refusal(*arguments, tile) is None:
+            yield tile
     if gpu.tma:
         for block_m, block_n, warps in BOXES:
             for stages in (3, 4, 2):
