@@ -52,7 +52,7 @@ HALO = Tile(64, 64, 64, 4, 1, persistent=2, halo=True)
 #: of `conv_pair`, the one that loads least first
 RINGS = tuple(
     Tile(block_m, block_n, 64, 8, stages, persistent=programs, ring=True)
-    for block_m, block_n, stages, programs in ((128, 256, 4, 1), (128, 128, 5, 1), (128, 128, 2, 2))
+    for block_m, block_n, stages, programs in ((128, 256, 4, 1), (128, 128, 3, 2), (128, 128, 5, 1))
 )
 
 

@@ -131,6 +131,13 @@ def _ratio(scale, scale2):
 
 
 @gluon.jit
+def _scaled(acc, scale, vector):
+    """`acc * scale` for a scale of each column, one a thread, which pass through shared memory."""
+    vector.store(scale)
+    return acc * vector.load(gl.SliceLayout(0, acc.type.layout))[None, :]
+
+
+@gluon.jit
 def _columns(acc, PARTS: gl.constexpr):
     """The columns of a matrix in so many pieces, side by side; they stay in their registers."""
     if PARTS == 1:
@@ -188,8 +195,7 @@ def _conv_pair_kernel(
     pixels = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, WIDTH], MATRIX)
     filters = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, WIDTH], MATRIX)
     pieces = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_M, WIDTH], MATRIX)
-    vectors = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    base_smem, other_smem = vectors.index(0), vectors.index(1)
+    vector = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for bar in gl.static_range(STAGES):
         mbarrier.init(bars.index(bar), count=1)
@@ -220,22 +226,18 @@ def _conv_pair_kernel(
             images, weights, memory, acc, ring, then, sizes, TILES_K, STEPS, ALL, PROGRAMS, SECOND=False
         )
         base, ratio = _ratio(scale, scale2)
-        base_smem.store(base)
-        other_smem.store(ratio)
-        acc = acc * other_smem.load(gl.SliceLayout(0, MMA))[None, :]
+        acc = _scaled(acc, ratio, vector)
         acc, ring, then = _gemm(
             images, weights, memory, acc, ring, then, sizes, TILES_K, STEPS, ALL, PROGRAMS, SECOND=True
         )
         slot, before, phase = ring
         coming, n, p, q, k, step = then
         n_out, p_out, q_out, k_out = _place_of(tile, TILES_P, TILES_Q, y_desc, TILES_K, BLOCK_N)
-        other_smem.store(shift + shift2)
-        sums = _columns(acc, PIECES)
+        sums = _columns(_scaled(acc, base, vector), PIECES)
+        vector.store(shift + shift2)
         for piece in gl.static_range(PIECES):
-            base = base_smem.slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))
-            shift = other_smem.slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))
-            z = gl.convert_layout(sums[piece], PIECE, assert_trivial=True)
-            z = z * base[None, :] + shift[None, :]
+            shift = vector.slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))
+            z = gl.convert_layout(sums[piece], PIECE, assert_trivial=True) + shift[None, :]
             if APPLY_RELU:
                 z = nan_relu(z)
             tma.store_wait(BUFFERS - 1)

@@ -220,12 +220,12 @@ def register_count(tile: Tile, *, residual: bool = False, second: bool = False) 
     """Registers of a thread: an estimate that lies within 20 % of what compiles for sm_90 (`make codegen`).
 
     A piece's accumulators, twice with a residual (it is held beside them) or a second GEMM; the rest is addresses, of
-    which a second GEMM without TMA has twice as many. `conv_pair` has one accumulator for both GEMMs, and more besides
-    where a warpgroup has more than 64 rows.
+    which a second GEMM without TMA has twice as many. `conv_pair` has one accumulator for both GEMMs, and half as many
+    registers for the columns' scales.
     """
     accumulators = tile.block_m * tile.block_n // (32 * tile.num_warps)
     if tile.ring:
-        return accumulators + (52 if tile.block_m <= 16 * tile.num_warps else 92)
+        return 7 * accumulators // 4 + 16
     if second:
         return 2 * accumulators + (84 if tile.persistent else 124)
     return (2 if residual else 1) * accumulators + 36

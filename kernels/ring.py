@@ -18,8 +18,8 @@ BLOCKS = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), 
 
 
 def _steps_of(tile: Tile) -> int:
-    """Bytes of the ring, with a barrier a step, and of two fp32 vectors."""
-    return tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8) + 8 * tile.block_n
+    """Bytes of the ring, with a barrier a step, and of an fp32 vector."""
+    return tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8) + 4 * tile.block_n
 
 
 def buffers_of(tile: Tile) -> int:
