@@ -6,6 +6,7 @@ from mutant import Mutant
 from mutants_changes import CHANGES
 from mutants_halo import HALO
 from mutants_kernels import KERNELS
+from mutants_ring import RING
 from mutants_stages import STAGES
 
 
@@ -28,6 +29,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
     **STAGES,
     **HALO,
+    **RING,
     "fused_resblock/head.py": [
         (
             "heads in fp32",

@@ -174,6 +174,12 @@ with precision("fp16") as dtype, torch.no_grad():
         close(profile.device, cost.dram)
         close(2 * profile.products, cost.flops)
         assert profile.wavefronts == profile.ideal  # no bank conflicts
+    shape, ring = ConvShape("pair", 64, 256, 16, shortcut=128, shortcut_stride=2), Tile.parse("128x256x64.w8.s4.p1.r1")
+    op, cost = build(shape, 2, dtype, "cpu"), conv_bn_act_cost(gemm_of(shape, 2), 2, ring, second=second_of(shape, 2))
+    profile = counted(lambda: op.with_tile(ring))
+    close(profile.l2, cost.l2)
+    close(profile.device, cost.dram)
+    close(2 * profile.products, cost.flops)
     # the tail of a bottleneck with the next block's head: 20 C bytes a pixel instead of 32 C
     width, size, images = 64, 16, 2
     tail = tails.TailShape("tail", width, size, outputs=width)

@@ -49,7 +49,7 @@ def executed(
     }
     memory.seal()
     kernel = Compiled(parse(HEAD + body + "\n    ret;\n$L__func_end0:\n}\n"))
-    options = {"late": late, "serialized": False, "early": early, "notes": set(), "profile": profile}
+    options = {"late": late, "apart": False, "serialized": False, "early": early, "notes": set(), "profile": profile}
     launch(kernel, (1, 1, 1), 64, parameters, memory, shared, **options)
     return memory.read_back(parameters["out"], 256).view("<u4").copy()
 

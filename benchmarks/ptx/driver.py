@@ -58,12 +58,13 @@ class Driver:
 
     Args:
         capability: of the chip, 90 for 9.0.
-        late: see `Grid`.
+        late, apart: see `Grid`.
         profiling: whether to count what launches issue and move.
     """
 
-    def __init__(self, capability: int, late: bool, profiling: bool = False) -> None:
-        self.capability, self.late, self.profiling, self.utils = capability, late, profiling, _Utils()
+    def __init__(self, capability: int, late: bool, profiling: bool = False, apart: bool = False) -> None:
+        self.capability, self.late, self.apart = capability, late, apart
+        self.profiling, self.utils = profiling, _Utils()
         self.launched: list[tuple[str, Any]] = []  # names and compiled kernels
         self.profiles: list[Profile] = []  # of the launches, where they are wanted
         self.notes: set[str] = set()
@@ -108,7 +109,8 @@ class Driver:
         self.launched.append((compiled.kernel.name, kernel))
         profile = Profile() if self.profiling else None
         early = metadata.launch_pdl
-        options = {"late": self.late, "serialized": serialized, "early": early, "notes": self.notes, "profile": profile}
+        options = {"late": self.late, "apart": self.apart, "serialized": serialized, "early": early}
+        options |= {"notes": self.notes, "profile": profile}
         if early and "griddepcontrol.wait" not in text:
             raise Fault(f"{compiled.kernel.name} is started early and never waits")
         launch(compiled, grid, 32 * metadata.num_warps, parameters, memory.memory, metadata.shared, **options)
@@ -152,11 +154,11 @@ def _descriptor(value: Any, meta: dict[str, Any], memory: _Memory, settled: bool
 
 
 @contextmanager
-def emulated(capability: int, late: bool, profiling: bool = False) -> Iterator[Driver]:
+def emulated(capability: int, late: bool, profiling: bool = False, apart: bool = False) -> Iterator[Driver]:
     """Within this context kernels are launched on CPU tensors."""
     from triton.runtime.jit import JITFunction
 
-    active, run = Driver(capability, late, profiling), JITFunction.run
+    active, run = Driver(capability, late, profiling, apart), JITFunction.run
 
     def compile_and_run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **options)

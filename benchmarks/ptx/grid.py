@@ -97,6 +97,7 @@ class Grid:
         memory: the device's.
         shared: bytes of a program.
         late: whether asynchronous work lands as late as it may, and not at once.
+        apart: whether products do the one where the rest does the other.
         serialized: whether the assembler has each wgmma waited for.
         early: whether the launch may begin before the one before has ended.
         notes: what is to be said of the launch.
@@ -113,13 +114,14 @@ class Grid:
         memory: GlobalMemory,
         shared: int,
         late: bool,
+        apart: bool,
         serialized: bool,
         early: bool,
         notes: set[str],
         profile: Profile | None = None,
     ) -> None:
         self.kernel, self.threads, self.parameters, self.memory, self.late = kernel, threads, parameters, memory, late
-        self.profile, self.late_products, self.notes = profile, not serialized, notes
+        self.profile, self.late_products, self.notes = profile, late != apart and not serialized, notes
         self.programs = len(programs)
         self.size = self.programs * threads
         self.everybody = np.ones(self.size, bool)
