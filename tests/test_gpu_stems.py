@@ -41,11 +41,11 @@ def test_a_wrong_stem_is_a_fault(context, monkeypatch):
 
 def test_what_is_fastest_goes_into_a_table(context):
     table = tune.records(context)
-    assert stems.tune(context, table) == 0
+    assert stems.tune(context, table, "ieee", 2) == 0
     rows = {row["backend"]: row for row in table.rows()}
     assert rows.keys() == {"triton", "cudnn", "eager", "stem"}
     assert rows["cudnn"]["status"] == "failed", "there is no cuDNN on a CPU"
-    stems.tune(context, table)
+    stems.tune(context, table, "ieee", 2)
     assert len(table.rows()) == 4
     (winner,) = stems.winners(context, table)
     assert winner["case"] == "3-64.7x7.s2.g1.plain.pool"
@@ -59,7 +59,7 @@ def test_what_is_fastest_goes_into_a_table(context):
 def test_out_of_memory_and_a_passed_deadline(context, monkeypatch):
     table = tune.records(context)
     context.deadline = Deadline(0)
-    assert stems.tune(context, table) == 1
+    assert stems.tune(context, table, "ieee", 2) == 1
     context.deadline = Deadline(1000)
 
     def full(*args):
@@ -68,7 +68,7 @@ def test_out_of_memory_and_a_passed_deadline(context, monkeypatch):
     monkeypatch.setattr(stems, "operation", lambda *args: full() if args[3] != "meta" else build(*args))
     build = stems.build
     monkeypatch.setattr(stems, "_case", lambda size: "stem")
-    stems.tune(context, table)
+    stems.tune(context, table, "ieee", 2)
     assert [row["status"] for row in table.rows()] == ["oom"]
 
 
@@ -79,8 +79,8 @@ def test_a_crash_is_on_record_and_not_met_again(context, monkeypatch):
     monkeypatch.setattr(stems, "fused", crash)
     table = tune.records(context)
     with pytest.raises(Broken, match="illegal memory access"):
-        stems.tune(context, table)
+        stems.tune(context, table, "ieee", 2)
     assert [(row["backend"], row["status"]) for row in table.rows()] == [("triton", "crash")]
     monkeypatch.setattr(stems, "fused", lambda op: pytest.fail("met again"))
-    assert stems.tune(context, table) == 0
+    assert stems.tune(context, table, "ieee", 2) == 0
     assert {row["backend"]: row["status"] for row in table.rows()}["stem"] == "tuned"

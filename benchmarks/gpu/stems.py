@@ -94,10 +94,10 @@ def _case(size: int) -> str:
     return case_name(op.conv, None, PLAIN) + ".pool"
 
 
-def tune(context: Context, table: Records) -> int:
-    """Time what is not timed yet; how many stems are left."""
+def tune(context: Context, table: Records, dtype: str, batch: int) -> int:
+    """Time what is not timed yet of a dtype at a batch; how many stems are left."""
     left = 0
-    for dtype, batch, size in plan(context.quick):
+    for size in (size for kind, images, size in plan(context.quick) if (kind, images) == (dtype, batch)):
         key = {"dtype": dtype, "case": f"{_case(size)}.{size}px", "batch": batch}
         if table.done(dtype, key["case"], batch, "stem", ""):
             continue

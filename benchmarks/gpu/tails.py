@@ -227,10 +227,10 @@ def plan(quick: bool) -> Iterator[tuple[str, int, TailShape]]:
         yield from ((dtype, batch, shape) for batch in batches for shape in shapes(quick))
 
 
-def tune(context: Context, verdicts: Records, table: Records) -> int:
-    """Time what is not timed yet: the right tiles, and conv by conv; how many tails are left."""
+def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch: int) -> int:
+    """Time what is not timed yet of a dtype at a batch: the right tiles, and conv by conv; how many tails are left."""
     left = 0
-    for dtype, batch, shape in plan(context.quick):
+    for shape in (shape for kind, images, shape in plan(context.quick) if (kind, images) == (dtype, batch)):
         key = {"dtype": dtype, "case": shape.key(), "batch": batch}
         rows = verdicts.rows(kernel="expand_shift", dtype=dtype, case=shape.key(), status="ok")
         met = {row["tile"] for row in table.rows(**{**key, "batch": str(batch)}) if row["backend"] == "stage"}

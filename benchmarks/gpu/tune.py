@@ -184,17 +184,9 @@ def write_winners(context: Context, table: Records) -> int:
     return len(winners)
 
 
-@torch.no_grad()
-def run(context: Context) -> int:
-    """Tune what is not yet tuned; 1 if nothing has been checked."""
-    verdicts, table = check.records(context), records(context)
-    if not verdicts.rows(kernel="conv_bn_act", status="ok"):
-        context.log("tune: no tile has been found right on this GPU: run the step check first")
-        return 1
-    torch.backends.cudnn.benchmark = True
-    plan = (("ieee", (2,)),) if context.quick else PLAN
-    todo = [(d, n, s) for d, batches in plan for n in batches for s in check.shapes(context)]
-    for dtype, batch, shape in todo:
+def convolutions(context: Context, verdicts: Records, table: Records, dtype: str, batch: int) -> int:
+    """Tune the convolutions of a dtype at a batch that are not tuned; how many are left."""
+    for shape in check.shapes(context):
         case = space.key_of(shape)
         if table.done(dtype, case, batch, "all", ""):
             continue
@@ -220,9 +212,23 @@ def run(context: Context) -> int:
             table.add(dtype=dtype, case=case, batch=batch, backend="all", tile="", status="oom", note=first_line(error))
             context.log(f"tune: {dtype} {case} batch {batch}: out of memory")
             context.device.free()
-    left = sum(not table.done(dtype, space.key_of(shape), batch, "all", "") for dtype, batch, shape in todo)
-    if write_winners(context, table) and context.device.torch_name == "cuda":
-        tuned.load_config(context.folder / "tiles.json")  # a tail is held against its convolutions' fastest tiles
-    left += tails.tune(context, verdicts, table) + stems.tune(context, table)
+    return sum(not table.done(dtype, space.key_of(shape), batch, "all", "") for shape in check.shapes(context))
+
+
+@torch.no_grad()
+def run(context: Context) -> int:
+    """Tune what is not yet tuned; 1 if nothing has been checked."""
+    verdicts, table = check.records(context), records(context)
+    if not verdicts.rows(kernel="conv_bn_act", status="ok"):
+        context.log("tune: no tile has been found right on this GPU: run the step check first")
+        return 1
+    torch.backends.cudnn.benchmark = True
+    plan = [("ieee", 2)] if context.quick else [(dtype, batch) for dtype, batches in PLAN for batch in batches]
+    left = 0
+    for dtype, batch in plan:
+        left += convolutions(context, verdicts, table, dtype, batch)
+        if write_winners(context, table) and context.device.torch_name == "cuda":
+            tuned.load_config(context.folder / "tiles.json")  # a tail is held against its convolutions' fastest tiles
+        left += tails.tune(context, verdicts, table, dtype, batch) + stems.tune(context, table, dtype, batch)
     context.log(f"tune: {write_winners(context, table)} winners" + (f"; {left} cases left" if left else ""))
     return 0
