@@ -1,10 +1,10 @@
 """`conv_bn_act` with a downsample branch on Hopper: both GEMMs of a tile go through one ring of loads.
 
 `conv_tma` computes the same, but its two loops keep each other's loads apart: every tile waits twice for the memory.
-Here a tile is one sequence of steps, 64 channels of h each and then of x, and TMA runs `STAGES - 1` steps ahead of the
+Here a tile is one sequence of steps, each of 64 channels of h, then of x, and TMA runs `STAGES - 1` steps ahead of the
 matrix units, from one GEMM to the other and from one tile to the next.
 
-One accumulator does for both GEMMs, so that tiles of 128x256 fit the registers, which load a quarter less than those of
+One accumulator does for both GEMMs, and so tiles of 128x256 fit the registers, which load a quarter less than those of
 128x128: `scale*a + scale2*b = base * (scale/base * a + b)`, where `base` is scale2 (`_ratio`).
 """
 

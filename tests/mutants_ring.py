@@ -23,7 +23,7 @@ RING: dict[str, list[tuple[str, str, str, str]]] = {
         ("piece that leaves is overwritten", "tma.store_wait(BUFFERS - 1)", "tma.store_wait(BUFFERS)", _COMPILED),
         ("ratio by a scale of 0", "tl.where(tl.abs(scale2) < small, small, scale2)", "scale2", _SPECIAL),
         ("no scale at all", "tl.where(base == 0.0, 0.0, scale / base)", "scale / base", _SPECIAL),
-        ("ReLU forgotten", "if APPLY_RELU:", "if False:", _COMPILED),
+        ("ReLU of both forgotten", "if APPLY_RELU:", "if False:", _COMPILED),
     ],
     "kernels/ring.py": [
         (

@@ -237,10 +237,10 @@ sizes = st.sampled_from([1, 16, 64, 256])
 
 @given(
     *(sizes, sizes, sizes, st.sampled_from([1, 4, 8])),
-    *(st.integers(1, 9), st.integers(1, 16), st.integers(0, 4), st.booleans()),
+    *(st.integers(1, 9), st.integers(1, 16), st.integers(0, 4), st.booleans(), st.booleans()),
 )
-def test_names_of_tiles_are_read_back(m, n, k, warps, stages, split, persistent, halo):
-    tile = Tile(m, n, k, warps, stages, split, persistent, halo)
+def test_names_of_tiles_are_read_back(m, n, k, warps, stages, split, persistent, halo, ring):
+    tile = Tile(m, n, k, warps, stages, split, persistent, halo, ring)
     assert Tile.parse(str(tile)) == tile
     stage = StageTile(m, n, k, warps, stages, split, persistent > 0, halo, split > 8)
     assert StageTile.parse(str(stage)) == stage
