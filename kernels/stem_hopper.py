@@ -33,25 +33,48 @@ COLUMNS = 28
 
 
 @gluon.jit
+def _pixels(
+    x,  # [64, TAPS], TAPS / 4 taps in a row a thread
+    MMA: gl.constexpr,
+):
+    """The left factor of a product, its taps in another order so that no thread gives any away."""
+    STEPS: gl.constexpr = x.shape[1] // 16
+    x = x.reshape([64, 4, STEPS, 2, 2]).permute([0, 2, 3, 1, 4]).reshape(x.shape)
+    return gl.convert_layout(x, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
 def _row(
     windows,  # [64, TAPS] pointers to the windows of a row of pixels, for the filter's first row
-    w_smem,  # [R, K, TAPS]
+    w_smem,  # [R, K, TAPS], its taps in the order of `matrix_order`
     zeros,  # [64, K]
-    scale,
-    shift,
+    norm,  # [2, K] scale and shift, which would take too many registers
     inside,  # [64] whether there is such a pixel
     pitch,  # elements of a row of the copy
 ):
     """A row of norm(conv), [64, K] in fp32, before the ReLU; 0 where there is no pixel."""
     R: gl.constexpr = w_smem.shape[0]
+    MMA: gl.constexpr = zeros.type.layout
+    EARLY: gl.constexpr = (R + 1) // 2  # rows of the filter that are multiplied while the others' pixels come
     x = (gl.load(windows),)
-    for r in gl.static_range(1, R):
+    for r in gl.static_range(1, EARLY):
         x = x + (gl.load(windows + r * pitch),)  # noqa: RUF005  # Triton knows no starred tuple
     acc = zeros
-    for r in gl.static_range(R):
-        acc = warpgroup_mma(x[r], w_smem.index(r).permute((1, 0)), acc, use_acc=r > 0, is_async=True)
+    for r in gl.static_range(EARLY):
+        b = w_smem.index(r).permute((1, 0))
+        acc = warpgroup_mma(_pixels(x[r], MMA), b, acc, use_acc=r > 0, is_async=True)
+    if R > EARLY:
+        y = (gl.load(windows + EARLY * pitch),)
+        for r in gl.static_range(EARLY + 1, R):
+            y = y + (gl.load(windows + r * pitch),)  # noqa: RUF005
+        acc = warpgroup_mma_wait(0, [acc])
+        for r in gl.static_range(EARLY, R):
+            b = w_smem.index(r).permute((1, 0))
+            acc = warpgroup_mma(_pixels(y[r - EARLY], MMA), b, acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
-    return gl.where(inside[:, None], acc * scale[None, :] + shift[None, :], 0.0)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
+    z = acc * norm.index(0).load(COLUMNS)[None, :] + norm.index(1).load(COLUMNS)[None, :]
+    return gl.where(inside[:, None], z, 0.0)
 
 
 @gluon.jit
@@ -75,13 +98,13 @@ def _stem_hopper_kernel(
     TAPS: gl.constexpr,
     EPS: gl.constexpr,
     ROWS: gl.constexpr,  # pooled rows of a program
+    PIXELS: gl.constexpr,  # layout of the windows, see `_windows`
     PDL: gl.constexpr,  # see `dependent`
 ):
     """y = maxpool3x3(relu(scale*conv(x, w) + shift)), stride 2 and padding 1 of the pool; rounds once."""
     K: gl.constexpr = w_desc.block_shape[0]
     dtype: gl.constexpr = w_desc.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    PIXELS: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
 
     w_smem = gl.allocate_shared_memory(dtype, [R, K, TAPS], w_desc.layout)
@@ -105,10 +128,13 @@ def _stem_hopper_kernel(
     m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
     q = 2 * (q0 + m // 16 * 7 + m % 8) + m // 8 % 2
     inside = (q >= 0) & (q < Q)
-    offs_k = k + gl.arange(0, K, gl.SliceLayout(0, MMA))
+    offs_k = k + gl.arange(0, K, gl.BlockedLayout([1], [32], [4], [0]))
     scale, shift = scale_shift(
         bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, offs_k, offs_k < CHANNELS, EPS, tl.float32
     )
+    norm = gl.allocate_shared_memory(gl.float32, [2, K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    norm.index(0).store(scale)
+    norm.index(1).store(shift)
     j = gl.arange(0, 32, gl.SliceLayout(1, STORED))
     column = q0 + j // 8 * 7 + j % 8
     stored = ((j % 8 > 0) & (column < Q2))[:, None]
@@ -120,14 +146,14 @@ def _stem_hopper_kernel(
     above = gl.zeros([64, K], dtype, MMA)  # the last row of the convolution that the pooled row shares
     if first > 0:
         row = windows + (2 * first - 1) * 2 * pitch
-        above = _row(row, w_smem, zeros, scale, shift, inside, pitch).to(dtype)
+        above = _row(row, w_smem, zeros, norm, inside, pitch).to(dtype)
     for i in range(first, gl.minimum(first + ROWS, P2)):
         row = windows + 4 * i * pitch
-        even = _row(row, w_smem, zeros, scale, shift, inside, pitch).to(dtype)
+        even = _row(row, w_smem, zeros, norm, inside, pitch).to(dtype)
         z = gl.maximum(above, even, propagate_nan=tl.PropagateNan.ALL)
         there = inside & (2 * i + 1 < P)
         row = windows + (4 * i + 2 * (2 * i + 1 < P).to(gl.int32)) * pitch
-        above = _row(row, w_smem, zeros, scale, shift, there, pitch).to(dtype)
+        above = _row(row, w_smem, zeros, norm, there, pitch).to(dtype)
         z = gl.maximum(z, above, propagate_nan=tl.PropagateNan.ALL)
         left, right = z.reshape([4, 2, 8, K]).permute([0, 2, 3, 1]).split()
         z = gl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
@@ -144,6 +170,23 @@ def _before(right, K: gl.constexpr):
     index = gl.maximum(gl.arange(0, 8, gl.SliceLayout(0, LINES)) - 1, 0)
     index = index[None, :, None] + gl.zeros([4, 8, K], gl.int32, LAYOUT)
     return gl.gather(right, index, 1)
+
+
+def _windows(taps: int) -> gl.DistributedLinearLayout:
+    """How threads hold windows `[64, taps]`: pixels as they multiply them, a quarter of the taps each."""
+    own, bits = taps // 4, (taps // 4).bit_length() - 1
+    registers = [[0, 1 << bit] for bit in range(bits)] + [[8, 0]]
+    lanes = [[0, own], [0, 2 * own], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, taps])
+
+
+def matrix_order(packed: torch.Tensor) -> torch.Tensor:
+    """`[K, R, TAPS]` with the taps as the matrix units number those that `_windows` gives a thread.
+
+    Of 16 factors in a step a thread has 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: those are four neighbours here.
+    """
+    k, r, taps = packed.shape
+    return packed.view(k, r, 4, taps // 16, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(k, r, taps).contiguous()
 
 
 def choose_rows(programs: int, rows: int, multiprocessors: int) -> int:
@@ -177,11 +220,12 @@ def launch_of(packed: torch.Tensor, norm: tuple, eps: float, sizes: tuple[int, .
     across = -(-q2 // COLUMNS)
     rows = choose_rows(across * images * (k // WIDTH), p2, gpu_of(packed.device).multiprocessors)
     swizzle = gl.NVMMASharedLayout(swizzle_byte_width=2 * taps, element_bitwidth=16, rank=2)
-    filters = TensorDescriptor(packed, [k, r * taps], [r * taps, 1], [WIDTH, taps], swizzle)
+    ordered = matrix_order(packed)
+    filters = TensorDescriptor(ordered, [k, r * taps], [r * taps, 1], [WIDTH, taps], swizzle)
     return Launch(
         _stem_hopper_kernel,
         (-(-p2 // rows) * across, images, k // WIDTH),
-        (filters, *norm, *sizes, k, r, taps, eps, rows),
+        (filters, *norm, *sizes, k, r, taps, eps, rows, _windows(taps)),
         packed.device,
         num_warps=4,
         maxnreg=168,
