@@ -127,7 +127,7 @@ def candidates(
                 if tma:
                     tile = Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=resident)
                 yield tile
-                if tma or residual or second or one_by_one:  # the rest split the loop
+                if tma or one_by_one:  # the rest split the loop
                     continue
                 for split in SPLITS[1:]:
                     if gemm.steps(tile) >= 4 * split:
@@ -165,6 +165,9 @@ def predicted_seconds(
     """What a convolution should take with a tile on a chip."""
     if tile.halo:
         return _halo_seconds(gemm, itemsize, tile, chip, residual)
+    if tile.split_k > 1 and second is not None:  # a kernel of its own; what it gives is added to the sums
+        branch = predicted_seconds(second, itemsize, replace(tile, split_k=1), chip)
+        return LAUNCH + branch + predicted_seconds(gemm, itemsize, tile, chip, residual=True)
     cost = conv_bn_act_cost(gemm, itemsize, tile, residual=residual, second=second)
     whole = Cost(cost.dram, cost.l2, gemm.tile_flops(tile) + (0 if second is None else second.tile_flops(tile)))
     steps = gemm.steps(tile) + (0 if second is None else second.steps(tile))

@@ -178,7 +178,7 @@ def bind_conv_bn_act(x, conv, other, epilogue, tile: Tile):
         conv: a `fused_resblock.params.Conv` whose weight is channels_last.
         other: an example of the residual `[N, K, H2, W2]`, of the shortcut's input `[N, C2, H2, W2]`, or None.
         epilogue: a `fused_resblock.params.Epilogue`; its shortcut is the second GEMM.
-        tile: with `persistent` 0.
+        tile: with `persistent` 0; with a shortcut its loop is not split.
 
     Returns:
         A function of x and other, alike in shape and channels_last, that gives y.

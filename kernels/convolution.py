@@ -82,6 +82,8 @@ def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None, *, over
             once and before they write that piece, do so.
     """
     tile = tile or choose(x, conv, other, epilogue, gpu_of(x.device))
+    if tile.split_k > 1 and epilogue.shortcut is not None:
+        return _bind_apart(x, conv, other, epilogue, tile)
     if tile.halo:
         from .conv_halo import bind_conv_halo
 
@@ -93,6 +95,14 @@ def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None, *, over
     if tile.persistent:
         return bind_conv_tma(x, conv, other, epilogue, tile, overwrite=overwrite)
     return bind_conv_bn_act(x, conv, other, epilogue, tile)
+
+
+def _bind_apart(x, conv, other, epilogue, tile: Tile):
+    """A split loop has one set of sums: the downsample branch is a convolution of its own, its result a residual."""
+    branch = bind_convolution(other, epilogue.shortcut, None, epilogue._replace(shortcut=None, relu=False))
+    residual = torch.empty(conv.output_shape(x), dtype=x.dtype, device="meta")
+    main = bind_conv_bn_act(x, conv, residual, epilogue._replace(shortcut=None), tile)
+    return lambda x, other: main(x, branch(other, None))
 
 
 def usable(entry: Entry | None, x, conv, other, epilogue) -> Tile | None:

@@ -37,7 +37,7 @@ def test_choice_is_a_tile_that_the_kernel_takes(m, n, k, taps, itemsize, kind, t
     assert tile.block_k * itemsize <= 128 or tile.block_k == 16
     assert taps == 1 or tile.persistent or tile.num_warps == 4, "pytorch#173068"
     assert not tile.persistent or (tma and gpu.tma)
-    assert tile.split_k == 1 or (kind == "plain" and not tile.persistent)
+    assert tile.split_k == 1 or not tile.persistent
     assert resident_programs(tile, itemsize, chip_of(gpu).shared, residual=residual, second=second is not None)
 
 

@@ -93,9 +93,8 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
             tile = Tile(block_m, min(block_n, width), block_k, warps, stages)
             if fits(tile) and block_n <= max(64, width):
                 yield tile
-    if second is None:
-        for block_m, block_n, warps in SPLIT:
-            for split in (2, 4, 8, 16):
-                tile = Tile(block_m, min(block_n, width), block_k, warps, 4, split)
-                if steps >= 4 * split and gemm.pieces(tile) < 2 * gpu.multiprocessors and fits(tile):
-                    yield tile
+    for block_m, block_n, warps in SPLIT:
+        for split in (2, 4, 8, 16):
+            tile = Tile(block_m, min(block_n, width), block_k, warps, 4, split)
+            if steps >= 4 * split and gemm.pieces(tile) < 2 * gpu.multiprocessors and fits(tile):
+                yield tile
