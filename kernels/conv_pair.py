@@ -131,20 +131,20 @@ def _ratio(scale, scale2):
 
 
 @gluon.jit
-def _scaled(acc, scale, vector):
+def scaled(acc, scale, vector):
     """`acc * scale` for a scale of each column, one a thread, which pass through shared memory."""
     vector.store(scale)
     return acc * vector.load(gl.SliceLayout(0, acc.type.layout))[None, :]
 
 
 @gluon.jit
-def _columns(acc, PARTS: gl.constexpr):
+def columns(acc, PARTS: gl.constexpr):
     """The columns of a matrix in so many pieces, side by side; they stay in their registers."""
     if PARTS == 1:
         return (acc,)
     else:  # what follows a return is compiled as well
         left, right = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute((0, 2, 1)).split()
-        return _columns(left, PARTS // 2) + _columns(right, PARTS // 2)
+        return columns(left, PARTS // 2) + columns(right, PARTS // 2)
 
 
 @gluon.jit
@@ -226,14 +226,14 @@ def _conv_pair_kernel(
             images, weights, memory, acc, ring, then, sizes, TILES_K, STEPS, ALL, PROGRAMS, SECOND=False
         )
         base, ratio = _ratio(scale, scale2)
-        acc = _scaled(acc, ratio, vector)
+        acc = scaled(acc, ratio, vector)
         acc, ring, then = _gemm(
             images, weights, memory, acc, ring, then, sizes, TILES_K, STEPS, ALL, PROGRAMS, SECOND=True
         )
         slot, before, phase = ring
         coming, n, p, q, k, step = then
         n_out, p_out, q_out, k_out = _place_of(tile, TILES_P, TILES_Q, y_desc, TILES_K, BLOCK_N)
-        sums = _columns(_scaled(acc, base, vector), PIECES)
+        sums = columns(scaled(acc, base, vector), PIECES)
         vector.store(shift + shift2)
         for piece in gl.static_range(PIECES):
             shift = vector.slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))

@@ -89,6 +89,10 @@ def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None, *, over
 
         return bind_conv_halo(x, conv, other, epilogue, tile, overwrite=overwrite)
     if tile.ring:
+        if epilogue.shortcut is None:
+            from .conv_ring import bind_conv_ring
+
+            return bind_conv_ring(x, conv, other, epilogue, tile, overwrite=overwrite)
         from .conv_pair import bind_conv_pair
 
         return bind_conv_pair(x, conv, other, epilogue, tile, overwrite=overwrite)

@@ -210,7 +210,7 @@ def shared_bytes(tile: Tile, itemsize: int, *, residual: bool = False, second: b
     With TMA a second GEMM's operands may be under way together with the first's; in a ring they take turns.
     """
     if tile.ring:
-        return shared_of(tile)
+        return shared_of(tile, residual=residual)
     operands = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
     operands *= 2 if second and tile.persistent else 1
     return operands + (tile.persistent > 0) * (1 + residual) * tile.block_m * tile.block_n * itemsize

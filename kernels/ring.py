@@ -1,4 +1,4 @@
-"""What `conv_pair` takes: both GEMMs of a block with a downsample branch, in one ring of loads, on Hopper."""
+"""What `conv_ring` and `conv_pair` take: a 1x1, or two of a block with a downsample branch, in a ring of loads, on Hopper."""
 
 from __future__ import annotations
 
@@ -22,23 +22,32 @@ def _steps_of(tile: Tile) -> int:
     return tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8) + 4 * tile.block_n
 
 
-def buffers_of(tile: Tile) -> int:
-    """How many pieces of 64 channels of the result find room beside the ring; 0 if not one does."""
+def _piece_of(tile: Tile) -> int:
+    """Bytes of 64 channels of the result, with a barrier for those of a residual."""
+    return 2 * tile.block_m * WIDTH + 8
+
+
+def buffers_of(tile: Tile, *, residual: bool = False) -> int:
+    """How many pieces of 64 channels of the result find room beside the ring; 0 if too few do.
+
+    One does without a residual. With one all of a tile have to, and those of two tiles are of use.
+    """
     free = SHARED // max(1, tile.persistent) - 1024 - _steps_of(tile)
-    pieces = min(tile.block_n // WIDTH, free // (2 * tile.block_m * WIDTH))
-    return 0 if pieces < 1 else 1 << pieces.bit_length() - 1  # a power of two divides their number
+    fit, pieces = free // _piece_of(tile), tile.block_n // WIDTH
+    if residual:
+        return 0 if fit < pieces else min(fit, 2 * pieces)
+    return 0 if fit < 1 else 1 << min(fit, pieces).bit_length() - 1  # a power of two divides their number
 
 
-def shared_of(tile: Tile) -> int:
-    """Bytes of shared memory of a program, with one piece of the result at least."""
-    return _steps_of(tile) + max(1, buffers_of(tile)) * 2 * tile.block_m * WIDTH
+def shared_of(tile: Tile, *, residual: bool = False) -> int:
+    """Bytes of shared memory of a program, with as many pieces of the result as it cannot do without."""
+    least = tile.block_n // WIDTH if residual else 1
+    return _steps_of(tile) + max(least, buffers_of(tile, residual=residual)) * _piece_of(tile)
 
 
 def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
-    """Why `conv_pair` cannot run a convolution that `conv_tma` can; None when it can."""
+    """Why `conv_ring`, or `conv_pair` with a shortcut, cannot run a convolution that `conv_tma` can; None when it can."""
     branch = epilogue.shortcut
-    if other is None or branch is None:
-        return "no downsample branch"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"{x.dtype}: only 16 bits"
     if not gpu_of(x.device).halo:
@@ -46,12 +55,12 @@ def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
     k, c, r, s = conv.weight.shape
     if (r, s) != (1, 1) or (conv.stride, conv.padding, conv.groups) != ((1, 1), (0, 0), 1):
         return "no plain 1x1"
-    if c % WIDTH or branch.weight.shape[1] % WIDTH or k % tile.block_n:
+    if c % WIDTH or (branch is not None and branch.weight.shape[1] % WIDTH) or k % tile.block_n:
         return f"channels that are no multiple of {WIDTH} or of the tile's"
     blocks = (tile.block_m, tile.block_n, tile.num_warps)
     if blocks not in BLOCKS or tile.block_k != WIDTH or tile.num_stages < 2 or not tile.persistent:
         return f"a tile {tile}"
-    return None if buffers_of(tile) else f"a tile {tile} that does not fit shared memory"
+    return None if buffers_of(tile, residual=other is not None and branch is None) else f"a tile {tile} that does not fit shared memory"
 
 
 def by_boxes(tile: Tile) -> Tile:
