@@ -75,7 +75,7 @@ def networks(rows: Rows) -> str:
         cells: dict[tuple[str, str, str], dict[str, str]] = {}
         for row in own:
             line = cells.setdefault((row["network"], row["part"], row["batch"]), {})
-            line[row["provider"].removesuffix("+graph")] = f"{float(row['median_ms']):.3f}"
+            line.setdefault(row["provider"].removesuffix("+graph"), f"{float(row['median_ms']):.3f}")
         lines = [[*key, *(line.get(name, NOT_MEASURED) for name in PROVIDERS)] for key, line in cells.items()]
         gpu, torch, triton, commit = marks
         head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. fp16, CUDA graphs, median milliseconds."

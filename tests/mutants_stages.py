@@ -13,8 +13,31 @@ def _stem(case: str, tile: str = "2x32") -> str:
     return f"tests/test_stem_kernel.py::test_every_case[{case}-{tile}]"
 
 
+_HOPPER = "tests/test_stem_hopper.py::test_compiled_kernel_is_right"
+
 #: (name, old text, new text, killers) by file.
 STAGES: dict[str, list[tuple[str, str, str, str]]] = {
+    "kernels/stem_hopper.py": [
+        (
+            "pair in front forgotten",
+            "    z = gl.maximum(z, _before(right, K), propagate_nan=tl.PropagateNan.ALL)\n",
+            "",
+            _HOPPER,
+        ),
+        (
+            "pooled column in front is the own one",
+            "gl.SliceLayout(0, LINES)) - 1, 0)",
+            "gl.SliceLayout(0, LINES)), 0)",
+            _HOPPER,
+        ),
+        ("pixels outside not zero", "return gl.where(inside[:, None], z, 0.0)", "return z", _HOPPER),
+        ("row below the image", "there = inside & (2 * i + 1 < P)", "there = inside", _HOPPER),
+        ("row above forgotten", "    if first > 0:\n", "    if first > first:\n", _HOPPER),
+        ("products under way are read", "    acc = warpgroup_mma_wait(0, [acc])\n    COLUMNS", "    COLUMNS", _HOPPER),
+        ("filter not waited for", "    mbarrier.wait(bar, 0)\n", "", _HOPPER),
+        ("image read before the wait", "    wait_for_input(PDL)\n", "", _HOPPER),
+        ("taps in their own order", ".permute(0, 1, 3, 4, 2, 5)", "", _HOPPER),
+    ],
     "kernels/expand_shift.py": [
         ("sign of the residual", "z += tl.load(residual,", "z -= tl.load(residual,", _stage("identity")),
         (
