@@ -93,7 +93,7 @@ def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
         yield Job(
             gpu.capability,
             name,
-            convolution_of(tile),
+            convolution_of(tile, shape),
             case,
             str(tile),
             launch,
@@ -108,9 +108,11 @@ def _conv(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Conv:
     return Conv(weight, None, _affine(k), (stride, stride), (size // 2, size // 2))  # type: ignore[arg-type]
 
 
-def convolution_of(tile: Tile) -> str:
-    """The kernel that a convolution's tile is for."""
-    return "conv_halo" if tile.halo else "conv_pair" if tile.ring else "conv_tma" if tile.persistent else "conv_bn_act"
+def convolution_of(tile: Tile, shape: ConvShape) -> str:
+    """The kernel that runs a convolution with a tile."""
+    if tile.ring:
+        return "conv_pair" if shape.shortcut else "conv_ring"
+    return "conv_halo" if tile.halo else "conv_tma" if tile.persistent else "conv_bn_act"
 
 
 def kernel_of(tile: StageTile) -> str:

@@ -162,7 +162,7 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
         for name in dtypes:
             for shape, _, tile, _ in shipped(gpu, name):
                 run = partial(convolution, capability, name, shape, tile)
-                kernel = convolution_of(tile)
+                kernel = convolution_of(tile, shape)
                 yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)
             for shape in tails.shapes(False):
                 for stage_tile in candidates(

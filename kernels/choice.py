@@ -54,6 +54,8 @@ RINGS = tuple(
     Tile(block_m, block_n, 64, 8, stages, persistent=programs, ring=True)
     for block_m, block_n, stages, programs in ((128, 256, 4, 1), (128, 128, 3, 2), (128, 128, 5, 1))
 )
+#: of `conv_ring` with a residual, whose pieces leave room for so many stages
+RESIDUAL_RINGS = tuple(Tile(128, n, 64, 8, stages, persistent=1, ring=True) for n, stages in ((256, 3), (128, 5)))
 
 
 def chip_of(gpu: Gpu) -> Ceilings:
@@ -140,11 +142,18 @@ def takes_halo(gemm: Gemm, itemsize: int, gpu: Gpu) -> bool:
     return fits and itemsize == 2 and gpu.halo
 
 
-def rings(gemm: Gemm, second: Gemm, itemsize: int, gpu: Gpu) -> list[Tile]:
-    """Tiles of `conv_pair` for 1x1s in 16 bits of whole steps and blocks, of which programs take several."""
-    if not gpu.halo or itemsize != 2 or gemm.taps > 1 or gemm.groups > 1 or gemm.k % WIDTH or second.k % WIDTH:
+def rings(gemm: Gemm, second: Gemm | None, itemsize: int, gpu: Gpu) -> list[Tile]:
+    """Tiles of `conv_pair`, or `conv_ring` with a residual, for 1x1s of whole steps, of which programs take several.
+
+    Where there are no more steps than GEMMs, smaller tiles without a ring, several a multiprocessor, are faster.
+    """
+    channels = [one.k for one in (gemm, second) if one is not None]
+    if not gpu.halo or itemsize != 2 or gemm.taps > 1 or gemm.groups > 1 or any(k % WIDTH for k in channels):
         return []
-    return [t for t in RINGS if gemm.n % t.block_n == 0 and gemm.pieces(t) >= 2 * t.persistent * gpu.multiprocessors]
+    if max(channels) <= WIDTH:
+        return []
+    tiles = RESIDUAL_RINGS if second is None else RINGS
+    return [t for t in tiles if gemm.n % t.block_n == 0 and gemm.pieces(t) >= 2 * t.persistent * gpu.multiprocessors]
 
 
 def _halo_seconds(gemm: Gemm, itemsize: int, tile: Tile, chip: Ceilings, residual: bool) -> float:
@@ -211,7 +220,7 @@ def ranked(
     kinds = (True, False) if tma and gpu.tma and not ieee else (False,)
     options = {"residual": residual, "second": second is not None, "gpu": gpu, "ieee": ieee}
     tiles = [tile for kind in kinds for tile in candidates(gemm, itemsize, tma=kind, **options)]  # type: ignore[arg-type]
-    if tma and second is not None:
+    if tma and (residual or second is not None):
         tiles += rings(gemm, second, itemsize, gpu)
 
     def order(tile: Tile) -> tuple[int, bool, int]:

@@ -131,7 +131,7 @@ def _ratio(scale, scale2):
 
 
 @gluon.jit
-def scaled(acc, scale, vector):
+def _scaled(acc, scale, vector):
     """`acc * scale` for a scale of each column, one a thread, which pass through shared memory."""
     vector.store(scale)
     return acc * vector.load(gl.SliceLayout(0, acc.type.layout))[None, :]
@@ -226,14 +226,14 @@ def _conv_pair_kernel(
             images, weights, memory, acc, ring, then, sizes, TILES_K, STEPS, ALL, PROGRAMS, SECOND=False
         )
         base, ratio = _ratio(scale, scale2)
-        acc = scaled(acc, ratio, vector)
+        acc = _scaled(acc, ratio, vector)
         acc, ring, then = _gemm(
             images, weights, memory, acc, ring, then, sizes, TILES_K, STEPS, ALL, PROGRAMS, SECOND=True
         )
         slot, before, phase = ring
         coming, n, p, q, k, step = then
         n_out, p_out, q_out, k_out = _place_of(tile, TILES_P, TILES_Q, y_desc, TILES_K, BLOCK_N)
-        sums = columns(scaled(acc, base, vector), PIECES)
+        sums = columns(_scaled(acc, base, vector), PIECES)
         vector.store(shift + shift2)
         for piece in gl.static_range(PIECES):
             shift = vector.slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))
@@ -291,7 +291,7 @@ def bind_conv_pair(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fa
             *layer_vectors(branch),
             *(count, -(-h // box.rows), -(-w // box.columns)),
             *(c, c2, k, eps_of(conv.norm), eps_of(branch.norm), epilogue.relu),
-            *(tile.num_stages, buffers_of(tile), programs),
+            *(tile.num_stages, buffers_of(tile, second=True), programs),
         ),
         x.device,
         num_warps=tile.num_warps,

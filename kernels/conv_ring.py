@@ -1,9 +1,9 @@
 """`conv_bn_act` for 1x1s of stride 1 on Hopper: loads run ahead through a ring, and residuals come before their sums.
 
-`conv_tma` asks for a tile's residual when its sums are ready, and then waits for it. Here TMA runs `STAGES - 1` steps of
-64 channels ahead of the matrix units, from one tile to the next, and residuals come piece by piece, of 64 channels of a
-tile, into the buffers that y leaves by: as soon as a piece of y has been read out, its buffer takes the next residual
-that has none, up to two tiles ahead.
+`conv_tma` asks for a tile's residual when its sums are ready, and then waits for it. Here TMA runs `STAGES - 1` steps
+of 64 channels ahead of the matrix units, from one tile to the next. The residual comes in pieces, 64 channels of a
+tile, to the buffers that y leaves by: once a piece of y has been read out, its buffer takes the next piece of the
+residual that has none, up to two tiles ahead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .boxes import Descriptors, unaligned
-from .conv_pair import columns, scaled
+from .conv_pair import columns
 from .conv_tma import bind_conv_tma
 from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
@@ -64,7 +64,7 @@ def _load_residual(
     PIECES: gl.constexpr,
     PROGRAMS: gl.constexpr,
 ):
-    """Ask for a piece of the residual of this tile or a later one, if there is one; its barrier tells when it is here."""
+    """Ask for a piece of the residual of this tile or a later one, if there is such a tile."""
     pieces, come = memory
     tile += turn // PIECES * PROGRAMS
     m, k = tile // TILES_K * desc.block_shape[0], (tile % TILES_K * PIECES + turn % PIECES) * desc.block_shape[1]
@@ -111,7 +111,7 @@ def _conv_ring_kernel(
     pixels = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, WIDTH], MATRIX)
     filters = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, WIDTH], MATRIX)
     pieces = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_M, WIDTH], MATRIX)  # a residual comes, y leaves
-    vector = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    vectors = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     come = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for bar in gl.static_range(STAGES):
@@ -153,12 +153,14 @@ def _conv_ring_kernel(
                 slot = 0
                 phase ^= 1
         acc = warpgroup_mma_wait(0, [acc])
-        sums = columns(scaled(acc, scale, vector), PIECES)
-        vector.store(shift)
+        vectors.index(0).store(scale)
+        vectors.index(1).store(shift)
+        sums = columns(acc, PIECES)
         for piece in gl.static_range(PIECES):
             buffer = pieces.index(place)
-            shift = vector.slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))
-            z = gl.convert_layout(sums[piece], PIECE, assert_trivial=True) + shift[None, :]
+            scale = vectors.index(0).slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))
+            shift = vectors.index(1).slice(piece * WIDTH, WIDTH).load(gl.SliceLayout(0, PIECE))
+            z = gl.convert_layout(sums[piece], PIECE, assert_trivial=True) * scale[None, :] + shift[None, :]
             if RESIDUAL:
                 mbarrier.wait(come.index(place), turned)
                 z += buffer.load(PIECE).to(gl.float32)

@@ -210,7 +210,7 @@ def shared_bytes(tile: Tile, itemsize: int, *, residual: bool = False, second: b
     With TMA a second GEMM's operands may be under way together with the first's; in a ring they take turns.
     """
     if tile.ring:
-        return shared_of(tile, residual=residual)
+        return shared_of(tile, residual=residual, second=second)
     operands = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
     operands *= 2 if second and tile.persistent else 1
     return operands + (tile.persistent > 0) * (1 + residual) * tile.block_m * tile.block_n * itemsize
@@ -221,7 +221,7 @@ def register_count(tile: Tile, *, residual: bool = False, second: bool = False) 
 
     A piece's accumulators, twice with a residual (it is held beside them) or a second GEMM; the rest is addresses, of
     which a second GEMM without TMA has twice as many. `conv_pair` has one accumulator for both GEMMs, and half as many
-    registers for the columns' scales.
+    registers for the columns' scales; `conv_ring` as many.
     """
     accumulators = tile.block_m * tile.block_n // (32 * tile.num_warps)
     if tile.ring:

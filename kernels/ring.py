@@ -1,4 +1,4 @@
-"""What `conv_ring` and `conv_pair` take: a 1x1, or two of a block with a downsample branch, in a ring of loads, on Hopper."""
+"""What `conv_ring` and `conv_pair` take: a 1x1, or both of a downsample branch, in a ring of loads, on Hopper."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ SHARED = 228 << 10
 BLOCKS = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 256, 8), (256, 128, 8))
 
 
-def _steps_of(tile: Tile) -> int:
-    """Bytes of the ring, with a barrier a step, and of an fp32 vector."""
-    return tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8) + 4 * tile.block_n
+def _steps_of(tile: Tile, second: bool) -> int:
+    """Bytes of the ring, with a barrier a step, and of fp32 vectors: `conv_pair` has one at a time, `conv_ring` two."""
+    ring = tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8)
+    return ring + (4 if second else 8) * tile.block_n + 8  # barriers begin at multiples of 16 bytes
 
 
 def _piece_of(tile: Tile) -> int:
-    """Bytes of 64 channels of the result, with a barrier for those of a residual."""
+    """Bytes of 64 channels of the result, with the barrier of those of a residual."""
     return 2 * tile.block_m * WIDTH + 8
 
 
-def buffers_of(tile: Tile, *, residual: bool = False) -> int:
+def buffers_of(tile: Tile, *, residual: bool = False, second: bool = False) -> int:
     """How many pieces of 64 channels of the result find room beside the ring; 0 if too few do.
 
-    One does without a residual. With one all of a tile have to, and those of two tiles are of use.
+    One is enough without a residual. With one all of a tile have to, and those of two tiles are of use.
     """
-    free = SHARED // max(1, tile.persistent) - 1024 - _steps_of(tile)
+    free = SHARED // max(1, tile.persistent) - 1024 - _steps_of(tile, second)
     fit, pieces = free // _piece_of(tile), tile.block_n // WIDTH
     if residual:
         return 0 if fit < pieces else min(fit, 2 * pieces)
     return 0 if fit < 1 else 1 << min(fit, pieces).bit_length() - 1  # a power of two divides their number
 
 
-def shared_of(tile: Tile, *, residual: bool = False) -> int:
+def shared_of(tile: Tile, *, residual: bool = False, second: bool = False) -> int:
     """Bytes of shared memory of a program, with as many pieces of the result as it cannot do without."""
     least = tile.block_n // WIDTH if residual else 1
-    return _steps_of(tile) + max(least, buffers_of(tile, residual=residual)) * _piece_of(tile)
+    pieces = max(least, buffers_of(tile, residual=residual, second=second))
+    return _steps_of(tile, second) + pieces * _piece_of(tile)
 
 
 def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
-    """Why `conv_ring`, or `conv_pair` with a shortcut, cannot run a convolution that `conv_tma` can; None when it can."""
+    """Why `conv_ring`, with a shortcut `conv_pair`, cannot run a convolution that `conv_tma` can; None when it can."""
     branch = epilogue.shortcut
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"{x.dtype}: only 16 bits"
@@ -60,7 +62,9 @@ def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
     blocks = (tile.block_m, tile.block_n, tile.num_warps)
     if blocks not in BLOCKS or tile.block_k != WIDTH or tile.num_stages < 2 or not tile.persistent:
         return f"a tile {tile}"
-    return None if buffers_of(tile, residual=other is not None and branch is None) else f"a tile {tile} that does not fit shared memory"
+    second = branch is not None
+    pieces = buffers_of(tile, residual=other is not None and not second, second=second)
+    return None if pieces else f"a tile {tile} that does not fit shared memory"
 
 
 def by_boxes(tile: Tile) -> Tile:

@@ -30,8 +30,8 @@ class Tile:
 
     With `split_k` above 1 that many programs share the taps and channels of each piece. With `persistent` above 0 so
     many programs a multiprocessor stay resident and take piece after piece, which TMA moves (`conv_tma`); 0 is a
-    program a piece (`conv_bn_act`). With `halo` the taps come from shared memory, too (`conv_halo`). With `ring` both
-    GEMMs of a downsample branch go through one ring of `num_stages` loads (`conv_pair`).
+    program a piece (`conv_bn_act`). With `halo` the taps come from shared memory, too (`conv_halo`). With `ring` a 1x1,
+    or both of a downsample branch, go through a ring of `num_stages` loads (`conv_ring`, `conv_pair`).
     """
 
     block_m: int

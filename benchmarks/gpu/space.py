@@ -27,6 +27,11 @@ RINGS = (
     *((128, 256, 8, 4, 1), (128, 256, 8, 3, 1), (256, 128, 8, 4, 1), (128, 128, 8, 6, 1), (128, 128, 8, 5, 1)),
     *((128, 128, 8, 3, 2), (128, 128, 8, 2, 2), (64, 128, 4, 4, 2), (64, 64, 4, 4, 3)),
 )
+#: likewise, where a residual takes its room
+RESIDUAL_RINGS = (
+    *((128, 256, 8, 3, 1), (128, 256, 8, 2, 1), (256, 128, 8, 3, 1), (128, 128, 8, 5, 1), (128, 128, 8, 4, 1)),
+    *((128, 128, 8, 6, 1), (128, 128, 8, 2, 2), (128, 64, 8, 3, 2), (64, 128, 4, 3, 2), (64, 128, 4, 2, 3)),
+)
 BOXES = (*POINTERS, (128, 256, 8), (256, 128, 8), (64, 256, 8))
 SPLIT = ((64, 64, 4), (64, 32, 4), (128, 64, 8))
 
@@ -75,7 +80,8 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
 
     if gpu.halo and conv_refusal(*arguments, HALO) is None:
         yield HALO
-    for block_m, block_n, warps, stages, programs in RINGS:
+    rings = RESIDUAL_RINGS if residual else RINGS if second is not None else ()
+    for block_m, block_n, warps, stages, programs in rings:
         tile = Tile(block_m, block_n, 64, warps, stages, persistent=programs, ring=True)
         if gpu.tma and refusal(*arguments, ring.by_boxes(tile)) is None and ring.refusal(*arguments, tile) is None:
             yield tile
