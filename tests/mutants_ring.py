@@ -1,9 +1,10 @@
-"""Faults of the kernel that runs two GEMMs through one ring of loads, and the tests that must notice each."""
+"""Faults of the kernels that run one GEMM or two through a ring of loads, and the tests that must notice each."""
 
 from __future__ import annotations
 
 _COMPILED = "tests/test_ring.py::test_compiled_kernel_is_right[fp16]"
 _SPECIAL = "tests/test_ring.py::test_scales_of_all_sizes_nan_and_what_no_descriptor_names"
+_RESIDUALS = "tests/test_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names"
 _TAKES = "tests/test_ring.py::test_convolutions_that_it_takes"
 
 #: (name, old text, new text, killers) by file.
@@ -25,6 +26,27 @@ RING: dict[str, list[tuple[str, str, str, str]]] = {
         ("no scale at all", "tl.where(base == 0.0, 0.0, scale / base)", "scale / base", _SPECIAL),
         ("ReLU of both forgotten", "if APPLY_RELU:", "if False:", _COMPILED),
     ],
+    "kernels/conv_ring.py": [
+        (
+            "slot under way overwritten by one GEMM's loads",
+            "acc = warpgroup_mma_wait(1, [acc])",
+            "acc = warpgroup_mma_wait(2, [acc])",
+            _COMPILED,
+        ),
+        ("residual not waited for", "mbarrier.wait(come.index(place), turned)", "pass", _RESIDUALS),
+        ("residual's phase never turns", "turned ^= 1", "turned ^= 0", _RESIDUALS),
+        ("residual over a piece that leaves", "tma.store_wait(LAG)", "tma.store_wait(LAG + 1)", _RESIDUALS),
+        ("residual of another tile", "    tile += turn // PIECES * PROGRAMS\n", "", _RESIDUALS),
+        ("piece that leaves is overwritten without a residual", "tma.store_wait(BUFFERS - 1)", "pass", _COMPILED),
+        (
+            "overwritten unasked",
+            "in_place = overwrite and other is not None",
+            "in_place = other is not None",
+            _RESIDUALS,
+        ),
+        ("residual asked for before the wait", "    wait_for_input(PDL)\n", "", _COMPILED),
+        ("ReLU of one GEMM forgotten", "if APPLY_RELU:", "if False:", _COMPILED),
+    ],
     "kernels/ring.py": [
         (
             "a stride of the first 1x1 taken",
@@ -32,6 +54,17 @@ RING: dict[str, list[tuple[str, str, str, str]]] = {
             "(conv.padding, conv.groups) != ((0, 0), 1)",
             _TAKES,
         ),
-        ("channels of the branch unasked", " or branch.weight.shape[1] % WIDTH", "", _TAKES),
+        (
+            "channels of the branch unasked",
+            " or (branch is not None and branch.weight.shape[1] % WIDTH)",
+            "",
+            _TAKES,
+        ),
+        (
+            "a residual with too few pieces",
+            "return 0 if fit < pieces else min(fit, 2 * pieces)",
+            "return min(fit, 2 * pieces)",
+            "tests/test_ring.py::test_a_residual_needs_room_for_all_pieces_of_a_tile",
+        ),
     ],
 }
