@@ -182,3 +182,19 @@ def test_out_of_memory_is_not_the_tiles_fault():
     run = triton_backend._guarded(full, "tile", lambda: pytest.fail("another tile would not help"))
     with pytest.raises(torch.OutOfMemoryError):
         run(None, None)
+
+
+def test_what_a_tuned_tile_was_bound_with_is_let_go():
+    import gc
+    import weakref
+
+    from fused_resblock.backends import triton
+
+    x = torch.ones(3)
+    alive = weakref.ref(x)
+    run = triton._guarded(lambda x, other: x + 1, "tile", lambda x=x: x)
+    assert torch.equal(run(torch.zeros(3), None), torch.ones(3))
+    del x
+    gc.collect()
+    assert alive() is None
+    assert torch.equal(run(torch.zeros(3), None), torch.ones(3))

@@ -201,8 +201,12 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured
 
 
 def _guarded(run: Any, name: str, otherwise: Any) -> Any:
-    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds."""
+    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds.
+
+    That holds the activations that it was made with, and is let go as soon as the tile has run.
+    """
     chosen: list[Any] = []
+    left = [otherwise]
 
     def first(x: Tensor, other: Any) -> Any:
         if chosen:
@@ -211,12 +215,13 @@ def _guarded(run: Any, name: str, otherwise: Any) -> Any:
             y = run(x, other)
             chosen.append(run)
         except Exception as error:  # the compiler, the loader and the driver fail in ways of their own
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) or not left:
                 raise
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             tuned.warn_once(f"tuned tile {name} does not run here ({why}); a tile is predicted instead")
-            chosen.append(otherwise())
+            chosen.append(left[0]())
             y = chosen[0](x, other)
+        left.clear()
         return y
 
     return first
