@@ -195,10 +195,10 @@ def _kept(dtype: torch.dtype) -> tl.dtype:
 
 
 def _on_hopper(x, packed) -> bool:
-    """Whether `stem_hopper` runs: 16-bit values, blocks of 64 output channels, a filter that fits the registers."""
+    """Whether `stem_hopper` runs: 16-bit values, blocks of 64 output channels, a filter of seven rows and columns."""
     k, r, taps = packed.shape
-    wide = x.element_size() != 2 or k % 64 or r * taps > 256
-    return not (wide or interpreted()) and gpu_of(x.device).halo
+    fits = x.element_size() == 2 and k % 64 == 0 and (r, taps) == (7, 32)
+    return fits and not interpreted() and gpu_of(x.device).halo
 
 
 def _launch_of(dtype: torch.dtype, packed, norm, eps: float, sizes, images: int, tile: StemTile) -> Launch:

@@ -3,8 +3,9 @@
 The same arithmetic on the same copy of the image. A thread of a warpgroup multiplies pixels g and g + 8 of sixteen:
 here those are the two columns of the convolution of which a pooled pixel keeps the larger, and the sixteen of a warp
 are eight pooled pixels, the first of them the one in front that the second needs. So the pool stays within a warp, and
-28 pooled columns are a tile of 64: two of them are ResNet's 56. The windows of a whole filter are asked for before the
-first product; three programs a multiprocessor hide what is left of the way to L1. 16-bit images alone.
+28 pooled columns are a tile of 64: two of them are ResNet's 56. A row of the convolution shares five of its seven rows
+of the image with the next one: their windows stay in registers, and the other two are asked for while products are
+under way. 16-bit images and seven rows of a filter alone.
 """
 
 from __future__ import annotations
@@ -45,43 +46,32 @@ def _pixels(
 
 @gluon.jit
 def _row(
-    windows,  # [64, TAPS] pointers to the windows of a row of pixels, for the filter's first row
-    w_smem,  # [R, K, TAPS], its taps in the order of `matrix_order`
-    zeros,  # [64, K]
+    x,  # seven rows of the image, each [64, TAPS] as `_pixels` gives it
+    coming,  # [64, TAPS] pointers to the windows of the two rows behind them
+    pitch,
+    w_smem,  # [7, K, TAPS], its taps in the order of `matrix_order`
     norm,  # [2, K] scale and shift, which would take too many registers
     inside,  # [64] whether there is such a pixel
-    pitch,  # elements of a row of the copy
+    zeros,  # [64, K]
 ):
-    """A row of norm(conv), [64, K] in fp32, before the ReLU; 0 where there is no pixel."""
-    R: gl.constexpr = w_smem.shape[0]
+    """A row of norm(conv), [64, K] in fp32, before the ReLU, 0 where there is no pixel; and the next row's seven."""
     MMA: gl.constexpr = zeros.type.layout
-    EARLY: gl.constexpr = (R + 1) // 2  # rows of the filter that are multiplied while the others' pixels come
-    x = (gl.load(windows),)
-    for r in gl.static_range(1, EARLY):
-        x = x + (gl.load(windows + r * pitch),)  # noqa: RUF005  # Triton knows no starred tuple
     acc = zeros
-    for r in gl.static_range(EARLY):
-        b = w_smem.index(r).permute((1, 0))
-        acc = warpgroup_mma(_pixels(x[r], MMA), b, acc, use_acc=r > 0, is_async=True)
-    if R > EARLY:
-        y = (gl.load(windows + EARLY * pitch),)
-        for r in gl.static_range(EARLY + 1, R):
-            y = y + (gl.load(windows + r * pitch),)  # noqa: RUF005
-        acc = warpgroup_mma_wait(0, [acc])
-        for r in gl.static_range(EARLY, R):
-            b = w_smem.index(r).permute((1, 0))
-            acc = warpgroup_mma(_pixels(y[r - EARLY], MMA), b, acc, is_async=True)
+    for r in gl.static_range(7):
+        acc = warpgroup_mma(x[r], w_smem.index(r).permute((1, 0)), acc, use_acc=r > 0, is_async=True)
+    first, second = gl.load(coming), gl.load(coming + pitch)  # on their way while the products are
     acc = warpgroup_mma_wait(0, [acc])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     z = acc * norm.index(0).load(COLUMNS)[None, :] + norm.index(1).load(COLUMNS)[None, :]
-    return gl.where(inside[:, None], z, 0.0)
+    x = (x[2], x[3], x[4], x[5], x[6], _pixels(first, MMA), _pixels(second, MMA))
+    return gl.where(inside[:, None], z, 0.0), x
 
 
 @gluon.jit
 def _stem_hopper_kernel(
     x_ptr,  # [N, HEIGHT, WIDTH, 4] as `stem` leaves it
     y_ptr,  # [N, P2, Q2, CHANNELS]
-    w_desc,  # [CHANNELS, R*TAPS]
+    w_desc,  # [CHANNELS, 7*TAPS]
     bias_ptr,  # [CHANNELS], or None
     mean_ptr,  # [CHANNELS], or None for no normalisation
     var_ptr,
@@ -94,7 +84,6 @@ def _stem_hopper_kernel(
     HEIGHT,
     WIDTH,
     CHANNELS: gl.constexpr,
-    R: gl.constexpr,
     TAPS: gl.constexpr,
     EPS: gl.constexpr,
     ROWS: gl.constexpr,  # pooled rows of a program
@@ -107,13 +96,13 @@ def _stem_hopper_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
 
-    w_smem = gl.allocate_shared_memory(dtype, [R, K, TAPS], w_desc.layout)
+    w_smem = gl.allocate_shared_memory(dtype, [7, K, TAPS], w_desc.layout)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     fence_async_shared()
     k = gl.program_id(2) * K
-    mbarrier.expect(bar, 2 * R * K * TAPS)
-    for r in gl.static_range(R):
+    mbarrier.expect(bar, 2 * 7 * K * TAPS)
+    for r in gl.static_range(7):
         tma_load(w_desc, [k, r * TAPS], bar, w_smem.index(r))
 
     tiles_q = gl.cdiv(Q2, 28)
@@ -121,6 +110,7 @@ def _stem_hopper_kernel(
     q0 = gl.program_id(0) % tiles_q * 28 - 1  # the pooled column in front of the tile
     image = x_ptr + gl.program_id(1).to(gl.int64) * HEIGHT * WIDTH * 4
     pitch = WIDTH * 4
+    last = HEIGHT - 2  # two rows can be read from here
     m = gl.arange(0, 64, gl.SliceLayout(1, PIXELS))
     q = 2 * (q0 + m // 16 * 7 + m % 8) + m // 8 % 2
     taps = gl.arange(0, TAPS, gl.SliceLayout(0, PIXELS))
@@ -142,18 +132,24 @@ def _stem_hopper_kernel(
     out = y_ptr + gl.program_id(1).to(gl.int64) * P2 * Q2 * CHANNELS + targets
     zeros = gl.zeros([64, K], gl.float32, MMA)
     wait_for_input(PDL)
+    row = gl.maximum(4 * first - 2, 0)  # of the image, where the next row of the convolution begins
+    x = (_pixels(gl.load(windows + row * pitch), MMA),)
+    for r in gl.static_range(1, 7):
+        x = x + (_pixels(gl.load(windows + (row + r) * pitch), MMA),)  # noqa: RUF005  # Triton knows no starred tuple
     mbarrier.wait(bar, 0)
     above = gl.zeros([64, K], dtype, MMA)  # the last row of the convolution that the pooled row shares
     if first > 0:
-        row = windows + (2 * first - 1) * 2 * pitch
-        above = _row(row, w_smem, zeros, norm, inside, pitch).to(dtype)
+        z, x = _row(x, windows + (row + 7) * pitch, pitch, w_smem, norm, inside, zeros)
+        above = z.to(dtype)
+        row += 2
     for i in range(first, gl.minimum(first + ROWS, P2)):
-        row = windows + 4 * i * pitch
-        even = _row(row, w_smem, zeros, norm, inside, pitch).to(dtype)
-        z = gl.maximum(above, even, propagate_nan=tl.PropagateNan.ALL)
+        z, x = _row(x, windows + gl.minimum(row + 7, last) * pitch, pitch, w_smem, norm, inside, zeros)
+        z = gl.maximum(above, z.to(dtype), propagate_nan=tl.PropagateNan.ALL)
+        row += 2
         there = inside & (2 * i + 1 < P)
-        row = windows + (4 * i + 2 * (2 * i + 1 < P).to(gl.int32)) * pitch
-        above = _row(row, w_smem, zeros, norm, there, pitch).to(dtype)
+        odd, x = _row(x, windows + gl.minimum(row + 7, last) * pitch, pitch, w_smem, norm, there, zeros)
+        row += 2
+        above = odd.to(dtype)
         z = gl.maximum(z, above, propagate_nan=tl.PropagateNan.ALL)
         left, right = z.reshape([4, 2, 8, K]).permute([0, 2, 3, 1]).split()
         z = gl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
@@ -195,11 +191,11 @@ def choose_rows(programs: int, rows: int, multiprocessors: int) -> int:
     Args:
         programs: for each range of rows.
         rows: of the pooled output.
-        multiprocessors: of the chip; each holds three programs.
+        multiprocessors: of the chip; each holds two programs.
     """
 
     def steps(count: int) -> int:  # rows of the convolution one after another; to begin takes as long as three
-        waves = -(-programs * -(-rows // count) // (3 * multiprocessors))
+        waves = -(-programs * -(-rows // count) // (2 * multiprocessors))
         return waves * (2 * count + 4)
 
     return min(range(1, 17), key=steps)
@@ -225,8 +221,7 @@ def launch_of(packed: torch.Tensor, norm: tuple, eps: float, sizes: tuple[int, .
     return Launch(
         _stem_hopper_kernel,
         (-(-p2 // rows) * across, images, k // WIDTH),
-        (filters, *norm, *sizes, k, r, taps, eps, rows, _windows(taps)),
+        (filters, *norm, *sizes, k, taps, eps, rows, _windows(taps)),
         packed.device,
         num_warps=4,
-        maxnreg=168,
     )
