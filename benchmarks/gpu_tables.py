@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from .gpu import goals
 from .tables import NOT_MEASURED, markdown
 
 Rows = Sequence[Mapping[str, str]]
 #: columns of a GPU's table, by the providers of `benchmarks.gpu.networks`
-PROVIDERS = ("eager", "folded", "cudnn", "compile", "max-autotune", "fused", "stages")
+PROVIDERS = ("eager", "cudnn", "compile", "max-autotune", "fused")
 
 
 def _ms(us: str) -> str:
-    return f"{float(us) / 1e3:.2f}"
+    return us if us == NOT_MEASURED else f"{float(us) / 1e3:.2f}"
 
 
 def roofline(rows: Rows) -> str:
@@ -25,7 +26,7 @@ def roofline(rows: Rows) -> str:
     columns += ("predicted_l2_whole_us",)
     headers = ["network", "floor of eager", "of conv by conv", "of stages", "of whole blocks"]
     headers += ["predicted, conv by conv", "predicted, with stages", "predicted, blocks in L2", "measured"]
-    lines = [[row["network"], *(_ms(row[c]) for c in columns), row["measured_us"]] for row in bodies]
+    lines = [[row["network"], *(_ms(row[c]) for c in columns), _ms(row["measured_us"])] for row in bodies]
     told = f"{first['chip']}, batch {first['batch']}, {8 * int(first['itemsize'])}-bit elements, milliseconds."
     return f"{told}\n\n{markdown(headers, lines, numbers=8)}"
 
@@ -64,20 +65,42 @@ def emulated(rows: Rows) -> str:
     return markdown(headers, lines, numbers=3)
 
 
+def judged(rows: Rows) -> str:
+    """What is meant to be reached on a GPU, and what was."""
+    if not rows:
+        return NOT_MEASURED
+    return markdown(["goal", "measured", "met"], [list(line) for line in goals.judge(rows)], numbers=0)
+
+
 def networks(rows: Rows) -> str:
-    """Per GPU and versions: median milliseconds of every provider, as CUDA graphs."""
+    """Per GPU and versions: median milliseconds of every provider, as CUDA graphs.
+
+    Behind them the best other provider's time over that of the fused network (where its groups differ, the least), and
+    the memory that it takes beside weights and input over eager's.
+    """
     timed = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]
     if not timed:
         return NOT_MEASURED
+    headers = ["network", "part", "batch", *PROVIDERS, "best other / fused", "memory / eager's"]
+    memory: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in rows:
+        memory.setdefault((row["network"], row["part"], row["batch"], row["commit"]), []).append(row)
     text = []
     for marks in dict.fromkeys((row["gpu"], row["torch"], row["triton"], row["commit"]) for row in timed):
         own = [row for row in timed if (row["gpu"], row["torch"], row["triton"], row["commit"]) == marks]
         cells: dict[tuple[str, str, str], dict[str, str]] = {}
+        of_case: dict[tuple[str, str, str], list[Mapping[str, str]]] = {}
         for row in own:
-            line = cells.setdefault((row["network"], row["part"], row["batch"]), {})
+            case = row["network"], row["part"], row["batch"]
+            line = cells.setdefault(case, {})
+            of_case.setdefault(case, []).append(row)
             line.setdefault(row["provider"].removesuffix("+graph"), f"{float(row['median_ms']):.3f}")
-        lines = [[*key, *(line.get(name, NOT_MEASURED) for name in PROVIDERS)] for key, line in cells.items()]
+        lines = []
+        for key, line in cells.items():
+            told = [line.get(name, NOT_MEASURED) for name in PROVIDERS]
+            best, used = goals.speedup(of_case[key]), goals.memory(memory.get((*key, marks[3]), ()))
+            lines.append([*key, *told, f"{best:.2f}x" if best else "", f"{used:.2f}x" if used else ""])
         gpu, torch, triton, commit = marks
         head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. fp16, CUDA graphs, median milliseconds."
-        text.append(f"{head}\n\n{markdown(['network', 'part', 'batch', *PROVIDERS], lines, numbers=8)}")
+        text.append(f"{head}\n\n{markdown(headers, lines, numbers=8)}")
     return "\n\n".join(text)

@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "codegen": lambda s: gpu_tables.codegen(s.codegen),
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
     "gpu": lambda s: gpu_tables.networks(s.gpu),
+    "gpu-goals": lambda s: gpu_tables.judged(s.gpu),
 }
 _OPEN = re.compile(r"^<!-- table:(?P<name>.*?) -->$")
 _CLOSE = "<!-- /table -->"

@@ -268,15 +268,27 @@ def read_ceilings(path: Path | None) -> Ceilings:
         raise ValueError(f"ceilings must hold {needed}, got no {error}") from None
 
 
+def read_measured(path: Path | None) -> dict[tuple[str, str], float]:
+    """Microseconds of whole fused networks as CUDA graphs, by network and batch; with the classifier."""
+    if path is None:
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "ok" and row["group"] == "main"]
+    rows = [row for row in rows if (row["part"], row["provider"]) == ("whole", "fused+graph")]
+    return {(row["network"], row["batch"]): round(1e3 * float(row["median_ms"]), 1) for row in rows}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the CSV."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--ceilings", type=Path, metavar="FILE.json", help="of a measured chip")
+    parser.add_argument("--measured", type=Path, metavar="FILE.csv", help="what `make gpu-bench` measured on it, fp16")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--itemsize", type=int, default=2, choices=(2, 4), help="bytes of an element")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.csv")
     args = parser.parse_args(argv)
     chip = read_ceilings(args.ceilings)
+    measured = read_measured(args.measured)
     rows = []
     for network in DEPTHS:
         total, blocks = network_floors(network, args.batch, args.itemsize, chip)
@@ -284,7 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = [("stem", 1, stem), *blocks, ("body", 1, total), ("stem and body", 1, stem + total)]
         for block, count, floors in parts:
             micros = [round(1e6 * value, 1) for value in vars(floors).values()]
-            rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, "not measured"])
+            seen = measured.get((network, str(args.batch))) if block == "stem and body" else None
+            rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, seen or "not measured"])
     headers = ["chip", "network", "batch", "itemsize", "block", "count"]
     headers += ["eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us"]
     headers += ["predicted_l2_whole_us", "measured_us"]

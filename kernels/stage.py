@@ -9,7 +9,7 @@ from .choice import chip_of
 from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, expand_shift_halo_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
 from .expand_shift_tma import bind_expand_shift_tma
-from .gpu import Gpu, triton_release
+from .gpu import Gpu
 from .halo import PIXELS, boxes_of, halo_buffers, tail_refusal
 from .tiles import StageTile
 
@@ -37,7 +37,6 @@ MORE = {
     (64, True): ((128, 32, 8),),
     (128, False): ((128, 32, 16), (64, 32, 4)),
     (128, True): ((128, 32, 8),),
-    (256, False): ((128, 32, 8),),
 }
 SMALL_SHARED = 100 << 10  # shared memory of GeForce and workstation chips, where the widest tiles are too large
 
@@ -83,11 +82,12 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     if known > widest:
         return []
     tma = gpu.tma and gpu.capability != 90
-    blocks = TILES[gpu.tma, known, second]
+    blocks = TILES[tma, known, second]
     stages, chunk_stages = (3 if itemsize == 2 else 2), 2
-    if gpu.capability == 90 and itemsize == 2:
-        if known < 256 or triton_release() < (3, 9):  # with Triton 3.9, 128 rows of 256 channels spill
-            blocks += MORE.get((known, second), ())
+    if gpu.capability == 90 and known == 128 and itemsize == 4:  # four warps have too few registers
+        blocks = ((64, 32, 8),)
+    elif gpu.capability == 90 and itemsize == 2:
+        blocks += tuple(block for block in MORE.get((known, second), ()) if block not in blocks)
     elif gpu.capability // 10 == 10 and second and itemsize == 4:  # all accumulators pass through registers
         blocks = ((64, 32, 4),)
     elif chip_of(gpu).shared <= SMALL_SHARED and (known == 256 or itemsize == 4):

@@ -55,5 +55,10 @@ def poisoned_memory():
     """`torch.empty` gives NaN, so that an output that nobody wrote cannot pass for a result; seeds are fixed."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    tf32 = torch.cuda.is_available() and torch.backends.cudnn.allow_tf32
+    if tf32:  # fp32 is held against fp32: of some shapes cuDNN computes in TF32, of others not
+        torch.backends.cudnn.allow_tf32 = False
     yield
+    if tf32:
+        torch.backends.cudnn.allow_tf32 = True
     torch.use_deterministic_algorithms(False)

@@ -123,8 +123,8 @@ def test_kept_table_covers_every_chip_and_kernel():
     assert {row["capability"] for row in rows} == {"80", "86", "89", "90", "100", "120"}
     assert {row["dtype"] for row in rows} == {"fp16", "bf16", "tf32"}
     assert {row["kernel"] for row in rows} == {
-        *("conv_bn_act", "conv_tma", "conv_halo", "bn_act", "relu_backward"),
-        *("expand_shift", "expand_shift_tma", "expand_shift_halo", "stem"),
+        *("conv_bn_act", "conv_tma", "conv_halo", "conv_pair", "conv_ring", "bn_act", "relu_backward"),
+        *("expand_shift", "expand_shift_tma", "expand_shift_halo", "stem", "stem_hopper"),
     }
     assert all(row["local"] == row["stack"] == "0" for row in rows)
     assert all(bool(row["instruction"]) == (row["matrix"] != "0") for row in rows)

@@ -32,7 +32,7 @@ found = {
     "second": conv(ConvShape("", 64, 64, 7, shortcut=64, shortcut_stride=2), Tile(64, 64, wide, 4, 2, persistent=tma)),
     "grouped": conv(ConvShape("", 128, 128, 14, 3, groups=32), Tile(64, 32, 32, 4, 3)),
     "split": conv(ConvShape("", 128, 64, 7, 3), Tile(64, 64, wide, 4, 3, 2)),
-    "stage": tail(capability, name, TailShape("", 64, 7, outputs=64), StageTile(64, 32, wide, 4, 2, 2, tma)),
+    "stage": tail(capability, name, TailShape("", 64, 7, outputs=64), StageTile(64, 32, wide, 4, 2, 2, tma and capability != 90)),
     "stem": stem(capability, name, 37),
     "bn_act": elementwise(capability, name, judge_bn_act, 67, 9, "strided"),
 }

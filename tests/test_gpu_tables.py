@@ -43,15 +43,21 @@ def test_networks_by_gpu():
         "network": "resnet50",
         "part": "whole",
         "batch": "128",
+        "group": "main",
         "status": "ok",
         "provider": "fused+graph",
+        "extra_mib": "3",
         "median_ms": "2.5",
     }
-    eager, failed = {**row, "provider": "eager"}, {**row, "provider": "cudnn+graph", "status": "failed"}
-    text = networks([row, eager, failed, {**row, "provider": "eager+graph", "median_ms": "6"}])
+    eager, failed = (
+        {**row, "provider": "eager", "extra_mib": "4"},
+        {**row, "provider": "cudnn+graph", "status": "failed"},
+    )
+    plain = {**row, "provider": "fused"}
+    text = networks([row, plain, eager, failed, {**row, "provider": "eager+graph", "median_ms": "6"}])
     assert "H100, torch 2.11, Triton 3.6, commit abc" in text
     absent = "not measured"
-    cells = ["resnet50", "whole", "128", "6.000", absent, absent, absent, absent, "2.500", absent]
+    cells = ["resnet50", "whole", "128", "6.000", absent, absent, absent, "2.500", "2.40x", "0.75x"]
     assert text.splitlines()[-1] == f"| {' | '.join(cells)} |"
 
 
