@@ -20,7 +20,7 @@ from fused_resblock.backends import tuned
 from fused_resblock.functional import conv_bn_act
 from fused_resblock.kernels import convolution
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.tables import Entry
+from fused_resblock.kernels.tables import BACKENDS, CONFIGS, Entry, read
 from fused_resblock.kernels.tiles import Tile
 from fused_resblock.params import PLAIN, Conv
 
@@ -40,8 +40,9 @@ def fresh(monkeypatch):
 
 
 @pytest.fixture
-def h100(monkeypatch):
-    """A machine with an H100, as far as tables can tell."""
+def h100(monkeypatch, tmp_path):
+    """A machine with an H100, as far as tables can tell, and no table that ships."""
+    monkeypatch.setattr(tuned, "CONFIGS", tmp_path / "none")
     monkeypatch.setattr(tuned, "_gpus", lambda: {Gpu(132, 90)})
     monkeypatch.setattr(tuned, "gpu_of", lambda device: Gpu(132, 90))
 
@@ -198,3 +199,12 @@ def test_what_a_tuned_tile_was_bound_with_is_let_go():
     gc.collect()
     assert alive() is None
     assert torch.equal(run(torch.zeros(3), None), torch.ones(3))
+
+
+def test_the_tables_that_ship_are_read(monkeypatch):
+    """Each names the GPU that it was measured on; on it they are in force without a word."""
+    monkeypatch.setattr(tuned, "gpu_of", lambda device: Gpu(132, 90))
+    tables = [read(file) for file in CONFIGS.glob("*.json")]
+    assert [table.gpu for table in tables] == [Gpu(132, 90)]
+    assert all(table.convolutions and table.stages for table in tables)
+    assert backend_of(images=128) in BACKENDS
