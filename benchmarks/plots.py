@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from . import results
+from .gpu_tables import PROVIDERS
 from .readme_tables import Sources, load
 from .results import Row
 
@@ -19,6 +19,7 @@ from .results import Row
 COLOURS = {
     "eager": "#9aa5b1",
     "compile": "#e0a458",
+    "max-autotune": "#c1666b",
     "fused": "#1b6ca8",
     "frozen": "#6a4c93",
     "stages": "#0b3c5d",
@@ -34,12 +35,12 @@ Bars = Mapping[str, Mapping[str, float]]  # label of a group -> name of a bar ->
 def draw(panels: Mapping[str, Bars], unit: str, title: str, file: Path) -> None:
     """Write a picture of grouped horizontal bars, one panel a title; absent bars stay empty."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(name for bars in panels.values() for group in bars.values() for name in group))
     rows = max(len(bars) for bars in panels.values())
     figure = Figure(figsize=(6.5 * len(panels), 1.8 + rows * (0.2 + 0.17 * len(names))), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    axes: Any = None
     for axes, (panel, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         height = 0.8 / len(names)
         for place, name in enumerate(names):
@@ -64,7 +65,8 @@ def draw(panels: Mapping[str, Bars], unit: str, title: str, file: Path) -> None:
         axes.set_xlabel(unit)
         axes.set_title(panel, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    keys = [Patch(color=COLOURS.get(name, "#c0c0c0"), label=name) for name in names]  # no panel has all of them
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(file, dpi=120)
 
 
@@ -102,15 +104,17 @@ def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] |
 
 
 def gpu(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None:
-    """Networks as CUDA graphs, a panel a batch."""
-    timed = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]
+    """ResNet-18 and 50 as CUDA graphs, a panel a batch; the ways that the README's table tells of."""
+    shown = {f"{name}+graph" for name in PROVIDERS}
+    timed = [row for row in rows if row.get("status") == "ok" and row["provider"] in shown and row["part"] == "whole"]
+    timed = [row for row in timed if row["network"] in ("resnet18", "resnet50")]
     if not timed:
         return None
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for row in timed:
         panel = panels.setdefault(f"batch {row['batch']}", {})
         name = row["provider"].removesuffix("+graph")
-        panel.setdefault(f"{row['network']} {row['part']}", {})[name] = float(row["median_ms"])
+        panel.setdefault(row["network"], {}).setdefault(name, float(row["median_ms"]))
     return dict(panels), f"{timed[-1]['gpu']}, torch {timed[-1]['torch']}, Triton {timed[-1]['triton']}, fp16"
 
 

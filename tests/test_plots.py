@@ -45,5 +45,5 @@ def test_gpu_bars():
     row = {"gpu": "H100", "torch": "2.11", "triton": "3.6", "network": "resnet50", "part": "whole", "batch": "128"}
     graph = {**row, "status": "ok", "provider": "fused+graph", "median_ms": "2.5"}
     panels, title = plots.gpu([graph, {**graph, "provider": "fused"}, {**graph, "status": "failed"}])
-    assert panels == {"batch 128": {"resnet50 whole": {"fused": 2.5}}}
+    assert panels == {"batch 128": {"resnet50": {"fused": 2.5}}}
     assert title == "H100, torch 2.11, Triton 3.6, fp16"
