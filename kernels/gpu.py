@@ -24,6 +24,15 @@ class Gpu:
         return self.capability >= 90 and (self.capability < 120 or triton_release() >= (3, 7))
 
     @property
+    def tail_tma(self) -> bool:
+        """Whether `expand_shift_tma` is right on it: where it has TMA, but not on Hopper.
+
+        Triton multiplies there from registers that it writes anew while products that read them are under way. On an
+        H100 a tile of 128 pixels and 256 channels gives wrong sums; others pass by luck.
+        """
+        return self.tma and self.capability != 90
+
+    @property
     def halo(self) -> bool:
         """Whether 3x3s may read their taps from shared memory: on Hopper, and while Triton's Gluon is as it was."""
         return self.capability == 90 and (3, 6) <= triton_release() <= (3, 9)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from .choice import chip_of
 from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, expand_shift_halo_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
 from .expand_shift_tma import bind_expand_shift_tma
-from .gpu import Gpu
+from .gpu import Gpu, gpu_of
 from .halo import PIXELS, boxes_of, halo_buffers, tail_refusal
 from .tiles import StageTile
 
@@ -35,7 +37,7 @@ TILES = {
 MORE = {
     (64, False): ((256, 32, 16), (64, 64, 4)),
     (64, True): ((128, 32, 8),),
-    (128, False): ((128, 32, 16), (64, 32, 4)),
+    (128, False): ((128, 32, 16),),
     (128, True): ((128, 32, 8),),
 }
 SMALL_SHARED = 100 << 10  # shared memory of GeForce and workstation chips, where the widest tiles are too large
@@ -67,9 +69,6 @@ def gemms_of(size: Sequence[int], conv, expand, shortcut, reduce) -> TailGemms:
 def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) -> list[StageTile]:
     """The tiles for a width of the 3x3; none where no kernel is right for it.
 
-    None of `expand_shift_tma` on Hopper: Triton multiplies there from registers that it writes anew while products that
-    read them are under way. On an H100 a tile of 128 pixels and 256 channels gives wrong sums; others pass by luck.
-
     Args:
         width: channels of the 3x3.
         outputs: channels of the next reduce, 0 without one.
@@ -81,13 +80,12 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     widest = {2: 256, 4: 128}.get(itemsize, 0)  # more TF32 operands than that do not fit the registers
     if known > widest:
         return []
-    tma = gpu.tma and gpu.capability != 90
-    blocks = TILES[tma, known, second]
+    blocks = TILES[gpu.tail_tma, known, second]
     stages, chunk_stages = (3 if itemsize == 2 else 2), 2
     if gpu.capability == 90 and known == 128 and itemsize == 4:  # four warps have too few registers
         blocks = ((64, 32, 8),)
     elif gpu.capability == 90 and itemsize == 2:
-        blocks += tuple(block for block in MORE.get((known, second), ()) if block not in blocks)
+        blocks += MORE.get((known, second), ())
     elif gpu.capability // 10 == 10 and second and itemsize == 4:  # all accumulators pass through registers
         blocks = ((64, 32, 4),)
     elif chip_of(gpu).shared <= SMALL_SHARED and (known == 256 or itemsize == 4):
@@ -96,8 +94,8 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
         stages, chunk_stages = 2, 1 if crowded else 2
     block_k = min(width, 128 // itemsize)
     # where it fits the registers, and without fewer programs a multiprocessor
-    held = second and tma and itemsize == 2 and (known == 64 or (known == 128 and gpu.capability == 90))
-    tiles = [StageTile(m, n, block_k, warps, stages, chunk_stages, tma, False, held) for m, n, warps in blocks]
+    held = second and gpu.tail_tma and itemsize == 2 and known == 64
+    tiles = [StageTile(m, n, block_k, warps, stages, chunk_stages, gpu.tail_tma, False, held) for m, n, warps in blocks]
     buffers = halo_buffers(width, 4 * width, outputs, second)
     if buffers and gpu.halo and itemsize == 2:
         tiles.append(StageTile(PIXELS, width, width, 4, 1, buffers, True, True))
@@ -176,6 +174,11 @@ def _boxes_hold(x, conv) -> bool:
     return conv.stride == (1, 1) or (conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0)
 
 
+def _boxes_right(device: torch.device) -> bool:
+    """Whether a GPU computes with `expand_shift_tma` what it should; where none computes, nothing is in the way."""
+    return device.type != "cuda" or gpu_of(device).tail_tma
+
+
 def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile):
     """Prepare the kernel that the tile is for; arguments and result are those of `bind_expand_shift`."""
     if tile.halo and tail_refusal(h, conv, expand, shortcut, reduce, tile) is None:
@@ -183,5 +186,5 @@ def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile):
 
         return bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile)
     boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
-    bind = bind_expand_shift_tma if tile.tma and boxes else bind_expand_shift
+    bind = bind_expand_shift_tma if tile.tma and boxes and _boxes_right(h.device) else bind_expand_shift
     return bind(h, conv, expand, other, shortcut, reduce, tile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from parity import assert_parity
 from stage_cases import Stage, StageCase
 
 from benchmarks.gpu.tails import TailShape
+from fused_resblock.kernels import stage
 from fused_resblock.kernels.choice import chip_of
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import bind_stage, candidates, choose_stage_tile, predicted_seconds, refusal
@@ -197,3 +199,19 @@ def test_taps_of_other_tails_do_not_come_from_shared_memory(shape):
 def test_no_candidate_no_tile():
     asked = TailShape("l4", 512, 7, outputs=512).build(1, FP16, "meta")
     assert choose_stage_tile(asked.gemms(), 2, Gpu()) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "boxes"), [("cuda", 90, False), ("cuda", 100, True), ("cpu", 90, True)]
+)
+def test_no_tail_by_boxes_on_hopper(device, capability, boxes, monkeypatch):
+    """Whoever names the tile: a table of an older release, or a tile with a halo for a tail that has none."""
+    bound = []
+    monkeypatch.setattr(stage, "gpu_of", lambda device: Gpu(132, capability))
+    monkeypatch.setattr(stage, "bind_expand_shift_tma", lambda *arguments: bound.append(True))
+    monkeypatch.setattr(stage, "bind_expand_shift", lambda *arguments: bound.append(False))
+    h = SimpleNamespace(device=torch.device(device), shape=(1, 64, 8, 8), dtype=FP32)
+    conv, expand = (Conv(torch.empty(k, 64, size, size), padding=(size // 2,) * 2) for k, size in ((64, 3), (256, 1)))
+    for halo in (False, True):
+        stage.bind_stage(h, conv, expand, None, None, None, StageTile(64, 64, 64, 4, 1, 2, True, halo))
+    assert bound == [boxes, boxes]

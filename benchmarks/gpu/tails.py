@@ -104,7 +104,7 @@ def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
     block_k = found[0].block_k
     for block_m, block_n, warps in ((64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8), (64, 64, 8)):
         for tap_stages, chunk_stages in ((3, 2), (4, 2), (2, 1)) if item == 2 else ((2, 2), (2, 1)):
-            for tma in (True, False) if gpu.tma and gpu.capability != 90 else (False,):
+            for tma in (True, False) if gpu.tail_tma else (False,):
                 tile = StageTile(block_m, block_n, block_k, warps, tap_stages, chunk_stages, tma)
                 accumulators = block_m * max(shape.width, shape.outputs, 64) // (32 * warps)
                 if accumulators <= 128 and tile not in found:
