@@ -125,6 +125,11 @@ def stem_kernel(capability: int, dtype: str) -> str:
     return "stem_hopper" if capability == 90 and dtype != "tf32" else "stem"
 
 
+def stem_tile(capability: int) -> StemTile | None:
+    """What a stem is bound with for a chip: None, as on a Hopper, of which a tensor without a GPU is taken to be."""
+    return None if capability == 90 else StemTile()
+
+
 def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
     """The tail of a bottleneck with the next reduce, without, and with a downsample branch, for each width.
 
@@ -180,10 +185,11 @@ def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tup
             yield from _stage_jobs(gpu, name)
             x = _meta(32, 64, 56, 56, dtype=dtype)
             image = _meta(32, 3, 224, 224, dtype=dtype)
-            stem_tile = None if capability == 90 else StemTile()
             first = Conv(_meta(64, 3, 7, 7, dtype=dtype), None, _affine(64), (2, 2), (3, 3))  # type: ignore[arg-type]
 
-            def stem(image: torch.Tensor = image, first: Conv = first, tile: StemTile | None = stem_tile) -> Any:
+            kind = stem_tile(capability)
+
+            def stem(image: torch.Tensor = image, first: Conv = first, tile: StemTile | None = kind) -> Any:
                 return bind_stem(image, first, pack_weight(first.weight, True), tile)(image)
 
             def elementwise(x: torch.Tensor = x) -> Any:

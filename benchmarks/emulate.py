@@ -27,9 +27,9 @@ from fused_resblock.kernels import conv_halo, conv_pair, conv_ring, conv_tma, ex
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import candidates
 from fused_resblock.kernels.stem import bind_stem
-from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
+from fused_resblock.kernels.tiles import StageTile, Tile
 
-from .codegen import convolution_of, kernel_of, shipped, stem_kernel
+from .codegen import convolution_of, kernel_of, shipped, stem_kernel, stem_tile
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, own, poisoned, precision
@@ -140,7 +140,7 @@ def stem(capability: int, name: str, size: int) -> dict[str, Any]:
         op = stems.operation(size, 2, dtype, "cpu")
         same, exact = stems.results(op, name)
         conv, packed = backend.prepare(op.conv, dtype), backend.packed_stem(op.x, op.conv)
-        run = bind_stem(op.x, conv, packed, None if capability == 90 else StemTile())
+        run = bind_stem(op.x, conv, packed, stem_tile(capability))
         return judged(capability, lambda: run(op.x), same, exact)
 
 
@@ -172,14 +172,8 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
                     kernel = kernel_of(stage_tile)
                     yield Job(capability, name, kernel, shape.key(), str(stage_tile), run)
             for size in (64, 37):
-                yield Job(
-                    capability,
-                    name,
-                    stem_kernel(capability, name),
-                    f"7x7.{size}px",
-                    "",
-                    partial(stem, capability, name, size),
-                )
+                run = partial(stem, capability, name, size)
+                yield Job(capability, name, stem_kernel(capability, name), f"7x7.{size}px", "", run)
             for kernel, judge, what in (
                 ("bn_act", judge_bn_act, "residual"),
                 ("bn_act", judge_bn_act, "strided"),

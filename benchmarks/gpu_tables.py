@@ -72,35 +72,33 @@ def judged(rows: Rows) -> str:
     return markdown(["goal", "measured", "met"], [list(line) for line in goals.judge(rows)], numbers=0)
 
 
+def _network(case: Sequence[str], rows: Rows) -> list[str] | None:
+    """The line of a case, None where nothing ran as a CUDA graph."""
+    graphs = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]
+    if not graphs:
+        return None
+    times: dict[str, str] = {}
+    for row in graphs:
+        times.setdefault(row["provider"].removesuffix("+graph"), f"{float(row['median_ms']):.3f}")
+    ratios = goals.speedup(graphs), goals.memory(rows)
+    return [*case, *(times.get(name, NOT_MEASURED) for name in PROVIDERS), *(f"{r:.2f}x" if r else "" for r in ratios)]
+
+
 def networks(rows: Rows) -> str:
     """Per GPU and versions: median milliseconds of every provider, as CUDA graphs.
 
     Behind them the best other provider's time over that of the fused network (where its groups differ, the least), and
     the memory that it takes beside weights and input over eager's.
     """
-    timed = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]
-    if not timed:
-        return NOT_MEASURED
-    headers = ["network", "part", "batch", *PROVIDERS, "best other / fused", "memory / eager's"]
-    memory: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    cases: dict[tuple[str, ...], dict[tuple[str, ...], list[Mapping[str, str]]]] = {}
     for row in rows:
-        memory.setdefault((row["network"], row["part"], row["batch"], row["commit"]), []).append(row)
+        marks = row["gpu"], row["torch"], row["triton"], row["commit"]
+        cases.setdefault(marks, {}).setdefault((row["network"], row["part"], row["batch"]), []).append(row)
+    headers = ["network", "part", "batch", *PROVIDERS, "best other / fused", "memory / eager's"]
     text = []
-    for marks in dict.fromkeys((row["gpu"], row["torch"], row["triton"], row["commit"]) for row in timed):
-        own = [row for row in timed if (row["gpu"], row["torch"], row["triton"], row["commit"]) == marks]
-        cells: dict[tuple[str, str, str], dict[str, str]] = {}
-        of_case: dict[tuple[str, str, str], list[Mapping[str, str]]] = {}
-        for row in own:
-            case = row["network"], row["part"], row["batch"]
-            line = cells.setdefault(case, {})
-            of_case.setdefault(case, []).append(row)
-            line.setdefault(row["provider"].removesuffix("+graph"), f"{float(row['median_ms']):.3f}")
-        lines = []
-        for key, line in cells.items():
-            told = [line.get(name, NOT_MEASURED) for name in PROVIDERS]
-            best, used = goals.speedup(of_case[key]), goals.memory(memory.get((*key, marks[3]), ()))
-            lines.append([*key, *told, f"{best:.2f}x" if best else "", f"{used:.2f}x" if used else ""])
-        gpu, torch, triton, commit = marks
+    for (gpu, torch, triton, commit), of_run in cases.items():
+        lines = [line for case, of_case in of_run.items() if (line := _network(case, of_case)) is not None]
         head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. fp16, CUDA graphs, median milliseconds."
-        text.append(f"{head}\n\n{markdown(headers, lines, numbers=8)}")
-    return "\n\n".join(text)
+        if lines:
+            text.append(f"{head}\n\n{markdown(headers, lines, numbers=8)}")
+    return "\n\n".join(text) or NOT_MEASURED
