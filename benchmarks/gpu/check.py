@@ -13,8 +13,9 @@ from ..shapes import ConvShape
 from . import space, stems, tails
 from .compiling import Job
 from .context import Context
-from .device import Broken, first_line, is_broken, is_out_of_memory
+from .device import first_line, is_broken, is_out_of_memory
 from .elementwise import check_elementwise
+from .judging import judge
 from .operations import DTYPES, build, own, poisoned, precision
 from .records import Records
 
@@ -104,37 +105,14 @@ def check_tiles(context: Context, table: Records, jobs: Iterable[Job]) -> None:
     def key(job: Job) -> tuple[str, str, str, str]:
         return "conv_bn_act", job.dtype, space.key_of(job.shape), str(job.tile)
 
-    device, oracle = context.device, Oracle(context.device.torch_name)
-    todo = list({key(job): job for job in jobs if not table.done(*key(job))}.values())
-    context.log(f"check: {len(todo)} tiles to check")
-    failed = 0
-    for compiled in device.compiled(todo, context.deadline):
-        job = compiled.job
-        if compiled.failure is not None:
-            row: dict[str, object] = {"status": "failed", "note": compiled.failure}
-        else:
-            try:
-                operation, same, exact = oracle.of(job.shape, job.batch, job.dtype)
-                with precision(job.dtype):
-                    row = verdict(
-                        lambda op=operation, tile=job.tile: op.with_tile(tile),
-                        same,
-                        exact,
-                        device.synchronize,
-                    )
-            except RuntimeError as error:
-                row = {"status": "error", "note": first_line(error)}
-                device.free()
-        table.add(**dict(zip(KEY, key(job), strict=True)), shared=compiled.shared, **row)
-        if row["status"] != "ok":
-            failed += 1
-            context.keep(f"check: {' '.join(key(job))}: {row['status']} {row['note']}")
-        if row["status"] == "crash":
-            raise Broken(f"{' '.join(key(job))}: {row['note']}")
-        if not context.deadline.allows():
-            break
-    left = sum(not table.done(*key(job)) for job in todo)
-    context.log(f"check: {len(todo) - left} tiles checked, {failed} not right" + (f", {left} left" if left else ""))
+    def judged(job: Job) -> dict[str, object]:
+        operation, same, exact = oracle.of(job.shape, job.batch, job.dtype)
+        with precision(job.dtype):
+            return verdict(lambda: operation.with_tile(job.tile), same, exact, context.device.synchronize)
+
+    oracle = Oracle(context.device.torch_name)
+    checked, failed, left = judge(context, table, jobs, key, judged)
+    context.log(f"check: {checked} tiles checked, {failed} not right" + (f", {left} left" if left else ""))
 
 
 def shipped_faults(context: Context, table: Records) -> list[str]:

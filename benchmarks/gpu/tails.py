@@ -22,6 +22,7 @@ from fused_resblock.tuning import MARGIN
 
 from .context import Context
 from .device import Broken, first_line, is_out_of_memory
+from .judging import judge
 from .operations import DTYPES, own, precision
 from .records import Records
 from .timing import timed_row
@@ -171,30 +172,13 @@ def jobs(context: Context) -> Iterator[TailJob]:
 
 def check(context: Context, table: Records, verdict: Callable[..., dict[str, object]]) -> None:
     """Check every tile of every tail that is not on record."""
-    device = context.device
-    for compiled in device.compiled([job for job in jobs(context) if not table.done(*job.key())], context.deadline):
-        job: TailJob = compiled.job
-        row: dict[str, object] = {"status": "failed", "note": compiled.failure}
-        if compiled.failure is None:
-            try:
-                with precision(job.dtype):
-                    asked, x, other, same, exact = _subject(job.shape, job.batch, job.dtype, device.torch_name)
-                    row = verdict(
-                        lambda a=asked, t=job.tile, x=x, o=other: joined(bound(a, t)(x, o)),
-                        same,
-                        exact,
-                        device.synchronize,
-                    )
-            except RuntimeError as error:
-                row = {"status": "error", "note": first_line(error)}
-                device.free()
-        table.add(
-            **dict(zip(("kernel", "dtype", "case", "tile"), job.key(), strict=True)), shared=compiled.shared, **row
-        )
-        if row["status"] == "crash":
-            raise Broken(f"{' '.join(job.key())}: {row['note']}")
-        if not context.deadline.allows():
-            return
+
+    def judged(job: TailJob) -> dict[str, object]:
+        with precision(job.dtype):
+            asked, x, other, same, exact = _subject(job.shape, job.batch, job.dtype, context.device.torch_name)
+            return verdict(lambda: joined(bound(asked, job.tile)(x, other)), same, exact, context.device.synchronize)
+
+    judge(context, table, jobs(context), TailJob.key, judged)
     context.log(f"check: stage kernel: {table.count('status', table.rows(kernel='expand_shift'))}")
 
 
