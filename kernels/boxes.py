@@ -63,10 +63,14 @@ def image_box(x: torch.Tensor, size: Sequence[int], stride: int, box: Box, chann
         box: pixels of a box.
         channels: of a box.
     """
+    return TensorDescriptor(x, *strided_view(size, stride), [box.images, box.rows, 1, box.columns, channels])
+
+
+def strided_view(size: Sequence[int], stride: int) -> tuple[list[int], list[int]]:
+    """Shape and strides of channels_last images of `(N, H, W, C)` in five axes, of which `image_box` takes boxes."""
     n, h, w, c = size
     shape = [n, h // stride, stride, w // stride, stride * c]
-    strides = [h * w * c, stride * w * c, w * c, stride * c, 1]
-    return TensorDescriptor(x, shape, strides, [box.images, box.rows, 1, box.columns, channels])
+    return shape, [h * w * c, stride * w * c, w * c, stride * c, 1]
 
 
 class Descriptors:

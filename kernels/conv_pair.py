@@ -23,14 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .boxes import Box, Descriptors, choose_box, tiles_of, unaligned
+from .boxes import Box, Descriptors, choose_box, strided_view, tiles_of, unaligned
 from .conv_tma import bind_conv_tma
 from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .gpu import gpu_of
 from .launch import Launch, interpreted
 from .ring import WIDTH, buffers_of, by_boxes
-from .taps import matrix_box, swizzled, tma_load, tma_store, view
+from .taps import columns, matrix_box, swizzled, tma_load, tma_store, view
 from .tiles import Tile
 
 
@@ -138,16 +138,6 @@ def _scaled(acc, scale, vector):
 
 
 @gluon.jit
-def columns(acc, PARTS: gl.constexpr):
-    """The columns of a matrix in so many pieces, side by side; they stay in their registers."""
-    if PARTS == 1:
-        return (acc,)
-    else:  # what follows a return is compiled as well
-        left, right = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute((0, 2, 1)).split()
-        return columns(left, PARTS // 2) + columns(right, PARTS // 2)
-
-
-@gluon.jit
 def _conv_pair_kernel(
     h_desc,  # [N, P, 1, Q, C]
     x_desc,  # [N, P, STRIDE, Q, STRIDE*C2]
@@ -252,10 +242,7 @@ def _conv_pair_kernel(
 
 def _image_box(x: torch.Tensor, size: tuple[int, int, int, int], stride: int, box: Box) -> TensorDescriptor:
     """A descriptor of channels_last images of `(N, H, W, C)` in boxes of 64 channels; see `boxes.image_box`."""
-    n, h, w, c = size
-    shape = [n, h // stride, stride, w // stride, stride * c]
-    strides = [h * w * c, stride * w * c, w * c, stride * c, 1]
-    return TensorDescriptor(x, shape, strides, [box.images, box.rows, 1, box.columns, WIDTH], swizzled(5))
+    return TensorDescriptor(x, *strided_view(size, stride), [box.images, box.rows, 1, box.columns, WIDTH], swizzled(5))
 
 
 def bind_conv_pair(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = False):

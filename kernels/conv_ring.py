@@ -21,14 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .boxes import Descriptors, unaligned
-from .conv_pair import columns
 from .conv_tma import bind_conv_tma
 from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .gpu import gpu_of
 from .launch import Launch, interpreted
 from .ring import WIDTH, buffers_of, by_boxes
-from .taps import matrix_box, tma_load, tma_store
+from .taps import columns, matrix_box, tma_load, tma_store
 from .tiles import Tile
 
 
@@ -107,7 +106,6 @@ def _conv_ring_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
-
     pixels = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, WIDTH], MATRIX)
     filters = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, WIDTH], MATRIX)
     pieces = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_M, WIDTH], MATRIX)  # a residual comes, y leaves

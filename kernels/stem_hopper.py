@@ -45,6 +45,16 @@ def _pixels(
 
 
 @gluon.jit
+def _column(
+    q0,  # the pooled column in front of the tile
+    warp,
+    place,  # of eight, of which the first is what the warp before ends with
+):
+    """A pooled column of the tile."""
+    return q0 + warp * 7 + place
+
+
+@gluon.jit
 def _row(
     x,  # seven rows of the image, each [64, TAPS] as `_pixels` gives it
     coming,  # [64, TAPS] pointers to the windows of the two rows behind them
@@ -61,8 +71,8 @@ def _row(
         acc = warpgroup_mma(x[r], w_smem.index(r).permute((1, 0)), acc, use_acc=r > 0, is_async=True)
     first, second = gl.load(coming), gl.load(coming + pitch)  # on their way while the products are
     acc = warpgroup_mma_wait(0, [acc])
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
-    z = acc * norm.index(0).load(COLUMNS)[None, :] + norm.index(1).load(COLUMNS)[None, :]
+    CHANNELS: gl.constexpr = gl.SliceLayout(0, MMA)
+    z = acc * norm.index(0).load(CHANNELS)[None, :] + norm.index(1).load(CHANNELS)[None, :]
     x = (x[2], x[3], x[4], x[5], x[6], _pixels(first, MMA), _pixels(second, MMA))
     return gl.where(inside[:, None], z, 0.0), x
 
@@ -87,6 +97,7 @@ def _stem_hopper_kernel(
     TAPS: gl.constexpr,
     EPS: gl.constexpr,
     ROWS: gl.constexpr,  # pooled rows of a program
+    COLUMNS: gl.constexpr,  # of a tile
     PIXELS: gl.constexpr,  # layout of the windows, see `_windows`
     PDL: gl.constexpr,  # see `dependent`
 ):
@@ -105,18 +116,18 @@ def _stem_hopper_kernel(
     for r in gl.static_range(7):
         tma_load(w_desc, [k, r * TAPS], bar, w_smem.index(r))
 
-    tiles_q = gl.cdiv(Q2, 28)
+    tiles_q = gl.cdiv(Q2, COLUMNS)
     first = gl.program_id(0) // tiles_q * ROWS
-    q0 = gl.program_id(0) % tiles_q * 28 - 1  # the pooled column in front of the tile
+    q0 = gl.program_id(0) % tiles_q * COLUMNS - 1  # the pooled column in front of the tile
     image = x_ptr + gl.program_id(1).to(gl.int64) * HEIGHT * WIDTH * 4
     pitch = WIDTH * 4
     last = HEIGHT - 2  # two rows can be read from here
     m = gl.arange(0, 64, gl.SliceLayout(1, PIXELS))
-    q = 2 * (q0 + m // 16 * 7 + m % 8) + m // 8 % 2
+    q = 2 * _column(q0, m // 16, m % 8) + m // 8 % 2
     taps = gl.arange(0, TAPS, gl.SliceLayout(0, PIXELS))
     windows = image + (gl.minimum(gl.maximum(q, 0), Q - 1) * 8)[:, None] + taps[None, :]  # stride 2 of 4 channels
     m = gl.arange(0, 64, gl.SliceLayout(1, MMA))
-    q = 2 * (q0 + m // 16 * 7 + m % 8) + m // 8 % 2
+    q = 2 * _column(q0, m // 16, m % 8) + m // 8 % 2
     inside = (q >= 0) & (q < Q)
     offs_k = k + gl.arange(0, K, gl.BlockedLayout([1], [32], [4], [0]))
     scale, shift = scale_shift(
@@ -126,7 +137,7 @@ def _stem_hopper_kernel(
     norm.index(0).store(scale)
     norm.index(1).store(shift)
     j = gl.arange(0, 32, gl.SliceLayout(1, STORED))
-    column = q0 + j // 8 * 7 + j % 8
+    column = _column(q0, j // 8, j % 8)
     stored = ((j % 8 > 0) & (column < Q2))[:, None]
     targets = column[:, None] * CHANNELS + (k + gl.arange(0, K, gl.SliceLayout(0, STORED)))[None, :]
     out = y_ptr + gl.program_id(1).to(gl.int64) * P2 * Q2 * CHANNELS + targets
@@ -221,7 +232,7 @@ def launch_of(packed: torch.Tensor, norm: tuple, eps: float, sizes: tuple[int, .
     return Launch(
         _stem_hopper_kernel,
         (-(-p2 // rows) * across, images, k // WIDTH),
-        (filters, *norm, *sizes, k, taps, eps, rows, _windows(taps)),
+        (filters, *norm, *sizes, k, taps, eps, rows, COLUMNS, _windows(taps)),
         packed.device,
         num_warps=4,
     )

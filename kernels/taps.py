@@ -1,4 +1,4 @@
-"""Taps of a 3x3 from shared memory: what the kernels of `halo` share, in Gluon.
+"""Taps of a 3x3 from shared memory, and what else the Gluon kernels share: those of `halo`, and those of `ring`.
 
 Only Gluon lets a kernel say where its operands lie. It is an experimental part of Triton, so that this is imported
 where `Gpu.halo` says that its release is known; and it has no interpreter, so that the tests run the compiled code
@@ -116,6 +116,16 @@ def convolve(
         x = view(rows, [BLOCK_M, w_smem.shape[2]], w_smem.layout)
         acc = warpgroup_mma(x, w_smem.index(tap + zero).permute((1, 0)), acc, use_acc=tap > 0, is_async=True)
     return warpgroup_mma_wait(0, [acc])
+
+
+@gluon.jit
+def columns(acc, PARTS: gl.constexpr):
+    """The columns of a matrix in so many pieces, side by side; they stay in their registers."""
+    if PARTS == 1:
+        return (acc,)
+    else:  # what follows a return is compiled as well
+        left, right = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute((0, 2, 1)).split()
+        return columns(left, PARTS // 2) + columns(right, PARTS // 2)
 
 
 def swizzled(rank: int) -> gl.NVMMASharedLayout:
