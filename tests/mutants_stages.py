@@ -33,7 +33,12 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
         ("pixels outside not zero", "return gl.where(inside[:, None], z, 0.0)", "return z", _HOPPER),
         ("row below the image", "there = inside & (2 * i + 1 < P)", "there = inside", _HOPPER),
         ("row above forgotten", "    if first > 0:\n", "    if first > first:\n", _HOPPER),
-        ("products under way are read", "    acc = warpgroup_mma_wait(0, [acc])\n    CHANNELS", "    CHANNELS", _HOPPER),
+        (
+            "products under way are read",
+            "    acc = warpgroup_mma_wait(0, [acc])\n    CHANNELS",
+            "    CHANNELS",
+            _HOPPER,
+        ),
         ("filter not waited for", "    mbarrier.wait(bar, 0)\n", "", _HOPPER),
         ("image read before the wait", "    wait_for_input(PDL)\n", "", _HOPPER),
         ("taps in their own order", ".permute(0, 1, 3, 4, 2, 5)", "", _HOPPER),
