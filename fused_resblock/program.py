@@ -7,6 +7,7 @@ be done again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -172,10 +173,21 @@ class _Chain:
             return 0
         main, pair = base + tail.conv.source, number + 1
         h, other = self.values[main], self.values[tail.other]
-        run = _bind_tail(tail, h, other, backend, self.dtype is not None, self._force)
+        # the expand is a residual's last reader, but the 3x3 reads pixels that another program writes
+        overwrite = tail.shortcut is None and tail.other not in (0, main)
+        bind = partial(
+            _bind_tail,
+            h=h,
+            other=other,
+            backend=backend,
+            autocast=self.dtype is not None,
+            force=self._force,
+            overwrite=overwrite,
+        )
+        run = bind(tail)
         if run is None and tail.reduce is not None:  # the next block may begin with something else
             tail = tail._replace(reduce=None)
-            run = _bind_tail(tail, h, other, backend, self.dtype is not None, self._force)
+            run = bind(tail)
         if run is None:
             return 0
         taken = 2 if tail.reduce is None else 3
@@ -197,7 +209,9 @@ def _second(_: Any, pair: Any) -> Any:
     return pair[1]
 
 
-def _bind_tail(tail: Tail, h: Tensor, other: Tensor, backend: str, autocast: bool, force: bool) -> Any:
+def _bind_tail(
+    tail: Tail, h: Tensor, other: Tensor, *, backend: str, autocast: bool, force: bool, overwrite: bool
+) -> Any:
     """A tail as one operation that gives a pair, the block's output and the next reduce's; None if it is not one."""
     conv, expand = tail.conv.tensors(h, autocast), tail.expand.weights()
     shape = (h.shape[0], expand.weight.shape[0], *conv.output_size(*h.shape[2:]))
@@ -212,7 +226,8 @@ def _bind_tail(tail: Tail, h: Tensor, other: Tensor, backend: str, autocast: boo
         if not fits or (weight.dtype != h.dtype and not autocast):
             return None  # the step itself says what is wrong
         channels = weight.shape[0]
-    return backends.bind_expand_shift(h, conv, expand, other, shortcut, reduce, backend=backend, force=force)
+    layers = (conv, expand, other, shortcut, reduce)
+    return backends.bind_expand_shift(h, *layers, backend=backend, force=force, overwrite=overwrite)
 
 
 def bind(

@@ -225,7 +225,7 @@ def _expand_shift_halo_kernel(
         turn += 1
 
 
-def bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile: StageTile):
+def bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
     """Prepare `_expand_shift_halo_kernel`; arguments and result are those of `bind_expand_shift`.
 
     A call with an activation that is no multiple of 16 bytes into its memory, and one in the interpreter, which knows
@@ -234,8 +234,10 @@ def bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile: Stage
     Args:
         h, conv, expand, other, shortcut, reduce: see `bind_expand_shift`; `halo.tail_refusal` must be None.
         tile: its `block_m` and `block_n` are 64; `chunk_stages` buffers hold chunks, see `halo.halo_buffers`.
+        overwrite: write y over a residual.
     """
-    by_boxes = bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, replace(tile, halo=False))
+    boxes = replace(tile, halo=False)
+    by_boxes = bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, boxes, overwrite=overwrite)
     if interpreted():
         return by_boxes
     n, c, height, width = h.shape
@@ -268,11 +270,12 @@ def bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile: Stage
         for channels, parts in ((other.shape[1], 1), (k, 1), (outputs, outputs // c))
     )
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
+    in_place = overwrite and shortcut is None
 
     def run(h, other):
         if unaligned(h, other):
             return by_boxes(h, other)
-        y = torch.empty((n, k, height, width), **empty)
+        y = other if in_place else torch.empty((n, k, height, width), **empty)
         g = None if reduce is None else torch.empty((n, outputs, height, width), **empty)
         launch(of_h(h), edge_of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
         return y, g

@@ -163,7 +163,7 @@ def _expand_shift_tma_kernel(
         g_desc.store([i, p, 0, q, 0], g.reshape(IMAGES, ROWS, 1, COLUMNS, G))
 
 
-def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageTile):
+def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
     """Prepare `_expand_shift_tma_kernel`; arguments and result are those of `bind_expand_shift`.
 
     A call with an activation that is no multiple of 16 bytes into its memory runs `expand_shift`. Besides what
@@ -202,9 +202,10 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
         num_stages=max(tile.tap_stages, tile.chunk_stages),
     )
     small = replace(tile, block_m=64, block_n=32, num_warps=4 if c <= 128 else 8, tma=False)
-    by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, small)
+    by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, small, overwrite=overwrite)
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
     size, size2 = (n, height, width, c), (n, p * stride2, q * stride2, channels2)
+    in_place = overwrite and shortcut is None
     of_h = Descriptors(image_box, size, conv.stride[0], box, block_k)
     of_other = Descriptors(image_box, size2, stride2, box, tile.block_n if shortcut is None else block2)
     of_y = Descriptors(image_box, (n, p, q, k), 1, box, tile.block_n)
@@ -213,7 +214,7 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
     def run(h, other):
         if unaligned(h, other):
             return by_pointers(h, other)
-        y = torch.empty((n, k, p, q), **empty)
+        y = other if in_place else torch.empty((n, k, p, q), **empty)
         g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
         launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
         return y, g

@@ -179,12 +179,12 @@ def _boxes_right(device: torch.device) -> bool:
     return device.type != "cuda" or gpu_of(device).tail_tma
 
 
-def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile):
+def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
     """Prepare the kernel that the tile is for; arguments and result are those of `bind_expand_shift`."""
     if tile.halo and tail_refusal(h, conv, expand, shortcut, reduce, tile) is None:
         from .expand_shift_halo import bind_expand_shift_halo
 
-        return bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile)
+        return bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)
     boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
     bind = bind_expand_shift_tma if tile.tma and boxes and _boxes_right(h.device) else bind_expand_shift
-    return bind(h, conv, expand, other, shortcut, reduce, tile)
+    return bind(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)

@@ -92,6 +92,18 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "return pair[0]",
             "tests/test_stage_kernel.py::test_parity[layer-float32]",
         ),
+        (
+            "a chain's input written over",
+            "tail.other not in (0, main)",
+            "tail.other != main",
+            "tests/test_stage_kernel.py::test_output_over_a_residual_that_nobody_reads_any_more[the chain's own input]",
+        ),
+        (
+            "what the 3x3 reads written over",
+            "tail.other not in (0, main)",
+            "tail.other > 0",
+            "tests/test_stage_kernel.py::test_output_over_a_residual_that_nobody_reads_any_more[the 3x3's input]",
+        ),
     ],
     "fused_resblock/programs.py": [
         (

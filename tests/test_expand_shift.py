@@ -126,14 +126,32 @@ def test_bitwise_equal_twice(tma):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "TMA"])
+@pytest.mark.parametrize("case", named(CASES))
+def test_output_over_the_residual(case, tma):
+    """The same to the bit; what a downsample branch reads is left as it is."""
+    require("triton")
+    stage, tile = case.build(FP32), StageTile(16, 16, 16, 4, 1, 1, tma)
+    expected = bind_stage(*stage, tile)(stage.h, stage.other)
+    other = stage.other.clone(memory_format=torch.channels_last)
+    y, g = bind_stage(*stage, tile, overwrite=True)(stage.h, other)
+    assert (y is other) == (stage.shortcut is None)
+    assert y is other or torch.equal(other, stage.other)
+    assert torch.equal(y, expected[0])
+    assert g is expected[1] is None or torch.equal(g, expected[1])
+
+
 def test_activation_that_no_descriptor_can_name():
     """Four bytes into its memory: the kernel without TMA takes the call."""
     require("triton")
     stage = StageCase().build(FP32)
     memory = torch.zeros(stage.h.numel() + 1, device=DEVICE)
     off = memory[1:].as_strided(stage.h.shape, stage.h.stride()).copy_(stage.h)
+    exact = cast(stage, FP64).plain()[0]
     y, _ = bind_stage(*stage, TILES[1])(off, stage.other)
-    assert_parity(y, stage.plain()[0], cast(stage, FP64).plain()[0], what="y")
+    assert_parity(y, stage.plain()[0], exact, what="y")
+    written, _ = bind_stage(*stage, TILES[1], overwrite=True)(off, stage.other)
+    assert written is stage.other and torch.equal(written, y)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +226,8 @@ def test_no_tail_by_boxes_on_hopper(device, capability, boxes, monkeypatch):
     """Whoever names the tile: a table of an older release, or a tile with a halo for a tail that has none."""
     bound = []
     monkeypatch.setattr(stage, "gpu_of", lambda device: Gpu(132, capability))
-    monkeypatch.setattr(stage, "bind_expand_shift_tma", lambda *arguments: bound.append(True))
-    monkeypatch.setattr(stage, "bind_expand_shift", lambda *arguments: bound.append(False))
+    monkeypatch.setattr(stage, "bind_expand_shift_tma", lambda *arguments, overwrite: bound.append(True))
+    monkeypatch.setattr(stage, "bind_expand_shift", lambda *arguments, overwrite: bound.append(False))
     h = SimpleNamespace(device=torch.device(device), shape=(1, 64, 8, 8), dtype=FP32)
     conv, expand = (Conv(torch.empty(k, 64, size, size), padding=(size // 2,) * 2) for k, size in ((64, 3), (256, 1)))
     for halo in (False, True):

@@ -189,7 +189,7 @@ from benchmarks.shapes import ConvShape
 from fused_resblock.backends import triton
 from fused_resblock.kernels.choice import HALO
 from fused_resblock.kernels.conv_halo import bind_conv_halo
-from fused_resblock.kernels.stage import choose_stage_tile
+from fused_resblock.kernels.stage import bind_stage, choose_stage_tile
 from fused_resblock.kernels.tables import Entry
 from fused_resblock.kernels.tiles import StageTile
 
@@ -228,6 +228,13 @@ with torch.no_grad():
     run = lambda h, other: both_ways(90, lambda: bound(h, other))[0]
     y = run(x, other)
     assert torch.allclose(run(moved(x), other), y, atol=2e-2)
+    layers = [triton.prepare(layer, torch.float16) for layer in (*asked.layers[:2], asked.reduce)]
+    kept = other.clone(memory_format=torch.channels_last)
+    halo = StageTile(64, 64, 64, 4, 1, 4, True, True)
+    written = bind_stage(x, *layers[:2], kept, None, layers[2], halo, overwrite=True)
+    with emulated(90, False):
+        both = written(x, kept)
+    assert both[0] is kept and torch.equal(tails.joined(both), y)
     assert torch.allclose(run(x, moved(other)), y, atol=2e-2)
     x[0, 5, 0, 3] = float("nan")
     found = run(x, other).isnan()

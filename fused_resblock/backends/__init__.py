@@ -173,6 +173,7 @@ def bind_expand_shift(
     *,
     backend: str = "auto",
     force: bool = False,
+    overwrite: bool = False,
 ) -> BoundPair | None:
     """Bind a bottleneck's tail and the next one's first convolution as one kernel; see `kernels.expand_shift`.
 
@@ -181,6 +182,7 @@ def bind_expand_shift(
         conv, expand, shortcut, reduce: the convolutions with their norms; the last two may be None.
         backend: a backend's name or "auto".
         force: bind it wherever it can run, not only where a table says that it is faster than conv by conv.
+        overwrite: the block's output may be written into the memory of `other`, a residual.
 
     Returns:
         A function of h and other that gives the block's output and what the next convolution makes of it (None without
@@ -198,7 +200,7 @@ def bind_expand_shift(
             return None
     asked.note(h, (conv, expand, reduce), other, Epilogue(shortcut=shortcut))
     apart = partial(bind_apart, backend=backend)
-    return triton.bind_expand_shift(h, conv, expand, other, shortcut, reduce, force, apart)
+    return triton.bind_expand_shift(h, conv, expand, other, shortcut, reduce, force, overwrite, apart)
 
 
 def bind_apart(

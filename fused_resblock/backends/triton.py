@@ -149,6 +149,7 @@ def bind_expand_shift(
     shortcut: Conv | None,
     reduce: Conv | None,
     force: bool,
+    overwrite: bool,
     apart: Callable[..., BoundPair],
 ) -> BoundPair | None:
     """See `backends.bind_expand_shift`; `apart` binds the same conv by conv."""
@@ -167,7 +168,7 @@ def bind_expand_shift(
     if tile is None:
         return None
     layers = [None if layer is None else prepare(layer, h.dtype) for layer in (conv, expand, shortcut, reduce)]
-    run = bind_stage(h, *layers[:2], other, *layers[2:], tile)
+    run = bind_stage(h, *layers[:2], other, *layers[2:], tile, overwrite=overwrite)
     return _guarded(run, str(tile), lambda: apart(h, conv, expand, other, shortcut, reduce))
 
 
