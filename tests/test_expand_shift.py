@@ -151,7 +151,8 @@ def test_activation_that_no_descriptor_can_name():
     y, _ = bind_stage(*stage, TILES[1])(off, stage.other)
     assert_parity(y, stage.plain()[0], exact, what="y")
     written, _ = bind_stage(*stage, TILES[1], overwrite=True)(off, stage.other)
-    assert written is stage.other and torch.equal(written, y)
+    assert written is stage.other
+    assert torch.equal(written, y)
 
 
 @pytest.mark.parametrize(
