@@ -142,7 +142,7 @@ class FusedBlock(Freezable):
             if self._fused_plan is None or not unchanged(self, self._fused_layout):
                 return None
             traced = Runner(self, self._fused_plan)
-            return None if traced.mode_obstacle() else traced.run(x, self._fused_backend)
+            return None if traced.mode_obstacle() or traced.unbatched(x) else traced.run(x, self._fused_backend)
         if untraceable(x):
             return None
         state = _states.get(self)
@@ -154,7 +154,7 @@ class FusedBlock(Freezable):
                     flat.note((self,), program, program)
                 return program(x)
         runner = self.runner()
-        if runner is None:
+        if runner is None or runner.unbatched(x):
             return None
         if bindable:
             programs = self._current_state().programs

@@ -44,7 +44,7 @@ class FusedNetwork(Freezable):
                 return own(self, *args, **kwargs)
             with scope():
                 y = own(self, *args, **kwargs)
-                return y if type(y) is Tensor else pytree.tree_map_only(Pending, Pending.value, y)
+                return y if type(y) is Tensor else _computed(y)
 
         @functools.wraps(own)  # whoever traces the network asks for the names of its arguments
         def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +82,13 @@ class FusedNetwork(Freezable):
                 unfuse_stem(modules[first])
         self.__dict__["_fused_stems"] = kept
         flat.know(self, graph if self._fused_frozen else None)
+
+
+def _computed(y: Any) -> Any:
+    """What a forward returns with the values of all that is pending; the very object where nothing is."""
+    if not any(isinstance(leaf, Pending) for leaf in pytree.tree_leaves(y)):
+        return y
+    return pytree.tree_map_only(Pending, Pending.value, y, is_leaf=lambda part: isinstance(part, torch.Size))
 
 
 def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> Iterator[tuple[str, fx.Graph]]:

@@ -143,7 +143,9 @@ class _Builder:
         if called is operator.getitem:
             return self._lower_slice(node)
         if node.op == "get_attr":
-            raise Unsupported(f"its forward uses the tensor {node.target} outside of a layer")
+            made = str(node.target).startswith("_tensor_constant")  # in the forward itself
+            what = "a tensor" if made else f"the tensor {node.target}"
+            raise Unsupported(f"its forward uses {what} outside of a layer")
         raise Unsupported(f"its forward calls {_name(node)}, which is not a convolution, norm, ReLU or add")
 
     def _lower_module(self, node: fx.Node) -> int | Step | _View:

@@ -160,6 +160,10 @@ class Runner:
         self.check(x, dispatch.autocast_dtype(x) is not None)
         return True
 
+    def unbatched(self, x: object) -> bool:
+        """Whether x is one image `[C, H, W]`, which a block without norms takes, as torch's convolutions do."""
+        return isinstance(x, Tensor) and x.dim() == 3 and not self.norms
+
     def check(self, x: Tensor, autocast: bool) -> None:
         """Raise before the first step if x does not fit the block.
 

@@ -78,6 +78,8 @@ class FusedStage(Freezable):
         if programs is None:
             programs = _programs[stage] = Programs()
         blocks = [(block.runner(), block._fused_backend) for block in stage]
+        if blocks[0][0].unbatched(x):
+            return None
         behind: Any = self._block_behind(blocks[-1][1])
         following = None if behind is None else (behind.runner(), list(behind.modules()))
         kernel = stage.__dict__.get("_fused_kernel", False)

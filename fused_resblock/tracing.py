@@ -1,17 +1,23 @@
-"""The `torch.fx` graph of a block's forward, or the reason why a graph would not tell all that the forward does."""
+"""The `torch.fx` graph of a block's forward, or the reason why a graph would not tell all that the forward does.
+
+A forward gets proxies in place of tensors. One that asks a proxy what a tensor would answer otherwise (`isinstance`,
+`hasattr`, a branch on a value) is refused, also where it catches what the proxy raises.
+"""
 
 from __future__ import annotations
 
 import inspect
 import operator
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Collection
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from . import leaves
 from .per_module import is_kept
@@ -22,26 +28,104 @@ from .table import first_line
 _one_at_a_time = threading.RLock()
 
 
+#: modules whose functions may ask what a proxy is
+_KNOWING = ("torch.fx", __name__.partition(".")[0])
+
+
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is; a plain proxy has no `__iadd__` and Python falls back to `x + y`."""
+    """Refuses the questions that it would answer otherwise than a tensor does.
+
+    It records `x += y` as what it is, too; a plain proxy has no `__iadd__` and Python falls back to `x + y`.
+    """
+
+    tracer: _Tracer
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What `isinstance` asks after `type`; with another answer its caller might go another way."""
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(_KNOWING):
+            return type(self)
+        self.tracer.refuse("its forward asks for the type of a value")
+
+    def __getattr__(self, name: str) -> _Attribute:
+        if not hasattr(Tensor, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            self.tracer.refuse(f"its forward asks a tensor for {name}")
+        if name.startswith("is_") or name == "requires_grad":
+            self.tracer.refuse(_KIND)
+        return _Attribute(self, name)
+
+    def _number(self, *_: Any) -> NoReturn:
+        self.tracer.refuse("its forward makes a number of a tensor or of a size")
+
+    __int__ = __index__ = __float__ = __complex__ = __len__ = __round__ = __array__ = _number
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """An attribute of a proxy, a tensor or not."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+
+class _Switches(TorchFunctionMode):
+    """Refuses a forward that sets the grad mode, whether or not it is another one then."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            self._tracer.refuse(_MODES)
+        return func(*args, **(kwargs or {}))
+
+
+_KIND = "its forward asks what kind of tensor it has"
+_MODES = "its forward switches the grad mode or autocast"
+
 
 class _Tracer(fx.Tracer):
-    """Stops at the layers that a plan may hold, and refuses what a graph does not show: grad mode, autocast."""
+    """Stops at the layers that a plan may hold, and refuses what a graph does not show: grad mode, autocast, types."""
 
     def __init__(self, stops: Collection[nn.Module]) -> None:
         super().__init__()
         self._stops = stops
         self._modes = self._current_modes()
         self._thread = threading.get_ident()
+        self.refused: str | None = None
 
     @staticmethod
-    def _current_modes() -> tuple[bool, ...]:
+    def _current_modes() -> tuple[int, ...]:
         autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+        depth = torch.autocast_increment_nesting()  # there is no way to read it alone
+        torch.autocast_decrement_nesting()
+        return torch.is_inference_mode_enabled(), depth, *autocast
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Give the trace up, also if the forward catches what is raised here.
+
+        Raises:
+            Unsupported: always.
+        """
+        self.refused = self.refused or reason
+        raise Unsupported(reason)
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """The graph.
+
+        Raises:
+            Unsupported: if a proxy was asked something that it could not answer as a tensor does.
+        """
+        with _Switches(self):
+            graph = super().trace(*args, **kwargs)
+        if self.refused is not None:
+            raise Unsupported(self.refused)
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._stops or leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
@@ -73,10 +157,30 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if self._current_modes() != self._modes:
-            raise Unsupported("its forward switches the grad mode or autocast")
-        return super().create_node(*args, **kwargs)
+            self.refuse(_MODES)
+        if kind == "call_function" and getattr(target, "__name__", "").startswith("is_"):
+            self.refuse(_KIND)
+        return super().create_node(kind, target, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument of a node."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            self.refuse(f"its forward cannot be traced: {first_line(error)}")
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse("its forward branches on a tensor or on a size")
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refuse("its forward loops over a tensor or over a size")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        self.refuse("its forward takes a tensor for a dictionary")
 
 
 class _Snapshot:
@@ -92,6 +196,9 @@ class _Snapshot:
     def restore(self) -> bool:
         """Put everything back; True if anything had changed."""
         changed = False
+        for now, _ in self._attributes:
+            for name in [name for name in now if name.startswith("_tensor_constant")]:  # what `torch.fx` puts there
+                del now[name]
         for now, before in (*self._attributes, *self._dicts):
             if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
                 changed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _FROZEN = "tests/test_frozen.py::test_"
+_ANSWERS = "tests/test_proxies.py::test_what_a_tensor_answers"
 _FLAT = "tests/test_flat.py::test_"
 _THREADS = "tests/test_threads.py::test_"
 _TOUCHED = "tests/test_touched.py::test_"
@@ -120,6 +121,36 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             "        with _one_at_a_time:",
             "        if True:",
             _THREADS + "one_traces_after_the_other",
+        ),
+        (
+            "a refusal that the forward catches",
+            "if self.refused is not None:",
+            "if False:",
+            _ANSWERS + "[value-Block-]",
+        ),
+        (
+            "isinstance answered",
+            "startswith(_KNOWING)",
+            'startswith("")',
+            _ANSWERS + "[isinstance-Block-]",
+        ),
+        (
+            "any attribute is there",
+            "if not hasattr(Tensor, name):",
+            "if False:",
+            _ANSWERS + "[hasattr-Block-]",
+        ),
+        (
+            "grad mode set to what it is",
+            "if func is torch._C._set_grad_enabled:",
+            "if False:",
+            "tests/test_proxies.py::test_modes_of_the_forward_are_seen_in_whatever_modes_it_is_fused[enable_grad-]",
+        ),
+        (
+            "autocast off where it is off",
+            "torch.is_inference_mode_enabled(), depth, *autocast",
+            "torch.is_inference_mode_enabled(), *autocast",
+            "tests/test_proxies.py::test_modes_of_the_forward_are_seen_in_whatever_modes_it_is_fused[no autocast-]",
         ),
         (
             "original traced",

@@ -48,6 +48,11 @@ class ScaledResidual(Base):
         return x + 0.1 * self.conv2(torch.relu(self.conv1(x)))
 
 
+class ScaledByTensor(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tensor(0.1) * self.conv2(torch.relu(self.conv1(x)))
+
+
 class AlphaAdd(Base):
     def forward(self, x: Tensor) -> Tensor:
         return torch.add(self.bn1(self.conv1(x)), x, alpha=2)

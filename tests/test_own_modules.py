@@ -262,3 +262,27 @@ def test_activation_of_a_norm_in_a_stem():
     for model in (reference, fused):
         model[1].act = nn.SiLU()
     same(fused, reference, images())
+
+
+class NoNorm(nn.Module):
+    """Of a network for super-resolution, say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(torch.relu(self.conv1(x))) + x
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("make", [NoNorm, lambda: nn.Sequential(NoNorm(), NoNorm())], ids=["block", "chain"])
+def test_one_image_without_a_batch(make, grad):
+    reference = make().eval()
+    fused = frb.fuse(reference, strict=True)
+    x = torch.randn(8, 6, 5)
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        for model in (fused, fused, compiled):
+            torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-5)
+        same(fused, reference, x[None])

@@ -124,6 +124,18 @@ def test_what_leaves_the_network_is_computed():
         assert torch.equal(kept[0], copies[1])
 
 
+def test_what_else_leaves_the_network_is_the_very_object():
+    sizes: list[object] = []
+    _, fused = both(lambda n, x: (n.conv1(x), (sizes.append(n.conv1(x).shape), sizes)[1], x.shape[-2:]))
+    with torch.no_grad():
+        y, same, size = fused(torch.randn(1, 3, 6, 6))
+        assert type(y) is Tensor
+        assert (type(same[0]), type(size)) == (torch.Size, torch.Size)
+    _, fused = both(lambda n, x: (n.conv1(x).shape, sizes)[1])
+    with torch.no_grad():
+        assert fused(torch.randn(1, 3, 6, 6)) is sizes
+
+
 def test_no_work_is_left_pending_outside_of_the_network():
     _, fused = both(usual)
     x = torch.randn(1, 3, 6, 6)
