@@ -26,6 +26,7 @@ from .convert import blocks, fuse
 from .kernels import tables
 from .kernels.gpu import gpu_of
 from .modules import FusedBlock
+from .tf32_unit import Tf32Unit
 
 #: tiles that are tried for a convolution
 TRIED = 16
@@ -188,7 +189,8 @@ def tail_winner(found: Asked) -> dict[str, Any]:
 def _times(found: Asked, ways: Ways, x: Tensor, other: Tensor | None) -> dict[str, float]:
     """The median of each way that compiles, runs and is right, in microseconds."""
     few = x[:CHECKED], None if other is None else other[:CHECKED]
-    same = found.plain(*few)
+    with Tf32Unit() if backends.triton.in_tf32(x.dtype, x.device) else nullcontext():
+        same = found.plain(*few)
     exact = found.plain(*(None if t is None else t.double() for t in few))  # type: ignore[arg-type]
     times = {}
     for name, bind in ways.items():
@@ -204,7 +206,7 @@ def _times(found: Asked, ways: Ways, x: Tensor, other: Tensor | None) -> dict[st
 
 
 def _right(result: Any, same: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
-    """Whether a result's root mean square error is at most twice torch's own."""
+    """Whether a result's root mean square error is at most twice that of `same`."""
     outputs = [y for y in (result if isinstance(result, tuple) else (result,)) if y is not None]
     for y, theirs, truth in zip(outputs, same, exact, strict=True):
         ours, own = ((t[:CHECKED].double() - truth).square().mean().sqrt() for t in (y, theirs))

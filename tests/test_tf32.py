@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks.gpu import check, stems
-from benchmarks.gpu.operations import build, own, precision, to_tf32
+from benchmarks.gpu.operations import build, own, precision
 from benchmarks.harness import parity
 from benchmarks.shapes import ConvShape
 from fused_resblock.backends import triton
@@ -23,6 +23,7 @@ from fused_resblock.kernels.halo import join_groups
 from fused_resblock.kernels.pool import POOL
 from fused_resblock.kernels.tf32 import tf32_weight
 from fused_resblock.params import Conv
+from fused_resblock.tf32_unit import to_tf32
 
 INF, NAN = float("inf"), float("nan")
 

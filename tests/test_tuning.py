@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 import fused_resblock as frb
-from fused_resblock import on_cuda, tuning
+from fused_resblock import backends, on_cuda, tuning
 from fused_resblock.backends import tuned
 from fused_resblock.kernels import tables
 from fused_resblock.kernels.gpu import Gpu
@@ -102,6 +102,14 @@ def test_other_versions_are_measured_again(tmp_path):
     path.write_text(json.dumps({**data, "triton": "3.0", "winners": data["winners"][:1], "stages": []}))
     frb.tune(network(), X, out=path, progress=False)
     assert rows(path).keys() == CASES
+
+
+def test_in_tf32_the_measure_is_an_ideal_unit(tmp_path, monkeypatch):
+    """Torch may compute a shape in full fp32, as here; nothing that multiplies in TF32 would be right then."""
+    monkeypatch.setattr(backends.triton, "in_tf32", lambda dtype, device: True)
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    assert all(row["us"].keys() == {"triton", "eager"} for row in rows(path).values())
+    assert all(row["us"].keys() == {"stage", "apart"} for row in rows(path, "stages").values())
 
 
 def test_a_wrong_way_is_never_a_winner(tmp_path, monkeypatch):

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fused_resblock.backends import eager, triton
 from fused_resblock.kernels.convolution import bind_convolution
 from fused_resblock.kernels.tiles import Tile
 from fused_resblock.params import PLAIN, BatchNorm, Bound, Conv, Epilogue
+from fused_resblock.tf32_unit import Tf32Unit
 
 from ..shapes import ConvShape
 
@@ -39,31 +38,14 @@ def precision(name: str) -> Iterator[torch.dtype]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def to_tf32(t: Tensor) -> Tensor:
-    """fp32 numbers rounded to the nearest of TF32, ties to even: 10 bits of the mantissa are kept, of 23."""
-    bits = t.view(torch.int32)
-    return ((bits + 0xFFF + (bits >> 13 & 1)) & -0x2000).view(torch.float32)
-
-
-class _Tf32(TorchFunctionMode):
-    """Convolutions of fp32 tensors have both factors rounded by `to_tf32`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("conv2d", "convolution") and args[0].dtype == torch.float32:
-            args = (*map(to_tf32, args[:2]), *args[2:])
-        return func(*args, **(kwargs or {}))
-
-
 def own(name: str, function: Callable[[], Tensor]) -> Tensor:
     """Torch's own result in a dtype: the error that a kernel's is held against.
 
-    For "tf32" it is that of an ideal TF32 unit: `y = conv(tf32(x), tf32(w))` of each convolution, both factors rounded
-    to nearest, sums in fp32. cuDNN computes some shapes in full fp32 though it need not (the stem's 3 channels), which
-    would make a bound of a thousandth of TF32's error; what it rounds by itself it finds rounded already.
+    For "tf32" it is that of an ideal TF32 unit; see `tf32_unit`.
     """
     if name != "tf32":
         return function()
-    with _Tf32():
+    with Tf32Unit():
         return function()
 
 
