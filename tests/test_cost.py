@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.roofline import DEPTHS, NOMINAL, blocks_of, floors_of, network_floors, stem_floors
+from benchmarks.floors import DEPTHS, blocks_of, floors_of, network_floors, stem_floors
+from benchmarks.roofline import NOMINAL
 from benchmarks.whole_bottleneck import whole_cost, whole_seconds
 from fused_resblock.kernels.cost import (
     LAUNCH,

@@ -152,7 +152,7 @@ import torch
 from benchmarks.emulate import both_ways
 from benchmarks.gpu import tails
 from benchmarks.gpu.operations import build, precision
-from benchmarks.roofline import gemm_of, second_of
+from benchmarks.floors import gemm_of, second_of
 from benchmarks.shapes import ConvShape
 from fused_resblock.kernels.cost import conv_bn_act_cost, conv_halo_cost, expand_shift_cost, expand_shift_halo_cost
 from fused_resblock.kernels.choice import HALO
