@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-_COMPILED = "tests/test_ring.py::test_compiled_kernel_is_right[fp16]"
-_SPECIAL = "tests/test_ring.py::test_scales_of_all_sizes_nan_and_what_no_descriptor_names"
-_RESIDUALS = "tests/test_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names"
+_COMPILED = "tests/test_ring_compiled.py::test_compiled_kernel_is_right[fp16]"
+_SPECIAL = "tests/test_ring_compiled.py::test_scales_of_all_sizes_nan_and_what_no_descriptor_names"
+_RESIDUALS = "tests/test_ring_compiled.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names"
 _TAKES = "tests/test_ring.py::test_convolutions_that_it_takes"
 
 #: (name, old text, new text, killers) by file.
