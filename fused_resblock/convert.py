@@ -89,7 +89,7 @@ def fuse(
     def wanted(path: str) -> bool:
         return filter_fn is None or filter_fn(path, model.get_submodule(path))
 
-    for name, graph in networks:
+    for name, (graph, _) in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
         for path in find_heads(network, graph) if heads else ():
             if wanted(prefix + path):
@@ -111,13 +111,13 @@ def fuse(
                 if not isinstance(module, FusedStage):
                     module.__class__ = swapped_class(FusedStage, type(module))
                 module.__dict__["_fused_kernel"] = stages == "kernel"
-    for name, graph in networks:
+    for name, found_graph in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
         if frozen and not isinstance(network, (FusedNetwork, FusedStage)):
             fuse_network(network)
         if isinstance(network, FusedNetwork):
             know_blocks(network, [path.removeprefix(prefix) for path, _, _ in found if path.startswith(prefix)])
-        know(network, graph if frozen else None)
+        know(network, found_graph if frozen else None)
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(frozen)

@@ -21,6 +21,7 @@ from .per_module import PerModule
 from .plan import Unsupported
 from .program import signature
 from .recorder import Recorder
+from .tracing import Traced
 
 Call = Callable[[Any], Any]
 _UNKNOWN = "its graph is not known until it is fused again"  # that of a copy, or of one that could not be traced again
@@ -81,18 +82,18 @@ class _Flat:
 
 
 _flats: PerModule[_Flat] = PerModule("flat")
-_graphs: PerModule[fx.Graph] = PerModule("graph")
+_graphs: PerModule[Traced] = PerModule("graph")
 
 
-def know(network: nn.Module, graph: fx.Graph | None) -> None:
+def know(network: nn.Module, found: Traced | None) -> None:
     """Note the graph of a network's forward in eval mode, in which blocks are single calls; None where it has none.
 
     A copy of the network has none until it is noted.
     """
-    if graph is None:
+    if found is None:
         _graphs.pop(network)
     else:
-        _graphs[network] = graph
+        _graphs[network] = found
 
 
 def run(network: nn.Module, forward: Call, x: Tensor) -> Any:
@@ -106,7 +107,7 @@ def run(network: nn.Module, forward: Call, x: Tensor) -> Any:
     flat = _current(network)
     if flat is None:
         flat = _flats[network] = _Flat()
-    key = signature(x)
+    key = (*signature(x), x.stride())
     function = flat.functions.get(key)
     if function is not None:
         return forward(x) if isinstance(function, str) else function(x)
@@ -160,7 +161,10 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
         raise Unsupported(_UNKNOWN)
     if nn.modules.module._has_any_global_hook() or any(map(leaves.hooked, list(network.modules())[1:])):
         raise Unsupported("hooks on inner modules")
-    graph = copy.deepcopy(_graphs[network])
+    found = _graphs[network]
+    if found.doubt is not None:
+        raise Unsupported(found.doubt)
+    graph = copy.deepcopy(found.graph)
     modules = dict(network.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     for number, ran in enumerate(tape):

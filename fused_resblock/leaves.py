@@ -16,7 +16,7 @@ from .swap import own_class
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: what the plans stand for, even if somebody puts something else in its place later
 _CONV_FORWARDS = nn.Conv2d.forward, nn.Conv2d._conv_forward
-_NORM_FORWARD = nn.BatchNorm2d.forward
+_NORM_FORWARDS = nn.BatchNorm2d.forward, nn.BatchNorm2d._check_input_dim
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
@@ -68,7 +68,7 @@ def norm_relu(module: nn.Module) -> bool:
     Raises:
         Unsupported: if the module is no batch norm with running statistics, or its activation is not ReLU.
     """
-    cls = own_class(module)
+    cls: Any = own_class(module)
     if is_frozen_norm(module):
         return False
     if _timm_norm_act(module):
@@ -80,7 +80,7 @@ def norm_relu(module: nn.Module) -> bool:
             relu = True
         else:
             raise Unsupported(f"activation {type(module.act).__name__} is not ReLU")
-    elif isinstance(module, nn.BatchNorm2d) and cls.forward is _NORM_FORWARD:
+    elif isinstance(module, nn.BatchNorm2d) and (cls.forward, cls._check_input_dim) == _NORM_FORWARDS:
         relu = False
     else:
         raise Unsupported(f"{cls.__name__} is not a convolution, ReLU, BatchNorm2d or FrozenBatchNorm2d")

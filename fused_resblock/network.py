@@ -17,7 +17,7 @@ from .pending import Pending, allowed, scope
 from .plan import Unsupported
 from .stem import StemConv, StemFollower, hooked
 from .swap import Swapped, base_class, swapped_class, undo
-from .tracing import graph_of
+from .tracing import Traced, traced
 
 
 class FusedNetwork(Freezable):
@@ -71,17 +71,17 @@ class FusedNetwork(Freezable):
         """Look at the graph once more, and give up the stems that are none any more."""
         self.__dict__.update(_fused_stale=False, _fused_looks=self._fused_looks + 1)
         modules = dict(self.named_modules())
-        graph = None
+        found = None
         if self._fused_looks <= self.LOOKS:
             blocks = {modules[path] for path in self._fused_stops if path in modules}
             with contextlib.suppress(Unsupported):
-                graph = graph_of(self, training=False, stops=blocks)
-        kept = tuple(stem for stem in self._fused_stems if graph is not None and _is_stem(graph, stem))
+                found = traced(self, stops=blocks)
+        kept = tuple(stem for stem in self._fused_stems if found is not None and _is_stem(found.graph, stem))
         for first, *_ in set(self._fused_stems) - set(kept):
             if first in modules:
                 unfuse_stem(modules[first])
         self.__dict__["_fused_stems"] = kept
-        flat.know(self, graph if self._fused_frozen else None)
+        flat.know(self, found if self._fused_frozen else None)
 
 
 def _computed(y: Any) -> Any:
@@ -91,7 +91,7 @@ def _computed(y: Any) -> Any:
     return pytree.tree_map_only(Pending, Pending.value, y, is_leaf=lambda part: isinstance(part, torch.Size))
 
 
-def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> Iterator[tuple[str, fx.Graph]]:
+def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> Iterator[tuple[str, Traced]]:
     """The name and the graph, in eval mode, of every network around residual blocks, itself outside of them.
 
     Where a forward cannot be traced, the modules in it that hold blocks are looked at one by one.
@@ -101,12 +101,12 @@ def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = 
     try:
         if not isinstance(module, FusedNetwork):
             swapped_class(FusedNetwork, type(module))
-        graph = graph_of(module, training=False, stops=blocks)
+        found = traced(module, stops=blocks)
     except Exception:  # no graph, or no class can be derived from the module's
         for child_name, child in module.named_children():
             yield from find_networks(child, blocks, f"{name}.{child_name}" if name else child_name)
     else:
-        yield name, graph
+        yield name, found
 
 
 def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:

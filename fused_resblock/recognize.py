@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import leaves
 from .plan import Branch, Plan, Step, Unsupported
+from .proxies import IN_PLACE
 from .swap import own_class
-from .tracing import graph_of
+from .tracing import graph_of, traced
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
-_IN_PLACE = {operator.iadd, torch.relu_, F.relu_}
+_IN_PLACE = {*IN_PLACE, torch.relu_, F.relu_}
 _COPIES = {"contiguous", "clone"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # dropout: in eval mode
 
@@ -61,8 +62,9 @@ class _Builder:
                 self.alias[node] = self._resolve(node.all_input_nodes[0])
         self.readers = Counter(self._resolve(a) for n in self.nodes if n in live for a in self._reads(n))
         self.all_readers = Counter(self._resolve(a) for n in self.nodes for a in self._reads(n))
-        if any(self._in_place(n) for n in self.nodes if n not in live):
-            raise Unsupported("an in-place operation whose result is not used")
+        for node in self.nodes:
+            if node not in live:
+                self._check_unused(node)
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         if len([n for n in inputs if n in live or n.users]) != 1:
             raise Unsupported("it takes other than one input")
@@ -121,6 +123,14 @@ class _Builder:
         """The node's step if it is open and nothing but the asking node reads it."""
         value = self.values[node]
         return value if isinstance(value, Step) and self.readers[node] == 1 and not value.pool else None
+
+    def _check_unused(self, node: fx.Node) -> None:
+        """What the output does not depend on may be left out if it does nothing else, and nobody can see its result."""
+        if self._in_place(node):
+            raise Unsupported("an in-place operation whose result is not used")
+        plain = node.op != "call_method" and not node.kwargs.get("out")
+        if node.op in ("call_function", "call_method") and not (plain and self._called(node) in _ADDS | _RELUS):
+            raise Unsupported(f"its forward calls {_name(node)} and does not use the result")
 
     def _check_in_place(self, node: fx.Node) -> None:
         """An in-place operation is as good as another only on a tensor that nobody else can see."""
@@ -243,12 +253,21 @@ def recognize(block: nn.Module) -> Plan:
         Unsupported: with the reason, if the block is anything but conv-norm-act steps and one residual add.
     """
     leaves.check_untouched(block)
+    _check_attributes(block)
     steps = _Builder(block, graph_of(block, training=False)).build()
     try:
         eval_only = _Builder(block, graph_of(block, training=True)).build() != steps or _has_dropout(block)
     except Unsupported:
         eval_only = True
     return Plan(steps, eval_only)
+
+
+def _check_attributes(block: nn.Module) -> None:
+    """Raise `Unsupported` if the forward may ask a tensor that it does not see as one: its values change unnoticed."""
+    for path, module in block.named_modules():
+        found = [] if leaves.is_leaf(module) else [name for name, v in vars(module).items() if isinstance(v, Tensor)]
+        if found:
+            raise Unsupported(f"{path or 'the block'} keeps a tensor in its attribute {found[0]}")
 
 
 def _has_dropout(block: nn.Module) -> bool:
@@ -260,7 +279,7 @@ def looks_residual(block: nn.Module) -> bool:
     if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
         return False
     try:
-        graph = graph_of(block, block.training)
+        graph = traced(block, block.training).graph
     except Unsupported:
         return sum(isinstance(m, nn.Conv2d) for m in block.children()) >= 2
     return any(_Builder._called(node) in _ADDS for node in graph.nodes)

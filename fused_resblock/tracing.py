@@ -1,75 +1,47 @@
 """The `torch.fx` graph of a block's forward, or the reason why a graph would not tell all that the forward does.
 
-A forward gets proxies in place of tensors. One that asks a proxy what a tensor would answer otherwise (`isinstance`,
-`hasattr`, a branch on a value) is refused, also where it catches what the proxy raises.
+A forward gets `proxies` in place of tensors. That of a block is refused if it asks them what a tensor would answer
+otherwise (`isinstance`, `hasattr`, a branch on a value), also where it catches what a proxy raises.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
 import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Collection
-from types import FunctionType, MethodType
-from typing import Any, NoReturn
+from types import MethodType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import leaves
 from .per_module import is_kept
 from .plan import Unsupported
+from .proxies import KIND, MODES, Proxy, unseen_call
+from .snapshot import Shared, Snapshot
 from .table import first_line
 
 #: two traces at once would each put back, in the end, what the other had put in place of every module's call
 _one_at_a_time = threading.RLock()
 
 
-#: modules whose functions may ask what a proxy is
-_KNOWING = ("torch.fx", __name__.partition(".")[0])
-
-
-class _Proxy(fx.Proxy):
-    """Refuses the questions that it would answer otherwise than a tensor does.
-
-    It records `x += y` as what it is, too; a plain proxy has no `__iadd__` and Python falls back to `x + y`.
-    """
-
-    tracer: _Tracer
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """What `isinstance` asks after `type`; with another answer its caller might go another way."""
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(_KNOWING):
-            return type(self)
-        self.tracer.refuse("its forward asks for the type of a value")
-
-    def __getattr__(self, name: str) -> _Attribute:
-        if not hasattr(Tensor, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            self.tracer.refuse(f"its forward asks a tensor for {name}")
-        if name.startswith("is_") or name == "requires_grad":
-            self.tracer.refuse(_KIND)
-        return _Attribute(self, name)
-
-    def _number(self, *_: Any) -> NoReturn:
-        self.tracer.refuse("its forward makes a number of a tensor or of a size")
-
-    __int__ = __index__ = __float__ = __complex__ = __len__ = __round__ = __array__ = _number
-
-
-class _Attribute(_Proxy, fx.proxy.Attribute):
-    """An attribute of a proxy, a tensor or not."""
-
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+#: layers that give one tensor
+_OF_TENSORS = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.ReLU,
+    nn.Identity,
+    nn.Linear,
+    nn.Flatten,
+    nn.Dropout,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Upsample,
+)
 
 
 class _Switches(TorchFunctionMode):
@@ -81,23 +53,25 @@ class _Switches(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled:
-            self._tracer.refuse(_MODES)
+            self._tracer.refuse(MODES)
         return func(*args, **(kwargs or {}))
 
 
-_KIND = "its forward asks what kind of tensor it has"
-_MODES = "its forward switches the grad mode or autocast"
-
-
 class _Tracer(fx.Tracer):
-    """Stops at the layers that a plan may hold, and refuses what a graph does not show: grad mode, autocast, types."""
+    """Stops at the layers that a plan may hold, and notes what a graph does not show: modes, types, values.
 
-    def __init__(self, stops: Collection[nn.Module]) -> None:
+    Args:
+        stops: modules whose calls are recorded as they are, besides those layers.
+        strict: give the trace up wherever the graph may not be all that the forward does.
+    """
+
+    def __init__(self, stops: Collection[nn.Module], strict: bool) -> None:
         super().__init__()
         self._stops = stops
+        self._strict = self.proxy_buffer_attributes = strict
         self._modes = self._current_modes()
         self._thread = threading.get_ident()
-        self.refused: str | None = None
+        self.reason: str | None = None  # why the graph may not be all
 
     @staticmethod
     def _current_modes() -> tuple[int, ...]:
@@ -106,14 +80,36 @@ class _Tracer(fx.Tracer):
         torch.autocast_decrement_nesting()
         return torch.is_inference_mode_enabled(), depth, *autocast
 
+    def doubt(self, reason: str, same: bool = False) -> None:
+        """Note that the graph may not be all that the forward does.
+
+        Args:
+            reason: why.
+            same: whether the answer is the same for all inputs of a signature; then it matters in strict traces alone.
+
+        Raises:
+            Unsupported: in a strict trace.
+        """
+        if self._strict:
+            self.refuse(reason)
+        if not same:
+            self.reason = self.reason or reason
+
     def refuse(self, reason: str) -> NoReturn:
-        """Give the trace up, also if the forward catches what is raised here.
+        """Note a question that a proxy cannot answer; the forward may catch what is raised here.
 
         Raises:
             Unsupported: always.
         """
-        self.refused = self.refused or reason
+        self.reason = self.reason or reason
         raise Unsupported(reason)
+
+    def knows_tensor(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor for certain; in a strict trace, whose plan may be called with anything, never."""
+        if self._strict or node.op == "placeholder":
+            return not self._strict
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module in self._stops or isinstance(module, _OF_TENSORS)
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
         """The graph.
@@ -123,8 +119,8 @@ class _Tracer(fx.Tracer):
         """
         with _Switches(self):
             graph = super().trace(*args, **kwargs)
-        if self.refused is not None:
-            raise Unsupported(self.refused)
+        if self._strict and self.reason is not None:
+            raise Unsupported(self.reason)
         return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -146,7 +142,11 @@ class _Tracer(fx.Tracer):
         """Record a call. While it traces, `torch.fx` has those of all threads come here: others' simply run."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # that the forward may catch, and go another way
+            self.reason = self.reason or str(error) or type(error).__name__
+            raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """An attribute of a module, as `call_module`."""
@@ -155,13 +155,17 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if self._current_modes() != self._modes:
-            self.refuse(_MODES)
+            self.refuse(MODES)
         if kind == "call_function" and getattr(target, "__name__", "").startswith("is_"):
-            self.refuse(_KIND)
+            self.doubt(KIND)
+        if self._strict:
+            unseen = unseen_call(sys._getframe(1), _Tracer.trace.__code__)
+            if unseen is not None:
+                self.refuse(f"its forward calls {unseen}")
         return super().create_node(kind, target, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -179,93 +183,52 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Any:
         self.refuse("its forward loops over a tensor or over a size")
 
-    def keys(self, obj: fx.Proxy) -> Any:
-        self.refuse("its forward takes a tensor for a dictionary")
+
+class Traced(NamedTuple):
+    """The graph of a forward, and why the forward may do something else with other inputs; None where it does not."""
+
+    graph: fx.Graph
+    doubt: str | None
 
 
-class _Snapshot:
-    """Attributes, the contents of lists and dictionaries among them, and buffers of a block, to be put back."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._attributes = [(m.__dict__, dict(m.__dict__)) for m in block.modules()]
-        values = [value for _, attributes in self._attributes for value in attributes.values()]
-        self._lists = [(value, list(value)) for value in values if isinstance(value, list)]
-        self._dicts = [(value, dict(value)) for value in values if isinstance(value, dict)]
-        self._buffers = [(b, b._version, b.detach().clone()) for b in block.buffers() if not b.is_inference()]
-
-    def restore(self) -> bool:
-        """Put everything back; True if anything had changed."""
-        changed = False
-        for now, _ in self._attributes:
-            for name in [name for name in now if name.startswith("_tensor_constant")]:  # what `torch.fx` puts there
-                del now[name]
-        for now, before in (*self._attributes, *self._dicts):
-            if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
-                changed = True
-                now.clear()
-                now.update(before)
-        for items, kept in self._lists:
-            if len(items) != len(kept) or any(a is not b for a, b in zip(items, kept, strict=True)):
-                changed = True
-                items[:] = kept
-        for buffer, version, kept_buffer in self._buffers:
-            if buffer._version != version:
-                changed = True
-                with torch.no_grad():
-                    buffer.copy_(kept_buffer)
-        return changed
-
-
-class _Shared:
-    """Dictionaries and lists of objects that modules hold, which a twin shares: no proxy may stay in them.
-
-    Such an object collects features, say, as those of timm do. Nothing else is put back: other threads may use them.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        held = [value for m in block.modules() for value in vars(m).values() if _is_object(value)]
-        found = [vars(value) for value in held]
-        found += [item for attributes in found for item in attributes.values() if isinstance(item, dict | list)]
-        self._before = [(items, items.copy()) for items in found]
-
-    def clean(self) -> None:
-        """Take proxies away, or put back what stood in their place."""
-        for items, before in self._before:
-            if isinstance(items, list):
-                if any(isinstance(item, fx.Proxy) for item in items):
-                    items[:] = before
-                continue
-            for key in [key for key, item in items.items() if isinstance(key, fx.Proxy) or isinstance(item, fx.Proxy)]:
-                if key in before:
-                    items[key] = before[key]
-                else:
-                    del items[key]
-
-
-def _is_object(value: object) -> bool:
-    known = nn.Module | torch.Tensor | type | FunctionType | MethodType
-    return hasattr(value, "__dict__") and not isinstance(value, known)
-
-
-def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()) -> fx.Graph:
-    """The graph of the block's forward; hooks do not run, and what they do is not in it.
+def graph_of(block: nn.Module, training: bool) -> fx.Graph:
+    """The graph of a block's forward, which is all that the forward does; hooks do not run, and are not in it.
 
     A twin of the block is traced: the block itself may be serving in another thread.
 
     Args:
         block: a residual block, or any module.
         training: the mode of all its modules in which it is traced.
+
+    Raises:
+        Unsupported: if the forward cannot be traced, asks for what a graph does not show, or leaves something behind on
+            the block.
+    """
+    return _traced(block, training, (), strict=True).graph
+
+
+def traced(network: nn.Module, training: bool = False, stops: Collection[nn.Module] = ()) -> Traced:
+    """The graph of a network's forward as `graph_of` has it, which may be that of some inputs alone.
+
+    Args:
+        network: any module.
+        training: the mode of all its modules in which it is traced.
         stops: modules whose calls are recorded as they are, besides the layers that a plan may hold.
 
     Raises:
-        Unsupported: if the forward cannot be traced, or leaves something behind on the block.
+        Unsupported: if the forward cannot be traced, or leaves something behind on the network.
     """
-    paths = [path for path, module in block.named_modules() if module in stops]
-    traced = _twin(block, training)
-    before, shared = _Snapshot(traced), _Shared(block)
+    return _traced(network, training, stops, strict=False)
+
+
+def _traced(module: nn.Module, training: bool, stops: Collection[nn.Module], strict: bool) -> Traced:
+    paths = [path for path, inner in module.named_modules() if inner in stops]
+    twin = _twin(module, training)
+    before, shared = Snapshot(twin), Shared(module)
     try:
         with _one_at_a_time:
-            return _Tracer({traced.get_submodule(path) for path in paths}).trace(traced)
+            tracer = _Tracer({twin.get_submodule(path) for path in paths}, strict)
+            return Traced(tracer.trace(twin), tracer.reason)
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy

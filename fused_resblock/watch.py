@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from itertools import repeat
@@ -28,6 +29,25 @@ def _asks_itself(module: nn.Module) -> bool:
     return not given and not leaves.is_leaf(module)
 
 
+def _collections(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
+    """The dictionaries, lists and sets that modules of somebody's own hold in attributes, and a copy of each."""
+    found = []
+    for module in modules:
+        if isinstance(module, Swapped) or _asks_itself(module):
+            names = [name for name in vars(module) if name not in _OF_ANY_MODULE and not name.startswith("_fused_")]
+            found += [vars(module)[name] for name in names if type(vars(module)[name]) in (dict, list, set)]
+    return [(collection, collection.copy()) for collection in found]
+
+
+def _holds_the_same(now: Any, before: Any) -> bool:
+    """Whether a collection holds the very objects that it held."""
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        return all(key in now and now[key] is value for key, value in before.items())
+    return now == before if isinstance(now, set) else all(map(is_, now, before))
+
+
 def _conv_settings(conv: nn.Conv2d) -> tuple[Any, ...]:
     return tuple(getattr(conv, name) for name in _CONV_SETTINGS)
 
@@ -49,6 +69,7 @@ class Watch:
         self._inner = inner
         own = [m.__dict__ for m in inner if _asks_itself(m)]
         self._own = [(d, len(d), [(name, value) for name, value in d.items() if name != "training"]) for d in own]
+        self._collections = _collections(modules)
 
     def same_modules(self) -> bool:
         """Whether every module is still where it was, of the same class and with the same settings."""
@@ -61,6 +82,8 @@ class Watch:
         for attributes, size, before in self._own:
             if len(attributes) != size or any(attributes.get(name) is not value for name, value in before):
                 return False
+        if not all(_holds_the_same(*pair) for pair in self._collections):
+            return False
         return all(_conv_settings(conv) == settings for conv, settings in self._convs)
 
     def obstacle(self) -> str | None:
@@ -117,6 +140,7 @@ class Guard:
         self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
         self._attributes = [m.__dict__ for m in inner]
         self._convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
+        self._collections = _collections(modules)
         self._tensors = list(tensors)
         self._filters = [t for t in tensors if t.dim() > 1]
         listen()
@@ -163,6 +187,7 @@ class Guard:
             and (self._now == now() or self._untouched())
             and self._states_now() == self._states
             and read(self._words) == self._seen
+            and all(_holds_the_same(*pair) for pair in self._collections)
         )
 
 
@@ -174,7 +199,8 @@ _PLAIN = (bool, int, float, str, type(None))
 def layout(block: nn.Module) -> tuple[Entry, ...]:
     """Path, class and settings of every module in the block: what `unchanged` compares where identities cannot be.
 
-    It is copied and pickled with the block. Settings are plain values: numbers, strings, and tuples of them.
+    It is copied and pickled with the block. Settings are plain values: numbers, strings, and tuples,
+    lists and dictionaries of them.
     """
     return tuple((name, type(module), _settings(module)) for name, module in block.named_modules() if name)
 
@@ -188,11 +214,13 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
         names = [name for name in found if name not in _OF_ANY_MODULE and not name.startswith("__")]
     else:
         names = [name for name in _SETTINGS if name in found]
-    return tuple((name, found[name]) for name in names if _is_plain(found[name]))
+    return tuple((name, copy.deepcopy(found[name])) for name in names if _is_plain(found[name]))
 
 
 def _is_plain(value: object) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
+    return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, _PLAIN)
 
 
 def unchanged(block: nn.Module, expected: tuple[Entry, ...]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 _FROZEN = "tests/test_frozen.py::test_"
 _ANSWERS = "tests/test_proxies.py::test_what_a_tensor_answers"
+_PASSING = "tests/test_proxies.py::test_what_is_done_to_a_tensor_in_passing"
+_CHANGES = "tests/test_proxies.py::test_what_a_forward_asks_of_its_block_changes"
 _FLAT = "tests/test_flat.py::test_"
 _THREADS = "tests/test_threads.py::test_"
 _TOUCHED = "tests/test_touched.py::test_"
@@ -38,6 +40,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/watch.py": [
+        (
+            "what a dictionary holds is not compared",
+            "            and all(_holds_the_same(*pair) for pair in self._collections)\n",
+            "",
+            _CHANGES + "[dictionary-block]",
+        ),
         (
             "settings of the module that a program lies on",
             "        if not all(map(is_, map(root.get, self._root_names), self._root_values)):",
@@ -97,6 +105,39 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             _TOUCHED + "recalibrated_norms[auto]",
         ),
     ],
+    "fused_resblock/proxies.py": [
+        (
+            "isinstance answered",
+            "if not _knowing():\n            if type",
+            "if False:\n            if type",
+            _ANSWERS + "[Block-isinstance-]",
+        ),
+        ("any attribute is there", "if known is None:", "if False:", _ANSWERS + "[Block-hasattr-]"),
+        (
+            "augmented assignments taken for new values",
+            'setattr(Proxy, f"__{_function.__name__}__"',
+            'setattr(Proxy, f"__{_function.__name__}"',
+            _PASSING + "[operator-False]",
+        ),
+        (
+            "attributes of a tensor may be set",
+            "        if name not in (",
+            "        if False and name not in (",
+            _PASSING + "[data-False]",
+        ),
+        (
+            "values may be looked up",
+            "        return id(self)\n\n",
+            "        return id(self)\n\n    __hash__ = fx.Proxy.__hash__\n\n",
+            _ANSWERS + "[Block-dtype in a set-]",
+        ),
+        (
+            "what no proxy answers is called",
+            '        if not _is_within(_module_of(frame), ("torch", *_KNOWING)):',
+            "        if False:",
+            _ANSWERS + "[Block-grad mode-]",
+        ),
+    ],
     "fused_resblock/tracing.py": [
         (
             "hooks run while their network is traced",
@@ -124,21 +165,21 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a refusal that the forward catches",
-            "if self.refused is not None:",
+            "if self._strict and self.reason is not None:",
             "if False:",
-            _ANSWERS + "[value-Block-]",
+            _ANSWERS + "[Block-value-]",
         ),
         (
-            "isinstance answered",
-            "startswith(_KNOWING)",
-            'startswith("")',
-            _ANSWERS + "[isinstance-Block-]",
+            "an error of a layer that the forward catches",
+            "self.reason = self.reason or str(error) or type(error).__name__",
+            "pass",
+            _ANSWERS + "[Block-another layer-]",
         ),
         (
-            "any attribute is there",
-            "if not hasattr(Tensor, name):",
-            "if False:",
-            _ANSWERS + "[hasattr-Block-]",
+            "buffers are no tensors of the graph",
+            "self._strict = self.proxy_buffer_attributes = strict",
+            "self._strict = strict",
+            _CHANGES + "[buffer-block]",
         ),
         (
             "grad mode set to what it is",
@@ -160,6 +201,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/flat.py": [
+        (
+            "strides of a frozen network's input do not matter",
+            "key = (*signature(x), x.stride())",
+            "key = signature(x)",
+            "tests/test_proxies.py::test_frozen_network_whose_input_lies_otherwise",
+        ),
         (
             "function of a frozen network believed",
             'function if same else "its graph gives another result"',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,21 +25,46 @@ def works(call: Callable[[], object]) -> bool:
     return True
 
 
-#: each is True of every tensor of images that is not empty
+@fx.wrap
+def clip(y: Tensor) -> None:
+    """`torch.fx` records a call of it."""
+    y.clamp_(min=0)
+
+
+def sized(y: Tensor) -> bool:
+    match y.shape:
+        case (_, _, _, _):
+            return True
+    return False
+
+
+#: each is True of every tensor of images that is not empty, and made by a layer
 ANSWERS: dict[str, Callable[[Tensor], bool]] = {
     "isinstance": lambda x: isinstance(x, Tensor),
-    "isinstance of several": lambda x: not isinstance(x, list | tuple | fx.Proxy),
+    "isinstance of several": lambda x: not isinstance(x, list | tuple),
     "is_tensor": torch.is_tensor,
     "is_floating_point": lambda x: torch.is_floating_point(x) is True,
     "is_contiguous": lambda x: x.is_contiguous() in (True, False),
     "is_cuda": lambda x: x.is_cuda is False,
     "requires_grad": lambda x: x.requires_grad is False,
-    "class": lambda x: x.__class__ is Tensor,
+    "of its data": lambda x: x.data.requires_grad is False,
+    "grad": lambda x: x.grad is None,
+    "dtype": lambda x: x.dtype is torch.float32,
+    "dtype in a set": lambda x: x.dtype in {torch.float32},
+    "dtype of a weight": lambda x: {torch.float32: True}.get(x.dtype, False),
+    "device in words": lambda x: str(x.device).startswith("cpu"),
+    "format": lambda x: works(lambda: f"{x.shape[0]:d}"),
+    "shape": lambda x: (x.shape == (len(x), 8, *x.shape[2:])) is True,
+    "shape as a pattern": sized,
     "shape is a Size": lambda x: isinstance(x.shape, torch.Size),
     "size is an int": lambda x: isinstance(x.size(0), int),
     "hasattr": lambda x: not hasattr(x, "tensors"),
     "getattr": lambda x: getattr(x, "tensors", None) is None,
     "hasattr of a result": lambda x: not hasattr(F.relu(x), "mask"),
+    "hasattr of data": lambda x: not hasattr(x.data, "mask"),
+    "keys": lambda x: not hasattr(x, "keys"),
+    "special name": lambda x: not hasattr(x, "__special__"),
+    "callable": lambda x: not callable(x + x),
     "value": lambda x: works(lambda: bool(x.max() < math.inf)),
     "number": lambda x: works(lambda: float(x.mean())),
     "square root": lambda x: works(lambda: math.sqrt(x.shape[0])),
@@ -47,9 +73,34 @@ ANSWERS: dict[str, Callable[[Tensor], bool]] = {
     "length": lambda x: works(lambda: len(x)),
     "loop": lambda x: works(lambda: list(x)),
     "loop over the shape": lambda x: works(lambda: tuple(x.shape)),
-    "keys": lambda x: not works(lambda: dict(**x)),
+    "dictionary": lambda x: not works(lambda: dict(**x)),
     "argument": lambda x: works(lambda: torch.eq(x, torch.tensor(1.0))),
     "numpy": lambda x: works(lambda: x.detach().numpy().shape),
+    "error": lambda x: not works(lambda: x.reshape(3, 1)),
+    "another layer": lambda x: works(lambda: nn.ReLU()(x)),
+    "part set": lambda x: works(lambda: operator.setitem(x.clone(), 0, 0)),
+    "same": lambda x: x.to(torch.float32) is x,
+    "grad mode": lambda x: (x + x) is not None and not torch.is_grad_enabled(),
+    "tracing": lambda x: (x + x) is not None and not fx._symbolic_trace.is_fx_symbolic_tracing(),
+    "type": lambda x: type(x + x) is Tensor,
+    "class": lambda x: x.__class__ is Tensor,
+}
+#: behind a stem `x.__class__` and `type(x)` are no Tensor's
+BEHIND_STEMS = [name for name in ANSWERS if name != "class"]
+
+#: each makes every negative value of an image 0, and gives None
+EFFECTS: dict[str, Callable[[Tensor], object]] = {
+    "out=": lambda y: torch.clamp(y, min=0, out=y),
+    "clamp_": lambda y: torch.clamp_(y, min=0),
+    "inplace=": lambda y: F.hardtanh(y, 0.0, 1e9, inplace=True),
+    "inplace": lambda y: F.leaky_relu(y, 0.0, True),
+    "method": lambda y: y.clamp_(min=0),
+    "wrapped": clip,
+    "operator": lambda y: operator.imul(y, (y > 0).float()),
+    "data": lambda y: setattr(y, "data", y.data.clamp(min=0)),
+    "item": lambda y: operator.setitem(y, y < 0, 0),
+    "overload": lambda y: torch.ops.aten.relu_.default(y),
+    "foreach": lambda y: torch._foreach_clamp_min_([y], 0.0),
 }
 
 
@@ -79,16 +130,122 @@ class Network(nn.Module):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-@pytest.mark.parametrize("kind", [Block, Network])
-@pytest.mark.parametrize("answer", [pytest.param(answer, id=name) for name, answer in ANSWERS.items()])
-def test_what_a_tensor_answers(answer, kind, frozen):
-    reference = randomize_norms(kind(answer)).eval()
+@pytest.mark.parametrize(("kind", "name"), [(Block, name) for name in ANSWERS] + [(Network, n) for n in BEHIND_STEMS])
+def test_what_a_tensor_answers(name, kind, frozen):
+    reference = randomize_norms(kind(ANSWERS[name])).eval()
     fused = frb.fuse(reference, frozen=frozen)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(5):
             x = torch.randn(2, 8 if kind is Block else 3, 9, 7, generator=generator)
             torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+class Changing(Block):
+    """Does something to a tensor, and goes on with the tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x
+        self.answer(y)
+        return y
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("effect", [pytest.param(effect, id=name) for name, effect in EFFECTS.items()])
+def test_what_is_done_to_a_tensor_in_passing(effect, grad):
+    reference = randomize_norms(Changing(effect)).eval().requires_grad_(False)
+    fused, x = frb.fuse(reference), torch.randn(2, 8, 9, 7)
+    with torch.set_grad_enabled(grad):
+        y = fused(x)
+    assert (y >= 0).all()
+    torch.testing.assert_close(y, reference(x), rtol=1e-4, atol=1e-4)
+
+
+class Switched(Block):
+    """Asks a buffer, and what stands in a dictionary and a list."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: True)
+        self.config, self.steps = {"relu": True}, [True]
+        self.register_buffer("on", torch.tensor(True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x
+        return F.relu(y) if self.chosen() else y
+
+    def chosen(self) -> bool:
+        return self.config["relu"] and self.steps[0]
+
+
+class ByBuffer(Switched):
+    def chosen(self) -> bool:
+        return bool(self.on)
+
+
+class ByTensor(Switched):
+    def __init__(self) -> None:
+        super().__init__()
+        self.off = torch.tensor(False)
+
+    def chosen(self) -> bool:
+        return not self.off
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["block", "module of a chain"])
+@pytest.mark.parametrize(
+    ("cls", "change"),
+    [
+        (Switched, lambda b: b.config.update(relu=False)),
+        (Switched, lambda b: b.steps.clear() or b.steps.append(False)),
+        (ByBuffer, lambda b: b.on.zero_()),
+        (ByTensor, lambda b: b.off.fill_(1)),
+    ],
+    ids=["dictionary", "list", "buffer", "tensor"],
+)
+def test_what_a_forward_asks_of_its_block_changes(cls, change, inner):
+    reference = randomize_norms(nn.Sequential(cls(), cls()) if inner else cls()).eval()
+    fused, x = frb.fuse(reference), torch.randn(2, 8, 9, 7)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+        for model in (fused, reference):
+            change(model[1] if inner else model)
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+class ByStride(nn.Module):
+    """A network whose way depends on how its input lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.block = frb.reference.BasicBlock(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(F.relu(self.bn(self.conv(x))))
+        try:
+            z = x.view(x.size(0), -1)
+        except RuntimeError:
+            z = -x.flatten(1)
+        return y.mean((1, 2, 3)) + z.mean(1)
+
+
+def test_frozen_network_whose_input_lies_otherwise():
+    reference = randomize_norms(ByStride()).eval()
+    fused = frb.fuse(reference, frozen=True)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(2, 3, 9, 7)
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+        x = torch.randn(2, 3, 7, 9).transpose(2, 3)
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_layers_are_no_residual_blocks():
+    """They ask `isinstance`, and hold two convolutions."""
+    densenet = pytest.importorskip("torchvision").models.densenet121()
+    assert not list(frb.explain(frb.fuse(densenet.eval(), strict=True)))
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     if tile is None:
         return bind_convolution(*arguments, overwrite=overwrite)
     run = bind_convolution(*arguments, tile, overwrite=overwrite)
-    return _guarded(run, str(tile), lambda: bind_convolution(*arguments))
+    return _guarded(run, f"tile {tile}", lambda: bind_convolution(*arguments), "with a predicted tile")
 
 
 def stage_refusal(conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> str | None:
@@ -169,7 +169,9 @@ def bind_expand_shift(
         return None
     layers = [None if layer is None else prepare(layer, h.dtype) for layer in (conv, expand, shortcut, reduce)]
     run = bind_stage(h, *layers[:2], other, *layers[2:], tile, overwrite=overwrite)
-    return _guarded(run, str(tile), lambda: apart(h, conv, expand, other, shortcut, reduce))
+    return _guarded(
+        run, f"tile {tile} of a tail", lambda: apart(h, conv, expand, other, shortcut, reduce), "conv by conv"
+    )
 
 
 def packed_stem(x: Tensor, conv: Conv) -> Tensor:
@@ -201,8 +203,8 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured
     return bind(x, conv._replace(bias=bias, norm=norm), packed)
 
 
-def _guarded(run: Any, name: str, otherwise: Any) -> Any:
-    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds.
+def _guarded(run: Any, name: str, otherwise: Any, instead: str) -> Any:
+    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds: `instead`.
 
     That holds the activations that it was made with, and is let go as soon as the tile has run.
     """
@@ -219,7 +221,7 @@ def _guarded(run: Any, name: str, otherwise: Any) -> Any:
             if isinstance(error, torch.OutOfMemoryError) or not left:
                 raise
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            tuned.warn_once(f"tuned tile {name} does not run here ({why}); a tile is predicted instead")
+            tuned.warn_once(f"tuned {name} does not run here ({why}); it runs {instead} instead")
             chosen.append(left[0]())
             y = chosen[0](x, other)
         left.clear()
