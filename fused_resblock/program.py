@@ -174,7 +174,7 @@ class _Chain:
         main, pair = base + tail.conv.source, number + 1
         h, other = self.values[main], self.values[tail.other]
         # the expand is a residual's last reader, but the 3x3 reads pixels that another program writes
-        overwrite = tail.shortcut is None and tail.other not in (0, main)
+        overwrite = tail.other not in (0, main)
         bind = partial(
             _bind_tail,
             h=h,

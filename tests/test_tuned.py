@@ -180,7 +180,7 @@ def test_out_of_memory_is_not_the_tiles_fault():
     def full(x, other):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    run = triton_backend._guarded(full, "tile", lambda: pytest.fail("another tile would not help"))
+    run = triton_backend._guarded(full, "tile", lambda: pytest.fail("another tile would not help"), "otherwise")
     with pytest.raises(torch.OutOfMemoryError):
         run(None, None)
 
@@ -193,7 +193,7 @@ def test_what_a_tuned_tile_was_bound_with_is_let_go():
 
     x = torch.ones(3)
     alive = weakref.ref(x)
-    run = triton._guarded(lambda x, other: x + 1, "tile", lambda x=x: x)
+    run = triton._guarded(lambda x, other: x + 1, "tile", lambda x=x: x, "otherwise")
     assert torch.equal(run(torch.zeros(3), None), torch.ones(3))
     del x
     gc.collect()

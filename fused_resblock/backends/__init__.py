@@ -182,7 +182,7 @@ def bind_expand_shift(
         conv, expand, shortcut, reduce: the convolutions with their norms; the last two may be None.
         backend: a backend's name or "auto".
         force: bind it wherever it can run, not only where a table says that it is faster than conv by conv.
-        overwrite: the block's output may be written into the memory of `other`, a residual.
+        overwrite: the block's output may be written into the memory of `other`, if that is a residual.
 
     Returns:
         A function of h and other that gives the block's output and what the next convolution makes of it (None without
