@@ -15,6 +15,7 @@ from fused_resblock.kernels.tiles import Tile
 
 emulate.FEW = 2  # so that a program takes several pieces, and the ring goes round
 emulate.ORDERS = tuple((late, apart) for late in (False, True) for apart in (False, True))
+every = 1 if sys.argv[1] == "fp16" else 3  # bf16 is another operand type of the same instructions
 for shape, names in (
     (ConvShape("", 64, 128, 7, shortcut=64, shortcut_stride=2), ("64x64x64.w4.s4.p3.r1", "128x128x64.w8.s6.p1.r1")),
     (ConvShape("", 128, 256, 13, shortcut=256), ("256x128x64.w8.s4.p1.r1", "64x128x64.w4.s4.p2.r1")),
@@ -24,7 +25,7 @@ for shape, names in (
     (ConvShape("", 192, 256, 13, residual=True), ("128x256x64.w8.s3.p1.r1", "128x128x64.w8.s2.p2.r1")),
     (ConvShape("", 128, 512, 9, residual=True), ("128x128x64.w8.s5.p1.r1", "64x128x64.w4.s2.p3.r1")),
     (ConvShape("", 128, 256, 9), ("128x128x64.w8.s2.p2.r1",)),
-):
+)[::every]:
     for name in names:
         row = emulate.convolution(90, sys.argv[1], shape, Tile.parse(name))
         assert row["status"] == "ok", (shape, name, row)
