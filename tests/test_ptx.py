@@ -40,17 +40,19 @@ def executed(
     profile: Profile | None = None,
     early: bool = False,
     settled: bool = False,
+    threads: int = 64,
 ) -> np.ndarray:
-    """64 words written by two warps that were given 64 words."""
+    """64 words written by two warps, or more, that were given 64 words."""
     memory = GlobalMemory()
     parameters = {
         "out": memory.add(np.zeros(256, np.uint8)),
         "in": memory.add(given.astype("<u4").view(np.uint8), 0, settled),
     }
     memory.seal()
-    kernel = Compiled(parse(HEAD + body + "\n    ret;\n$L__func_end0:\n}\n"))
+    head = HEAD.replace(".reqntid 64", f".reqntid {threads}")
+    kernel = Compiled(parse(head + body + "\n    ret;\n$L__func_end0:\n}\n"))
     options = {"late": late, "apart": False, "serialized": False, "early": early, "notes": set(), "profile": profile}
-    launch(kernel, (1, 1, 1), 64, parameters, memory, shared, **options)
+    launch(kernel, (1, 1, 1), threads, parameters, memory, shared, **options)
     return memory.read_back(parameters["out"], 256).view("<u4").copy()
 
 
@@ -154,6 +156,27 @@ def test_a_missing_barrier_shows(late):
     other = [i ^ 32 for i in range(64)]
     assert executed(EXCHANGE.format(barrier="bar.sync 0;"), np.zeros(64), late).tolist() == other
     assert executed(EXCHANGE.format(barrier=""), np.zeros(64), late).tolist() != other
+
+
+IN_PLACE = """
+    and.b32 %r2, %r1, 63;
+    mad.wide.u32 %rd5, %r2, 4, %rd1;
+    mad.wide.u32 %rd6, %r2, 4, %rd2;
+    ld.global.b32 %r3, [%rd6];
+    {barrier}
+    add.s32 %r3, %r3, 1;
+    st.global.b32 [%rd6], %r3;
+    st.global.b32 [%rd5], %r3;
+"""
+
+
+def test_a_missing_barrier_between_warps_that_hold_the_same_shows():
+    """Of four warps the last two read what the first two write, in place."""
+    words = np.arange(64)
+    expected = (words + 1).tolist()
+    for barrier, seen in (("bar.sync 0;", {False}), ("", {False, True})):
+        found = [executed(IN_PLACE.format(barrier=barrier), words, late, threads=128) for late in (False, True)]
+        assert {result.tolist() != expected for result in found} == seen
 
 
 COPY = """

@@ -64,10 +64,15 @@ class Compiled:
         self._collective = [i.parts[0] in _COLLECTIVE for i in kernel.instructions]
 
     def run(self, g: Grid) -> None:
-        """Run all threads to their end: odd warps ahead of the even ones, or behind them where work lands late."""
-        odd = np.arange(g.size) // 32 % 2 == 1
-        order = (~odd, odd) if g.late else (odd, ~odd)
-        teams = [_Team(self, g, threads) for threads in order if threads.any()]
+        """Run all threads to their end, in teams.
+
+        Odd warps ahead of the even ones, or, where work lands late, the second half of a program's warps behind the first
+        half: values that warps hold twice, of a tile that is smaller than a program, lie half of its warps apart.
+        """
+        warps = g.size // g.programs // 32
+        warp = np.arange(g.size) // 32 % warps
+        ahead = warp < max(1, warps // 2) if g.late else warp % 2 == 1
+        teams = [_Team(self, g, threads) for threads in (ahead, ~ahead) if threads.any()]
         while any(each.waiting for each in teams):
             stops = [team.advance() for team in teams]
             there = [stop for stop in stops if stop is not None]
