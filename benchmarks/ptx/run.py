@@ -66,8 +66,8 @@ class Compiled:
     def run(self, g: Grid) -> None:
         """Run all threads to their end, in teams.
 
-        Odd warps ahead of the even ones, or, where work lands late, the second half of a program's warps behind the first
-        half: values that warps hold twice, of a tile that is smaller than a program, lie half of its warps apart.
+        Odd warps ahead of the even ones, or, where work lands late, the second half of a program's warps behind the
+        first half: values that warps hold twice, of a tile smaller than a program, lie half of its warps apart.
         """
         warps = g.size // g.programs // 32
         warp = np.arange(g.size) // 32 % warps
