@@ -45,7 +45,8 @@ def fuse(
         model: any module; torchvision's and timm's ResNets, or a class of your own.
         backend: "auto", "triton", "cudnn", "onednn" or "eager", for all blocks of this call.
         inplace: change `model` itself; otherwise a deep copy is changed and `model` stays as it is.
-        filter_fn: called with a block's name and module; False leaves the block alone.
+        filter_fn: called with the name and the module of each block, of each convolution that begins a stem, and of the
+            pool and the classifier of a head; False leaves it alone.
         strict: raise if a residual block that filter_fn does not leave out could not be fused.
         stages: also run the blocks of an `nn.Sequential` (`layer1` and so on) as one chain; see `FusedStage`. Where a
             measured table says that it is faster, the tail of a bottleneck and the head of the next one are then one

@@ -14,6 +14,7 @@ import torch
 
 from . import backends, machine
 from .backends import tuned
+from .kernels.gpu import gpu_of
 from .table import first_line, format_table
 from .version import __version__
 
@@ -78,7 +79,10 @@ def _choices(backend: str) -> str:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            dense = backends.Problem(device, dtype, channels=128, out_channels=128, kernel=(3, 3))
+            capability = gpu_of(torch.device(device)).capability
+            dense = backends.Problem(
+                device, dtype, channels=128, out_channels=128, kernel=(3, 3), capability=capability
+            )
             choice = backends.resolve(backend, dense)
             grouped = backends.resolve(backend, replace(dense, groups=32))
             name = str(dtype).removeprefix("torch.")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from . import backends, flat
+from .backends import tuned
 from .convert import blocks
 from .frozen import Freezable
 from .head import Head, is_fast
+from .kernels.gpu import gpu_of
 from .leaves import conv_geometry
 from .modules import FusedBlock
 from .network import FusedNetwork
@@ -158,5 +161,10 @@ def _choice(backend: str, conv: nn.Module) -> backends.Choice:
         kernel=kernel,
         groups=groups,
         overpadded=backends.overpadded(kernel, padding, dilation),
+        capability=gpu_of(weight.device).capability,
     )
-    return backends.resolve(backends.check_name(backend), problem)
+    name = backends.check_name(backend)
+    choice = backends.resolve(name, problem)
+    if name == "auto" and tuned.measured(weight.device):
+        return replace(choice, reason=f"{choice.reason}; for some shapes what was measured to be faster")
+    return choice

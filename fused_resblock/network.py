@@ -96,7 +96,8 @@ def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = 
 
     Where a forward cannot be traced, the modules in it that hold blocks are looked at one by one.
     """
-    if module in blocks or not any(m in blocks for m in module.modules()):
+    alone = module in blocks and not isinstance(module, fx.GraphModule)  # one that `torch.fx` made has no blocks
+    if alone or not any(m in blocks for m in module.modules()):
         return
     try:
         if not isinstance(module, FusedNetwork):

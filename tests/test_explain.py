@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import zoo
@@ -11,8 +13,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fused_resblock as frb
+from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.reference import BasicBlock, Bottleneck, PreActBottleneck
 
+explain_module = sys.modules["fused_resblock.explain"]  # the name in the package is the function
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="names what a machine without a GPU uses")
 
 
@@ -148,3 +152,22 @@ def test_every_block_of_the_zoo_has_a_line():
     reports = frb.explain(frb.fuse(model))
     assert [r.name for r in reports] == list(zoo.ALL)
     assert all(r.fused for r in reports)
+
+
+def test_backend_is_that_of_the_gpu_and_of_its_table(monkeypatch):
+    """Before Hopper cuDNN takes the 3x3s; and a table of measured winners has the last word."""
+    asked, resolve = [], explain_module.backends.resolve
+
+    def noting(name, problem, *rest):
+        asked.append(problem.capability)
+        return resolve(name, problem, *rest)
+
+    monkeypatch.setattr(explain_module.backends, "resolve", noting)
+    monkeypatch.setattr(explain_module, "gpu_of", lambda device: Gpu(108, 80))
+    block = frb.fuse(BasicBlock(8, 8).eval())
+    (report,) = frb.explain(block)
+    assert set(asked) == {80}
+    assert "measured" not in report.reason
+    monkeypatch.setattr(explain_module.tuned, "measured", lambda device: True)
+    (report,) = frb.explain(block)
+    assert report.reason.endswith("for some shapes what was measured to be faster")

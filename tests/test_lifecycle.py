@@ -267,3 +267,19 @@ def test_call_with_other_parameters_in_between(fresh):
         close(torch.func.functional_call(fused, other, (y,)), torch.func.functional_call(reference, other, (y,)))
         close(fused(y), reference(y))
         close(fused(x), reference(x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_feature_extractor_is_joined(pair, frozen):
+    """It has no modules for its blocks: convolution, norm and ReLU in a row are one operation each."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    reference, _, x = pair
+    theirs = extraction.create_feature_extractor(reference, {"0.bn1": "a", "2": "b"}).eval()
+    ours = extraction.create_feature_extractor(copy.deepcopy(reference), {"0.bn1": "a", "2": "b"}).eval()
+    frb.fuse(ours, inplace=True, frozen=frozen)
+    parts = [part for part in frb.explain(ours).parts if part.fused and part.modules.startswith("Conv2d + ")]
+    assert len(parts) >= 4
+    with torch.no_grad():
+        for _ in range(4):
+            for name, y in ours(x).items():
+                close(y, theirs(x)[name])

@@ -40,6 +40,7 @@ def load_config(path: str | os.PathLike[str]) -> int:
         How many convolutions the tables name.
 
     Raises:
+        TypeError: if path is no path.
         ValueError: if there is no such file, or it is no such table; then nothing changes.
 
     Tables of a GPU that is not in this machine are kept, and a warning says so: where they do not fit, tiles are
@@ -100,6 +101,11 @@ def known() -> list[tuple[Table, bool]]:
     """Every table, and whether it is of a GPU in this machine."""
     here = _gpus()
     return [(table, table.gpu in here) for table in _tables()]
+
+
+def measured(device: torch.device) -> bool:
+    """Whether a table of this GPU is in force."""
+    return device.type == "cuda" and any(table.gpu == gpu_of(device) for table in _tables())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
