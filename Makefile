@@ -11,6 +11,7 @@ STAMP = $(VENV)/.installed
 .PHONY: gpu gpu-check gpu-suite gpu-tune gpu-bench gpu-profile gpu-install
 
 help:
+	@echo "make venv       .venv with the package, the tests' tools and the developers'; the others make it, too"
 	@echo "make demo       compare eager and fused networks on sample images (ARGS='--model resnet50 --batch 8')"
 	@echo "make test       run the tests (ARGS='-k conv'; RELEASE=2.11 or 2.15: with the oldest or the newest torch)"
 	@echo "make lint       ruff and mypy; make format repairs what ruff can"

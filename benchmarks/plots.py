@@ -39,9 +39,14 @@ def draw(panels: Mapping[str, Bars], unit: str, title: str, file: Path) -> None:
 
     names = list(dict.fromkeys(name for bars in panels.values() for group in bars.values() for name in group))
     rows = max(len(bars) for bars in panels.values())
-    figure = Figure(figsize=(6.5 * len(panels), 1.8 + rows * (0.2 + 0.17 * len(names))), layout="constrained")
+    across = min(len(panels), 2)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(6.5 * across, 1 + down * (0.8 + rows * (0.2 + 0.17 * len(names)))), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    for axes, (panel, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (panel, bars) in zip(places, panels.items(), strict=False):
         height = 0.8 / len(names)
         for place, name in enumerate(names):
             known = [(row, group[name]) for row, group in enumerate(bars.values()) if name in group]
@@ -111,7 +116,7 @@ def gpu(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None
     if not timed:
         return None
     panels: dict[str, dict[str, dict[str, float]]] = {}
-    for row in timed:
+    for row in sorted(timed, key=lambda row: int(row["batch"])):
         panel = panels.setdefault(f"batch {row['batch']}", {})
         name = row["provider"].removesuffix("+graph")
         panel.setdefault(row["network"], {}).setdefault(name, float(row["median_ms"]))

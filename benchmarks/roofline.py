@@ -36,7 +36,7 @@ def read_ceilings(path: Path | None) -> Ceilings:
     names = ("copy_tb_per_s", "l2_copy_tb_per_s", "bf16_matrix_tflops")
     try:
         dram, l2, matrix = (1e12 * float(data[name]) for name in names)
-        return Ceilings(f"{data['gpu']} (measured)", dram, l2, matrix, int(data["multiprocessors"]))
+        return Ceilings(f"{data['gpu']} (measured ceilings)", dram, l2, matrix, int(data["multiprocessors"]))
     except KeyError as error:
         needed = f"gpu, multiprocessors, {', '.join(names)}"
         raise ValueError(f"ceilings must hold {needed}, got no {error}") from None

@@ -206,7 +206,7 @@ def test_ceilings_are_measured_once(context):
     assert told["copy_tb_per_s"] > 0
     assert told["gpu"] == "Stand-In 9000"
     chip = read_ceilings(context.folder / "ceilings.json")
-    assert chip.name == "Stand-In 9000 (measured)"
+    assert chip.name == "Stand-In 9000 (measured ceilings)"
     assert chip.l2 == pytest.approx(1e12 * told["l2_copy_tb_per_s"])
     assert chip.multiprocessors == context.device.gpu.multiprocessors
     timed = context.device.timed
