@@ -67,7 +67,10 @@ class Pending(Tensor):
         made.append(weakref.ref(self))
 
     def behind(self, module: nn.Module) -> Pending:
-        """What is pending once a module that changes neither shape nor dtype has joined."""
+        """What is pending once a module that changes neither shape nor dtype has joined: this, if it works in place."""
+        if getattr(module, "inplace", False):
+            self.chain = (*self.chain, module)
+            return self
         return Pending(self.source(), (*self.chain, module), self.extent)
 
     def source(self) -> Tensor:

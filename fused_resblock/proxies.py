@@ -20,10 +20,12 @@ MODES = "its forward switches the grad mode or autocast"
 
 #: modules whose functions may ask what a proxy is
 _KNOWING = ("torch.fx", __name__.partition(".")[0])
-#: functions to which a proxy is no tensor, or that tell a trace from a call, or give another answer at each call
-_UNSEEN_BUILTINS = {"type", "callable", "id", "vars", "next"}
+#: functions to which a proxy is no tensor
+_UNSEEN_BUILTINS = {"type", "callable", "id", "vars"}
+#: functions that tell a trace, or the call that it is made in, from others
 _UNSEEN_NAMES = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_fx_tracing"}
-_UNSEEN_NAMES |= {"is_fx_symbolic_tracing", "rand", "randn", "randint", "random"}
+_UNSEEN_NAMES |= {"is_fx_symbolic_tracing"}
+_MATCHES = {dis.opmap["MATCH_SEQUENCE"], dis.opmap["MATCH_MAPPING"], dis.opmap["MATCH_CLASS"]}
 #: properties that are the same for all inputs of one signature
 _SAME = ("shape", "dtype", "device", "ndim", "layout")
 
@@ -38,7 +40,7 @@ class Asked(Protocol):
         """Note a question that a proxy cannot answer, and raise."""
 
     def knows_tensor(self, node: fx.Node) -> bool:
-        """Whether a node's value is a tensor for certain, and its forward may be told so."""
+        """Whether a node's value is a tensor for certain."""
 
 
 def _module_of(frame: FrameType) -> str:
@@ -47,6 +49,12 @@ def _module_of(frame: FrameType) -> str:
 
 def _is_within(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _names_tensor(frame: FrameType) -> bool:
+    """Whether the code that a frame runs has a name for torch's Tensor."""
+    names = frame.f_code.co_names
+    return "Tensor" in names or any(frame.f_globals.get(name) is Tensor for name in names)
 
 
 def _knowing() -> bool:
@@ -64,11 +72,15 @@ class Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """What `isinstance` asks after `type`."""
-        if not _knowing():
-            if type(self) is Proxy and self.tracer.knows_tensor(self.node):
-                return Tensor
-            self.tracer.doubt("its forward asks for the type of a value")
+        """What `isinstance` asks after `type`; never Tensor, which torch's C++ would take for one and crash.
+
+        Of a tensor it is the right answer, unless the caller may have asked for Tensor.
+        """
+        caller = sys._getframe(1)
+        if not _is_within(_module_of(caller), _KNOWING):
+            known = type(self) is Proxy and self.tracer.knows_tensor(self.node)
+            if not known or _names_tensor(caller):
+                self.tracer.doubt("its forward asks for the type of a value")
         return type(self)
 
     def __getattr__(self, name: str) -> Attribute:
@@ -83,7 +95,7 @@ class Proxy(fx.Proxy):
         known = getattr(Tensor, name, None)
         if known is None:
             self.tracer.doubt(f"its forward asks a tensor for {name}")
-        elif name.startswith("is_") or not callable(known):
+        elif name.startswith("is_") or not (callable(known) or name == "shape"):
             self.tracer.doubt(f"its forward asks a tensor for its {name}", same=name in _SAME)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -156,11 +168,16 @@ class Attribute(Proxy, fx.proxy.Attribute):
 
 @functools.lru_cache(maxsize=4096)
 def _unseen(code: CodeType) -> str | None:
-    """A function that code calls and that no proxy can answer; None without one."""
+    """A function that code calls, of a local variable if it is a builtin, and that no proxy can answer; or None."""
     found = _UNSEEN_NAMES & set(code.co_names)
     if _UNSEEN_BUILTINS & set(code.co_names):
-        loads = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-        found |= _UNSEEN_BUILTINS & loads
+        steps = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE")]
+        for called, given, call in zip(steps, steps[1:], steps[2:], strict=False):
+            local = given.opname.startswith("LOAD_FAST") and given.argval != "self"
+            if called.opname in ("LOAD_GLOBAL", "LOAD_NAME") and local and call.opname in ("CALL", "PRECALL"):
+                found |= _UNSEEN_BUILTINS & {called.argval}
+    if _MATCHES & set(code.co_code[::2]):
+        found |= {"match"}
     return min(found, default=None)
 
 

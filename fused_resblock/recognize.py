@@ -26,6 +26,7 @@ _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 _IN_PLACE = {*IN_PLACE, torch.relu_, F.relu_}
 _COPIES = {"contiguous", "clone"}
+_READS = {getattr, operator.getitem, "size", "dim"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # dropout: in eval mode
 
 
@@ -128,8 +129,9 @@ class _Builder:
         """What the output does not depend on may be left out if it does nothing else, and nobody can see its result."""
         if self._in_place(node):
             raise Unsupported("an in-place operation whose result is not used")
-        plain = node.op != "call_method" and not node.kwargs.get("out")
-        if node.op in ("call_function", "call_method") and not (plain and self._called(node) in _ADDS | _RELUS):
+        called = self._called(node)
+        plain = called in _READS or (node.op == "call_function" and called in _ADDS | _RELUS)
+        if called is not None and (not plain or node.kwargs.get("out")):
             raise Unsupported(f"its forward calls {_name(node)} and does not use the result")
 
     def _check_in_place(self, node: fx.Node) -> None:

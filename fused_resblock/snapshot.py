@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import fx, nn
+
+
+def containers(values: Iterable[Any]) -> list[Any]:
+    """The dictionaries, lists, sets and deques among values, and in them, each once."""
+    found: dict[int, Any] = {}
+    left = list(values)
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list | set | deque) and id(value) not in found:
+            found[id(value)] = value
+            left.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, tuple):
+            left.extend(value)
+    return list(found.values())
 
 
 class Snapshot:
@@ -14,7 +30,7 @@ class Snapshot:
 
     def __init__(self, block: nn.Module) -> None:
         self._attributes = [(m.__dict__, dict(m.__dict__)) for m in block.modules()]
-        values = [value for _, attributes in self._attributes for value in attributes.values()]
+        values = containers(value for _, attributes in self._attributes for value in attributes.values())
         self._lists = [(value, list(value)) for value in values if isinstance(value, list | deque)]
         self._sets = [(value, set(value)) for value in values if isinstance(value, set)]
         self._dicts = [(value, dict(value)) for value in values if isinstance(value, dict)]

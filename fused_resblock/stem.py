@@ -67,7 +67,11 @@ class StemFollower(Swapped):
         if len(chain) < chain[0].__dict__["_fused_length"] and not isinstance(self, nn.MaxPool2d):
             return input.behind(self)
         y = _run(input.source(), chain)
-        return super().forward(input.value()) if y is None else y
+        if y is None:
+            return super().forward(input.value())
+        if getattr(self, "inplace", False):  # whoever holds the input sees what became of it
+            input.computed = y
+        return y
 
     def _alone(self, x: Tensor) -> Tensor:
         y = super().forward(x)

@@ -6,9 +6,11 @@ otherwise (`isinstance`, `hasattr`, a branch on a value), also where it catches 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Collection
 from types import MethodType
@@ -72,6 +74,7 @@ class _Tracer(fx.Tracer):
         self._modes = self._current_modes()
         self._thread = threading.get_ident()
         self.reason: str | None = None  # why the graph may not be all
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
 
     @staticmethod
     def _current_modes() -> tuple[int, ...]:
@@ -106,7 +109,7 @@ class _Tracer(fx.Tracer):
 
     def knows_tensor(self, node: fx.Node) -> bool:
         """Whether a node is a tensor for certain; in a strict trace, whose plan may be called with anything, never."""
-        if self._strict or node.op == "placeholder":
+        if self._strict or node.op == "placeholder":  # a network's function is called with a tensor alone
             return not self._strict
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         return module in self._stops or isinstance(module, _OF_TENSORS)
@@ -119,6 +122,10 @@ class _Tracer(fx.Tracer):
         """
         with _Switches(self):
             graph = super().trace(*args, **kwargs)
+        if any(proxy() is not None for proxy in self._proxies):
+            gc.collect()
+            if any(proxy() is not None for proxy in self._proxies):
+                self.doubt("its forward keeps a tensor somewhere")
         if self._strict and self.reason is not None:
             raise Unsupported(self.reason)
         return graph
@@ -155,7 +162,9 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Proxy(node, self)
+        proxy = Proxy(node, self)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if self._current_modes() != self._modes:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import leaves
+from .per_module import is_kept
 from .sampling import read, words
+from .snapshot import containers
 from .swap import Swapped
 from .touched import listen, now, when
 
@@ -30,22 +32,25 @@ def _asks_itself(module: nn.Module) -> bool:
 
 
 def _collections(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
-    """The dictionaries, lists and sets that modules of somebody's own hold in attributes, and a copy of each."""
+    """The dictionaries, lists and sets that modules of somebody's own hold in attributes, and what is in each."""
     found = []
     for module in modules:
         if isinstance(module, Swapped) or _asks_itself(module):
             names = [name for name in vars(module) if name not in _OF_ANY_MODULE and not name.startswith("_fused_")]
-            found += [vars(module)[name] for name in names if type(vars(module)[name]) in (dict, list, set)]
-    return [(collection, collection.copy()) for collection in found]
+            found += [vars(module)[name] for name in names if not is_kept(vars(module)[name])]
+    return [(collection, _contents(collection)) for collection in containers(found)]
 
 
-def _holds_the_same(now: Any, before: Any) -> bool:
+def _contents(collection: Any) -> list[Any]:
+    if isinstance(collection, dict):
+        return [*collection, *collection.values()]
+    return sorted(collection, key=id) if isinstance(collection, set) else list(collection)
+
+
+def _holds_the_same(collection: Any, before: list[Any]) -> bool:
     """Whether a collection holds the very objects that it held."""
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return all(key in now and now[key] is value for key, value in before.items())
-    return now == before if isinstance(now, set) else all(map(is_, now, before))
+    now = _contents(collection)
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 def _conv_settings(conv: nn.Conv2d) -> tuple[Any, ...]:

@@ -78,15 +78,13 @@ def _spills_with_3_9(gemm: Gemm, itemsize: int) -> bool:
     return itemsize == 4 and gemm.taps == 1 and gemm.n // gemm.groups <= 64 and triton_release() >= (3, 9)
 
 
-def _one_by_one(gemm: Gemm, tma: bool, block_n: int, warps: int, second: bool, gpu: Gpu) -> bool:
-    """Whether each wgmma would be waited for: Triton before 3.7 touches sums or operands that are under way.
+def _one_by_one(gemm: Gemm, warps: int, gpu: Gpu) -> bool:
+    """Whether each wgmma of the kernel with pointers would be waited for: where 8 warps split a 1x1.
 
-    With TMA it does so where the pixels pass through registers (fewer than 64 filters), with pointers where 8 warps
-    split a 1x1. The assembler then keeps the results right by serializing (`make codegen` tells).
+    Triton before 3.7 touches sums or operands that are under way, and the assembler keeps the results right by
+    serializing (`make codegen` tells).
     """
-    if gpu.capability != 90 or triton_release() >= (3, 7):
-        return False
-    return block_n < 64 <= gemm.n // gemm.groups and (gemm.taps > 1 or second) if tma else gemm.taps == 1 and warps == 8
+    return gpu.capability == 90 and triton_release() < (3, 7) and gemm.taps == 1 and warps == 8
 
 
 def candidates(
@@ -114,9 +112,9 @@ def candidates(
             continue
         if tma and (block_m, block_n) == (64, 64) and gpu.capability // 10 == 10 and _spills_with_3_9(gemm, itemsize):
             continue
-        one_by_one = _one_by_one(gemm, tma, block_n, warps, second, gpu)
-        if tma and one_by_one:
+        if tma and not gpu.conv_tma_right(min(block_n, width)):
             continue
+        one_by_one = not tma and _one_by_one(gemm, warps, gpu)
         crowded = gpu.capability // 10 == 10 and second
         if crowded and block_m * block_n // (32 * warps) > max(16, 64 // itemsize):
             continue

@@ -48,6 +48,9 @@ def _options(x, conv, other, epilogue, gpu: Gpu) -> dict[str, Any]:
 
 def _refused(x, conv, other, epilogue, tile: Tile) -> bool:
     """Whether the kernel that a tile is for cannot run the convolution."""
+    boxes = tile.persistent > 0 and not tile.halo and not tile.ring
+    if boxes and not _right(x.device, tile):
+        return True
     if tile.halo:
         if conv_refusal(x, conv, other, epilogue, tile) is not None:
             return True
@@ -57,6 +60,11 @@ def _refused(x, conv, other, epilogue, tile: Tile) -> bool:
             return True
         tile = ring.by_boxes(tile)
     return tile.persistent > 0 and tma_refusal(x, conv, other, epilogue, tile) is not None
+
+
+def _right(device: torch.device, tile: Tile) -> bool:
+    """Whether a GPU computes with `conv_tma` what it should; where none computes, nothing is in the way."""
+    return device.type != "cuda" or gpu_of(device).conv_tma_right(tile.block_n)
 
 
 def likely_tiles(x, conv, other, epilogue, gpu: Gpu) -> list[Tile]:

@@ -32,6 +32,15 @@ class Gpu:
         """
         return self.tma and self.capability != 90
 
+    def conv_tma_right(self, block_n: int) -> bool:
+        """Whether `conv_tma` is right on it with so many output channels a tile: on Hopper not with fewer than 64.
+
+        Triton takes the pixels through registers then, as in `expand_shift_tma`, and loads the next ones into them
+        while a product may still read them: the PTX waits for all products but the last. An H100 gave right results, by
+        its timing alone.
+        """
+        return self.capability != 90 or block_n >= 64
+
     @property
     def halo(self) -> bool:
         """Whether 3x3s may read their taps from shared memory: on Hopper, and while Triton's Gluon is as it was."""

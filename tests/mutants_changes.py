@@ -108,8 +108,8 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/proxies.py": [
         (
             "isinstance answered",
-            "if not _knowing():\n            if type",
-            "if False:\n            if type",
+            "            if not known or _names_tensor(caller):\n",
+            "            if False:\n",
             _ANSWERS + "[Block-isinstance-]",
         ),
         ("any attribute is there", "if known is None:", "if False:", _ANSWERS + "[Block-hasattr-]"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_resblock.kernels import choice, gpu
+from fused_resblock.kernels import choice, convolution, gpu
 from fused_resblock.kernels.choice import CHIPS, candidates, chip_of, choose_tile, predicted_seconds, ranked
 from fused_resblock.kernels.cost import Gemm, resident_programs
 from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.tables import Entry
+from fused_resblock.kernels.tiles import Tile
 
 CHANNELS = st.integers(1, 2048)
 
@@ -96,12 +101,32 @@ def test_without_matrix_units_tiles_are_small():
 def test_tiles_whose_matrix_instructions_a_release_serializes_are_left_out(release, there, monkeypatch):
     monkeypatch.setattr(choice, "triton_release", lambda: release)
     options = {"residual": False, "second": False, "gpu": Gpu(132, 90)}
-    narrow = [t for t in choice.candidates(Gemm(4096, 64, 64, 9, 4096), 2, tma=True, **options) if t.block_n < 64]
     split = choice.candidates(Gemm(784, 512, 2048, 1, 784), 2, tma=False, **options)
-    assert bool(narrow) == there
     assert any(t.split_k > 1 and t.num_warps == 8 for t in split) == there
-    grouped = Gemm(4096, 128, 128, 9, 4096, 4)  # no tile is wider than a group
-    assert any(t.block_n < 64 for t in choice.candidates(grouped, 2, tma=True, **options))
+
+
+@pytest.mark.parametrize("release", [(3, 6), (3, 7), (3, 9)])
+@pytest.mark.parametrize(("capability", "there"), [(90, False), (100, True)])
+def test_tiles_whose_pixels_pass_through_registers_are_left_out(capability, there, release, monkeypatch):
+    """On Hopper they are written anew while a product may still read them."""
+    monkeypatch.setattr(choice, "triton_release", lambda: release)
+    options = {"residual": False, "second": False, "gpu": Gpu(132, capability)}
+    for groups in (1, 4):  # no tile is wider than a group
+        gemm = Gemm(4096, 128, 128, 9, 4096, groups)
+        assert any(t.block_n < 64 for t in choice.candidates(gemm, 2, tma=True, **options)) == there
+        assert choice.ranked(gemm, 2, tma=True, gpu=options["gpu"])
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "taken"), [("cuda", 90, False), ("cuda", 100, True), ("cpu", 90, True)]
+)
+def test_a_table_that_names_such_a_tile_is_not_followed_on_hopper(device, capability, taken, monkeypatch):
+    monkeypatch.setattr(convolution, "gpu_of", lambda device: Gpu(132, capability))
+    monkeypatch.setattr(convolution, "tma_refusal", lambda *args: None)
+    x = SimpleNamespace(device=torch.device(device))
+    for tile, right in ((Tile(64, 32, 64, 4, 4, persistent=4), taken), (Tile(64, 64, 64, 4, 4, persistent=4), True)):
+        found = convolution.usable(Entry(64, "triton", tile), x, None, None, None)
+        assert found == (tile if right else None)
 
 
 @pytest.mark.parametrize(("release", "there"), [((3, 7), True), ((3, 9), False)])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import math
 import operator
+import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
+import torch.utils.dlpack
 from torch import Tensor, fx, nn
 
 import fused_resblock as frb
@@ -32,7 +38,8 @@ def clip(y: Tensor) -> None:
 
 
 def sized(y: Tensor) -> bool:
-    match y.shape:
+    shape = (y + y).shape
+    match shape:
         case (_, _, _, _):
             return True
     return False
@@ -64,7 +71,7 @@ ANSWERS: dict[str, Callable[[Tensor], bool]] = {
     "hasattr of data": lambda x: not hasattr(x.data, "mask"),
     "keys": lambda x: not hasattr(x, "keys"),
     "special name": lambda x: not hasattr(x, "__special__"),
-    "callable": lambda x: not callable(x + x),
+    "callable": lambda x: (x + x) is not None and not callable(x),
     "value": lambda x: works(lambda: bool(x.max() < math.inf)),
     "number": lambda x: works(lambda: float(x.mean())),
     "square root": lambda x: works(lambda: math.sqrt(x.shape[0])),
@@ -82,7 +89,7 @@ ANSWERS: dict[str, Callable[[Tensor], bool]] = {
     "same": lambda x: x.to(torch.float32) is x,
     "grad mode": lambda x: (x + x) is not None and not torch.is_grad_enabled(),
     "tracing": lambda x: (x + x) is not None and not fx._symbolic_trace.is_fx_symbolic_tracing(),
-    "type": lambda x: type(x + x) is Tensor,
+    "type": lambda x: (x + x) is not None and type(x) is Tensor,
     "class": lambda x: x.__class__ is Tensor,
 }
 #: behind a stem `x.__class__` and `type(x)` are no Tensor's
@@ -166,7 +173,7 @@ class Switched(Block):
 
     def __init__(self) -> None:
         super().__init__(lambda x: True)
-        self.config, self.steps = {"relu": True}, [True]
+        self.config, self.steps = {"relu": True, "nested": [OrderedDict(on=True)]}, [True]
         self.register_buffer("on", torch.tensor(True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ class Switched(Block):
         return F.relu(y) if self.chosen() else y
 
     def chosen(self) -> bool:
-        return self.config["relu"] and self.steps[0]
+        return self.config["relu"] and self.steps[0] and self.config["nested"][0]["on"]
 
 
 class ByBuffer(Switched):
@@ -196,11 +203,12 @@ class ByTensor(Switched):
     ("cls", "change"),
     [
         (Switched, lambda b: b.config.update(relu=False)),
+        (Switched, lambda b: b.config["nested"][0].update(on=False)),
         (Switched, lambda b: b.steps.clear() or b.steps.append(False)),
         (ByBuffer, lambda b: b.on.zero_()),
         (ByTensor, lambda b: b.off.fill_(1)),
     ],
-    ids=["dictionary", "list", "buffer", "tensor"],
+    ids=["dictionary", "nested", "list", "buffer", "tensor"],
 )
 def test_what_a_forward_asks_of_its_block_changes(cls, change, inner):
     reference = randomize_norms(nn.Sequential(cls(), cls()) if inner else cls()).eval()
@@ -212,6 +220,145 @@ def test_what_a_forward_asks_of_its_block_changes(cls, change, inner):
             change(model[1] if inner else model)
         for _ in range(2):
             torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+class Kept(Block):
+    """Keeps its output."""
+
+    def __init__(self, keep: Callable[[Kept, Tensor], object]) -> None:
+        super().__init__(lambda x: True)
+        self.feats, self.keep = {"out": []}, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.keep(self, y)
+        return y
+
+
+SOMEWHERE: list[Tensor] = []
+KEEPERS = {
+    "nested": lambda block, y: block.feats["out"].append(y),
+    "global list": lambda block, y: SOMEWHERE.append(y),
+    "setdefault": lambda block, y: block.feats.setdefault(len(block.feats["out"]), []).append(y),
+}
+
+
+@pytest.mark.parametrize("keep", [pytest.param(keep, id=name) for name, keep in KEEPERS.items()])
+def test_a_block_that_keeps_its_outputs_goes_on_keeping_them(keep):
+    fused = frb.fuse(randomize_norms(Kept(keep)).eval())
+    (entry,) = frb.explain(fused)
+    assert not entry.fused
+    SOMEWHERE.clear()
+    with torch.no_grad():
+        results = [fused(torch.randn(1, 8, 4, 4)) for _ in range(2)]
+    kept = [t for t in (*SOMEWHERE, *itertools.chain(*fused.feats.values())) if type(t) is Tensor]
+    assert [t is y for t, y in zip(kept, results, strict=True)] == [True, True]
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+@torch.jit.script
+def scripted(x):
+    return x * torch.sigmoid(x)
+
+
+TO_CPP = {
+    "Function": Double.apply,
+    "script": scripted,
+    "checkpoint": lambda x: torch.utils.checkpoint.checkpoint(F.relu, x, use_reentrant=True),
+    "Variable": torch.autograd.Variable,
+    "dlpack": lambda x: torch.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach().contiguous())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", ["block", "network"])
+@pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in TO_CPP.items()])
+def test_what_torchs_own_code_takes_for_a_tensor(call, kind):
+    """It would crash if a proxy said that it is one."""
+
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+            self.block = frb.reference.BasicBlock(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(call(self.bn(self.conv(call(x)))))
+
+    class Inside(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn2(self.conv2(call(self.bn1(self.conv1(call(x)))))) + x
+
+    reference = randomize_norms(Passing() if kind == "network" else Inside(lambda x: True)).eval()
+    fused = frb.fuse(reference, frozen=True)
+    frb.explain(fused)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(2, 8, 6, 5)
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+def test_features_of_a_stem_that_a_relu_overwrites(pool, frozen):
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+            self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+            self.block = frb.reference.BasicBlock(8, 8)
+
+        def forward(self, x: Tensor, feats: list[Tensor] | None = None) -> Tensor:
+            x = self.bn(self.conv(x))
+            if feats is not None:
+                feats.append(x)
+            return self.block(self.pool(self.relu(x)))
+
+    reference = randomize_norms(Tapped()).eval()
+    fused, x = frb.fuse(reference, frozen=frozen), torch.randn(2, 3, 9, 7)
+    with torch.no_grad():
+        for _ in range(3):
+            ours: list[Tensor] = []
+            theirs: list[Tensor] = []
+            torch.testing.assert_close(fused(x, ours), reference(x, theirs), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours[0] + 0, theirs[0], rtol=1e-4, atol=1e-4)
+
+
+class Plain(Block):
+    """Does what real blocks do besides: logs, looks at its modules, drops images in training."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: True)
+        self.rand, self.config = 0.1, {"act": {"type": "ReLU"}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < self.rand:
+            return x
+        logging.getLogger(__name__).debug("shape %s", x.shape)
+        _, _, _, _ = x.shape
+        if not callable(self.answer) or type(self.bn1) is nn.Identity or next(self.parameters()).device is None:
+            raise RuntimeError
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y += x
+        return F.relu(y, inplace=True)
+
+
+def test_what_is_harmless_is_fused():
+    reference = randomize_norms(Plain()).eval()
+    fused, x = frb.fuse(reference, strict=True), torch.randn(2, 8, 6, 5)
+    (entry,) = frb.explain(fused)
+    assert entry.fused
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
 
 
 class ByStride(nn.Module):
