@@ -11,7 +11,7 @@ from .choice import chip_of
 from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, expand_shift_halo_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
 from .expand_shift_tma import bind_expand_shift_tma
-from .gpu import Gpu, gpu_of
+from .gpu import Gpu, gpu_of, triton_release
 from .halo import PIXELS, boxes_of, halo_buffers, tail_refusal
 from .tiles import StageTile
 
@@ -85,7 +85,8 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     if gpu.capability == 90 and known == 128 and itemsize == 4:  # four warps have too few registers
         blocks = ((64, 32, 8),)
     elif gpu.capability == 90 and itemsize == 2:
-        blocks += MORE.get((known, second), ())
+        more = MORE.get((known, second), ())
+        blocks += tuple(tile for tile in more if tile[0] < 256 or triton_release() < (3, 9))  # there it spills 8 bytes
     elif gpu.capability // 10 == 10 and second and itemsize == 4:  # all accumulators pass through registers
         blocks = ((64, 32, 4),)
     elif chip_of(gpu).shared <= SMALL_SHARED and (known == 256 or itemsize == 4):

@@ -220,6 +220,13 @@ def test_no_candidate_no_tile():
     assert choose_stage_tile(asked.gemms(), 2, Gpu()) is None
 
 
+@pytest.mark.parametrize(("release", "there"), [((3, 7), True), ((3, 9), False)])
+def test_a_tile_that_spills_with_a_release_is_left_out(release, there, monkeypatch):
+    monkeypatch.setattr(stage, "triton_release", lambda: release)
+    assert any(tile.block_m == 256 for tile in candidates(64, 64, 2, False, Gpu(132, 90))) == there
+    assert candidates(64, 64, 2, False, Gpu(132, 90))
+
+
 @pytest.mark.parametrize(
     ("device", "capability", "boxes"), [("cuda", 90, False), ("cuda", 100, True), ("cpu", 90, True)]
 )

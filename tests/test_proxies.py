@@ -63,6 +63,7 @@ ANSWERS: dict[str, Callable[[Tensor], bool]] = {
     "format": lambda x: works(lambda: f"{x.shape[0]:d}"),
     "shape": lambda x: (x.shape == (len(x), 8, *x.shape[2:])) is True,
     "shape as a pattern": sized,
+    "shape in a set": lambda x: x.shape in {x.shape},
     "shape is a Size": lambda x: isinstance(x.shape, torch.Size),
     "size is an int": lambda x: isinstance(x.size(0), int),
     "hasattr": lambda x: not hasattr(x, "tensors"),
@@ -166,6 +167,12 @@ def test_what_is_done_to_a_tensor_in_passing(effect, grad):
         y = fused(x)
     assert (y >= 0).all()
     torch.testing.assert_close(y, reference(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_attribute_of_a_result():
+    fused = frb.fuse(randomize_norms(Changing(lambda y: setattr(y, "tag", 5))).eval())
+    with torch.no_grad():
+        assert fused(torch.randn(1, 8, 4, 4)).tag == 5
 
 
 class Switched(Block):
