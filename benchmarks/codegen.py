@@ -187,10 +187,8 @@ def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tup
             image = _meta(32, 3, 224, 224, dtype=dtype)
             first = Conv(_meta(64, 3, 7, 7, dtype=dtype), None, _affine(64), (2, 2), (3, 3))  # type: ignore[arg-type]
 
-            kind = stem_tile(capability)
-
-            def stem(image: torch.Tensor = image, first: Conv = first, tile: StemTile | None = kind) -> Any:
-                return bind_stem(image, first, pack_weight(first.weight, True), tile)(image)
+            def stem(image: torch.Tensor = image, first: Conv = first, capability: int = capability) -> Any:
+                return bind_stem(image, first, pack_weight(first.weight, True), stem_tile(capability))(image)
 
             def elementwise(x: torch.Tensor = x) -> Any:
                 return bn_act(x, _affine(64), x)

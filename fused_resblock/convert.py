@@ -112,13 +112,13 @@ def fuse(
                 if not isinstance(module, FusedStage):
                     module.__class__ = swapped_class(FusedStage, type(module))
                 module.__dict__["_fused_kernel"] = stages == "kernel"
-    for name, found_graph in networks:
+    for name, traced in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
         if frozen and not isinstance(network, (FusedNetwork, FusedStage)):
             fuse_network(network)
         if isinstance(network, FusedNetwork):
             know_blocks(network, [path.removeprefix(prefix) for path, _, _ in found if path.startswith(prefix)])
-        know(network, found_graph if frozen else None)
+        know(network, traced if frozen else None)
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(frozen)

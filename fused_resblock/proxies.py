@@ -11,7 +11,7 @@ import functools
 import operator
 import sys
 from types import CodeType, FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -28,19 +28,6 @@ _UNSEEN_NAMES |= {"is_fx_symbolic_tracing"}
 _MATCHES = {dis.opmap["MATCH_SEQUENCE"], dis.opmap["MATCH_MAPPING"], dis.opmap["MATCH_CLASS"]}
 #: properties that are the same for all inputs of one signature
 _SAME = ("shape", "dtype", "device", "ndim", "layout")
-
-
-class Asked(Protocol):
-    """The tracer, as its proxies see it."""
-
-    def doubt(self, reason: str) -> None:
-        """Note a question that a proxy answers otherwise than a tensor, or raise."""
-
-    def refuse(self, reason: str) -> NoReturn:
-        """Note a question that a proxy cannot answer, and raise."""
-
-    def knows_tensor(self, node: fx.Node) -> bool:
-        """Whether a node's value is a tensor for certain."""
 
 
 def _module_of(frame: FrameType) -> str:
@@ -68,7 +55,7 @@ class Proxy(fx.Proxy):
     In-place operators are recorded as what they are; a plain proxy has none, and Python falls back to the others.
     """
 
-    tracer: Any  # that is `Asked`, too
+    tracer: Any  # `tracing._Tracer`, whose `doubt` and `refuse` questions go to
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:

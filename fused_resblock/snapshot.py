@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from operator import is_
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -25,38 +26,44 @@ def containers(values: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
+def contents(container: Any) -> Any:
+    """What a container holds, as a plain dictionary, set or list of its own."""
+    plain = next((kind for kind in (dict, set) if isinstance(container, kind)), list)
+    return plain(container)
+
+
+def holds_the_same(container: Any, before: Any) -> bool:
+    """Whether a container holds the very objects, in their order, that it held; `before` is its `contents` then."""
+    if isinstance(before, dict):
+        now, then = [*container, *container.values()], [*before, *before.values()]
+    else:
+        now, then = list(container), list(before)
+    if isinstance(before, set):  # which has no order
+        now, then = sorted(now, key=id), sorted(then, key=id)
+    return len(now) == len(then) and all(map(is_, now, then))
+
+
 class Snapshot:
-    """Attributes, the contents of lists and dictionaries among them, and buffers of a block, to be put back."""
+    """Attributes, the contents of containers among them, and buffers of a block, to be put back."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._attributes = [(m.__dict__, dict(m.__dict__)) for m in block.modules()]
-        values = containers(value for _, attributes in self._attributes for value in attributes.values())
-        self._lists = [(value, list(value)) for value in values if isinstance(value, list | deque)]
-        self._sets = [(value, set(value)) for value in values if isinstance(value, set)]
-        self._dicts = [(value, dict(value)) for value in values if isinstance(value, dict)]
+        attributes = [m.__dict__ for m in block.modules()]
+        held = containers(value for of_module in attributes for value in of_module.values())
+        self._attributes = attributes
+        self._before = [(container, contents(container)) for container in (*attributes, *held)]
         self._buffers = [(b, b._version, b.detach().clone()) for b in block.buffers() if not b.is_inference()]
 
     def restore(self) -> bool:
         """Put everything back; True if anything had changed."""
         changed = False
-        for now, _ in self._attributes:
+        for now in self._attributes:
             for name in [name for name in now if name.startswith("_tensor_constant")]:  # what `torch.fx` puts there
                 del now[name]
-        for now, before in (*self._attributes, *self._dicts):
-            if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
+        for container, before in self._before:
+            if not holds_the_same(container, before):
                 changed = True
-                now.clear()
-                now.update(before)
-        for items, kept in self._lists:
-            if len(items) != len(kept) or any(a is not b for a, b in zip(items, kept, strict=True)):
-                changed = True
-                items.clear()
-                items.extend(kept)
-        for members, known in self._sets:
-            if members != known:
-                changed = True
-                members.clear()
-                members.update(known)
+                container.clear()
+                (container.extend if isinstance(before, list) else container.update)(before)
         for buffer, version, kept_buffer in self._buffers:
             if buffer._version != version:
                 changed = True

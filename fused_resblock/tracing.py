@@ -109,8 +109,10 @@ class _Tracer(fx.Tracer):
 
     def knows_tensor(self, node: fx.Node) -> bool:
         """Whether a node is a tensor for certain; in a strict trace, whose plan may be called with anything, never."""
-        if self._strict or node.op == "placeholder":  # a network's function is called with a tensor alone
-            return not self._strict
+        if self._strict:
+            return False
+        if node.op == "placeholder":  # a network's function is called with a tensor alone
+            return True
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         return module in self._stops or isinstance(module, _OF_TENSORS)
 
@@ -122,13 +124,17 @@ class _Tracer(fx.Tracer):
         """
         with _Switches(self):
             graph = super().trace(*args, **kwargs)
-        if any(proxy() is not None for proxy in self._proxies):
-            gc.collect()
-            if any(proxy() is not None for proxy in self._proxies):
+        if self._kept():
+            gc.collect()  # what is left is perhaps a cycle
+            if self._kept():
                 self.doubt("its forward keeps a tensor somewhere")
         if self._strict and self.reason is not None:
             raise Unsupported(self.reason)
         return graph
+
+    def _kept(self) -> bool:
+        """Whether anybody still holds a proxy."""
+        return any(proxy() is not None for proxy in self._proxies)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._stops or leaves.is_leaf(m) or super().is_leaf_module(m, module_qualified_name)

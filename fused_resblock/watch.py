@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from . import leaves
 from .per_module import is_kept
 from .sampling import read, words
-from .snapshot import containers
+from .snapshot import containers, contents, holds_the_same
 from .swap import Swapped
 from .touched import listen, now, when
 
@@ -32,25 +32,16 @@ def _asks_itself(module: nn.Module) -> bool:
 
 
 def _collections(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
-    """The dictionaries, lists and sets that modules of somebody's own hold in attributes, and what is in each."""
+    """The dictionaries, lists and the like that modules of somebody's own hold in attributes, and what is in each."""
     found = []
     for module in modules:
-        if isinstance(module, Swapped) or _asks_itself(module):
-            names = [name for name in vars(module) if name not in _OF_ANY_MODULE and not name.startswith("_fused_")]
-            found += [vars(module)[name] for name in names if not is_kept(vars(module)[name])]
-    return [(collection, _contents(collection)) for collection in containers(found)]
-
-
-def _contents(collection: Any) -> list[Any]:
-    if isinstance(collection, dict):
-        return [*collection, *collection.values()]
-    return sorted(collection, key=id) if isinstance(collection, set) else list(collection)
-
-
-def _holds_the_same(collection: Any, before: list[Any]) -> bool:
-    """Whether a collection holds the very objects that it held."""
-    now = _contents(collection)
-    return len(now) == len(before) and all(map(is_, now, before))
+        if _asks_itself(module) or (isinstance(module, Swapped) and not leaves.is_leaf(module)):
+            found += [
+                value
+                for name, value in vars(module).items()
+                if name not in _OF_ANY_MODULE and not name.startswith("_fused_") and not is_kept(value)
+            ]
+    return [(collection, contents(collection)) for collection in containers(found)]
 
 
 def _conv_settings(conv: nn.Conv2d) -> tuple[Any, ...]:
@@ -87,7 +78,7 @@ class Watch:
         for attributes, size, before in self._own:
             if len(attributes) != size or any(attributes.get(name) is not value for name, value in before):
                 return False
-        if not all(_holds_the_same(*pair) for pair in self._collections):
+        if not all(holds_the_same(*pair) for pair in self._collections):
             return False
         return all(_conv_settings(conv) == settings for conv, settings in self._convs)
 
@@ -192,7 +183,7 @@ class Guard:
             and (self._now == now() or self._untouched())
             and self._states_now() == self._states
             and read(self._words) == self._seen
-            and all(_holds_the_same(*pair) for pair in self._collections)
+            and all(holds_the_same(*pair) for pair in self._collections)
         )
 
 

@@ -12,7 +12,7 @@ from .conv_bn_act import bind_conv_bn_act
 from .conv_tma import bind_conv_tma
 from .conv_tma import refusal as tma_refusal
 from .cost import Gemm
-from .gpu import Gpu, gpu_of, tf32_allowed
+from .gpu import Gpu, gpu_of, right_on, tf32_allowed
 from .halo import boxes_of, by_boxes, conv_refusal
 from .tables import Entry
 from .tiles import Tile
@@ -49,7 +49,7 @@ def _options(x, conv, other, epilogue, gpu: Gpu) -> dict[str, Any]:
 def _refused(x, conv, other, epilogue, tile: Tile) -> bool:
     """Whether the kernel that a tile is for cannot run the convolution."""
     boxes = tile.persistent > 0 and not tile.halo and not tile.ring
-    if boxes and not _right(x.device, tile):
+    if boxes and not right_on(x.device, lambda gpu: gpu.conv_tma_right(tile.block_n)):
         return True
     if tile.halo:
         if conv_refusal(x, conv, other, epilogue, tile) is not None:
@@ -60,11 +60,6 @@ def _refused(x, conv, other, epilogue, tile: Tile) -> bool:
             return True
         tile = ring.by_boxes(tile)
     return tile.persistent > 0 and tma_refusal(x, conv, other, epilogue, tile) is not None
-
-
-def _right(device: torch.device, tile: Tile) -> bool:
-    """Whether a GPU computes with `conv_tma` what it should; where none computes, nothing is in the way."""
-    return device.type != "cuda" or gpu_of(device).conv_tma_right(tile.block_n)
 
 
 def likely_tiles(x, conv, other, epilogue, gpu: Gpu) -> list[Tile]:

@@ -219,7 +219,8 @@ def bind_expand_shift(h, conv, expand, other, shortcut, reduce, tile: StageTile,
         shortcut: the downsample branch as a `Conv`, or None.
         reduce: the next block's first 1x1 as a `Conv`, or None.
         tile: how to run it.
-        overwrite: write y over a residual, each piece of which is read by the program that writes it, before it does.
+        overwrite: write y over the residual, each piece of which is read by the program that writes it, before it does;
+            not with a shortcut.
 
     Returns:
         A function of h and other that gives y `[N, K, P, Q]` and g `[N, G, P, Q]` (None without `reduce`).
@@ -251,10 +252,9 @@ def bind_expand_shift(h, conv, expand, other, shortcut, reduce, tile: StageTile,
         num_stages=max(tile.tap_stages, tile.chunk_stages),
     )
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
-    in_place = overwrite and shortcut is None
 
     def run(h, other):
-        y = other if in_place else torch.empty((n, k, p, q), **empty)
+        y = other if overwrite else torch.empty((n, k, p, q), **empty)
         g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
         launch(h, other, y, g)
         return y, g

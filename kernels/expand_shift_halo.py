@@ -234,7 +234,7 @@ def bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile: Stage
     Args:
         h, conv, expand, other, shortcut, reduce: see `bind_expand_shift`; `halo.tail_refusal` must be None.
         tile: its `block_m` and `block_n` are 64; `chunk_stages` buffers hold chunks, see `halo.halo_buffers`.
-        overwrite: write y over a residual.
+        overwrite: see `bind_expand_shift`.
     """
     boxes = replace(tile, halo=False)
     by_boxes = bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, boxes, overwrite=overwrite)
@@ -270,12 +270,11 @@ def bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile: Stage
         for channels, parts in ((other.shape[1], 1), (k, 1), (outputs, outputs // c))
     )
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
-    in_place = overwrite and shortcut is None
 
     def run(h, other):
         if unaligned(h, other):
             return by_boxes(h, other)
-        y = other if in_place else torch.empty((n, k, height, width), **empty)
+        y = other if overwrite else torch.empty((n, k, height, width), **empty)
         g = None if reduce is None else torch.empty((n, outputs, height, width), **empty)
         launch(of_h(h), edge_of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
         return y, g

@@ -205,7 +205,6 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
     by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, small, overwrite=overwrite)
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
     size, size2 = (n, height, width, c), (n, p * stride2, q * stride2, channels2)
-    in_place = overwrite and shortcut is None
     of_h = Descriptors(image_box, size, conv.stride[0], box, block_k)
     of_other = Descriptors(image_box, size2, stride2, box, tile.block_n if shortcut is None else block2)
     of_y = Descriptors(image_box, (n, p, q, k), 1, box, tile.block_n)
@@ -214,7 +213,7 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
     def run(h, other):
         if unaligned(h, other):
             return by_pointers(h, other)
-        y = other if in_place else torch.empty((n, k, p, q), **empty)
+        y = other if overwrite else torch.empty((n, k, p, q), **empty)
         g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
         launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
         return y, g

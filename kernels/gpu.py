@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,6 +46,11 @@ class Gpu:
     def halo(self) -> bool:
         """Whether 3x3s may read their taps from shared memory: on Hopper, and while Triton's Gluon is as it was."""
         return self.capability == 90 and (3, 6) <= triton_release() <= (3, 9)
+
+
+def right_on(device: torch.device, right: Callable[[Gpu], bool]) -> bool:
+    """Whether a device computes with a kernel what it should; where no GPU computes, nothing is in the way."""
+    return device.type != "cuda" or right(gpu_of(device))
 
 
 @cache

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from .choice import chip_of
 from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, expand_shift_halo_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
 from .expand_shift_tma import bind_expand_shift_tma
-from .gpu import Gpu, gpu_of, triton_release
+from .gpu import Gpu, right_on, triton_release
 from .halo import PIXELS, boxes_of, halo_buffers, tail_refusal
 from .tiles import StageTile
 
@@ -175,17 +173,17 @@ def _boxes_hold(x, conv) -> bool:
     return conv.stride == (1, 1) or (conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0)
 
 
-def _boxes_right(device: torch.device) -> bool:
-    """Whether a GPU computes with `expand_shift_tma` what it should; where none computes, nothing is in the way."""
-    return device.type != "cuda" or gpu_of(device).tail_tma
-
-
 def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
-    """Prepare the kernel that the tile is for; arguments and result are those of `bind_expand_shift`."""
+    """Prepare the kernel that the tile is for; arguments and result are those of `bind_expand_shift`.
+
+    What a downsample branch reads is not written over, whatever `overwrite` is.
+    """
+    overwrite = overwrite and shortcut is None
     if tile.halo and tail_refusal(h, conv, expand, shortcut, reduce, tile) is None:
         from .expand_shift_halo import bind_expand_shift_halo
 
         return bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)
     boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
-    bind = bind_expand_shift_tma if tile.tma and boxes and _boxes_right(h.device) else bind_expand_shift
+    boxes = boxes and right_on(h.device, lambda gpu: gpu.tail_tma)
+    bind = bind_expand_shift_tma if tile.tma and boxes else bind_expand_shift
     return bind(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 _FROZEN = "tests/test_frozen.py::test_"
 _ANSWERS = "tests/test_proxies.py::test_what_a_tensor_answers"
-_PASSING = "tests/test_proxies.py::test_what_is_done_to_a_tensor_in_passing"
-_CHANGES = "tests/test_proxies.py::test_what_a_forward_asks_of_its_block_changes"
+_PASSING = "tests/test_forwards.py::test_what_is_done_to_a_tensor_in_passing"
+_CHANGES = "tests/test_forwards.py::test_what_a_forward_asks_of_its_block_changes"
 _FLAT = "tests/test_flat.py::test_"
 _THREADS = "tests/test_threads.py::test_"
 _TOUCHED = "tests/test_touched.py::test_"
@@ -42,7 +42,7 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/watch.py": [
         (
             "what a dictionary holds is not compared",
-            "            and all(_holds_the_same(*pair) for pair in self._collections)\n",
+            "            and all(holds_the_same(*pair) for pair in self._collections)\n",
             "",
             _CHANGES + "[dictionary-block]",
         ),
@@ -122,7 +122,7 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             "attributes of a tensor may be set",
             "        if name not in (",
             "        if False and name not in (",
-            "tests/test_proxies.py::test_an_attribute_of_a_result",
+            "tests/test_forwards.py::test_an_attribute_of_a_result",
         ),
         (
             "values may be looked up",
@@ -204,7 +204,7 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             "strides of a frozen network's input do not matter",
             "key = (*signature(x), x.stride())",
             "key = signature(x)",
-            "tests/test_proxies.py::test_frozen_network_whose_input_lies_otherwise",
+            "tests/test_forwards.py::test_frozen_network_whose_input_lies_otherwise",
         ),
         (
             "function of a frozen network believed",

@@ -104,13 +104,13 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "a chain's input written over",
             "tail.other not in (0, main)",
             "tail.other != main",
-            "tests/test_stage_kernel.py::test_output_over_a_residual_that_nobody_reads_any_more[the chain's own input]",
+            "tests/test_overwrite.py::test_output_over_a_residual_that_nobody_reads_any_more[the chain's own input]",
         ),
         (
             "what the 3x3 reads written over",
             "tail.other not in (0, main)",
             "tail.other > 0",
-            "tests/test_stage_kernel.py::test_output_over_a_residual_that_nobody_reads_any_more[the 3x3's input]",
+            "tests/test_overwrite.py::test_output_over_a_residual_that_nobody_reads_any_more[the 3x3's input]",
         ),
     ],
     "fused_resblock/programs.py": [
@@ -251,13 +251,13 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "what is not used does nothing",
             "                self._check_unused(node)\n",
             "                pass\n",
-            "tests/test_proxies.py::test_what_is_done_to_a_tensor_in_passing[out=-False]",
+            "tests/test_forwards.py::test_what_is_done_to_a_tensor_in_passing[out=-False]",
         ),
         (
             "tensors in attributes are not looked for",
             "    _check_attributes(block)\n",
             "",
-            "tests/test_proxies.py::test_what_a_forward_asks_of_its_block_changes[tensor-block]",
+            "tests/test_forwards.py::test_what_a_forward_asks_of_its_block_changes[tensor-block]",
         ),
         (
             "in-place operations not checked",

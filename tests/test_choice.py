@@ -121,7 +121,7 @@ def test_tiles_whose_pixels_pass_through_registers_are_left_out(capability, ther
     ("device", "capability", "taken"), [("cuda", 90, False), ("cuda", 100, True), ("cpu", 90, True)]
 )
 def test_a_table_that_names_such_a_tile_is_not_followed_on_hopper(device, capability, taken, monkeypatch):
-    monkeypatch.setattr(convolution, "gpu_of", lambda device: Gpu(132, capability))
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: Gpu(132, capability))
     monkeypatch.setattr(convolution, "tma_refusal", lambda *args: None)
     x = SimpleNamespace(device=torch.device(device))
     for tile, right in ((Tile(64, 32, 64, 4, 4, persistent=4), taken), (Tile(64, 64, 64, 4, 4, persistent=4), True)):

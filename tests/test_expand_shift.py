@@ -13,7 +13,7 @@ from parity import assert_parity
 from stage_cases import Stage, StageCase
 
 from benchmarks.gpu.tails import TailShape
-from fused_resblock.kernels import stage
+from fused_resblock.kernels import gpu, stage
 from fused_resblock.kernels.choice import chip_of
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import bind_stage, candidates, choose_stage_tile, predicted_seconds, refusal
@@ -233,7 +233,7 @@ def test_a_tile_that_spills_with_a_release_is_left_out(release, there, monkeypat
 def test_no_tail_by_boxes_on_hopper(device, capability, boxes, monkeypatch):
     """Whoever names the tile: a table of an older release, or a tile with a halo for a tail that has none."""
     bound = []
-    monkeypatch.setattr(stage, "gpu_of", lambda device: Gpu(132, capability))
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: Gpu(132, capability))
     monkeypatch.setattr(stage, "bind_expand_shift_tma", lambda *arguments, overwrite: bound.append(True))
     monkeypatch.setattr(stage, "bind_expand_shift", lambda *arguments, overwrite: bound.append(False))
     h = SimpleNamespace(device=torch.device(device), shape=(1, 64, 8, 8), dtype=FP32)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels.gpu import gpu_of
 from ..params import PLAIN, BatchNorm, Bound, BoundPair, Conv, Epilogue, Pair, output_size
 from . import asked, cudnn, eager, few_images, onednn, triton, tuned
+from .eager import dense
 from .select import Choice, Problem, preference, select
 
 Shape = Sequence[int]
@@ -112,11 +113,6 @@ def conv_problem(
     capability = gpu_of(device).capability
     padded = overpadded((r, s), padding, dilation)
     return Problem(device.type, dtype, "conv", channels, k, (r, s), groups, pixels, reach, padded, capability)
-
-
-def dense(x: Tensor) -> Tensor:
-    """`x` itself if it is channels_last, else a channels_last copy."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _ambiguous(shape: Shape) -> bool:

@@ -60,16 +60,16 @@ def _finish(z: Tensor, other: Tensor | None, epilogue: Epilogue) -> Tensor:
     return torch.relu(z) if epilogue.relu else z
 
 
-def _dense(y: Tensor) -> Tensor:
-    """Channels_last, as every backend gives it: cuDNN's fp64 convolutions give NCHW."""
-    return y.contiguous(memory_format=torch.channels_last)
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if it is channels_last, as every backend gives it, else a channels_last copy."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
     """See `backends.bind_conv_bn_act`."""
-    return lambda x, other: _dense(conv_bn_act(x, conv, other, epilogue))
+    return lambda x, other: dense(conv_bn_act(x, conv, other, epilogue))
 
 
 def bind_bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue) -> Bound:
     """See `backends.bind_bn_act`."""
-    return lambda x, other: _dense(bn_act(x, norm, other, epilogue))
+    return lambda x, other: dense(bn_act(x, norm, other, epilogue))

@@ -103,9 +103,15 @@ def known() -> list[tuple[Table, bool]]:
     return [(table, table.gpu in here) for table in _tables()]
 
 
+def _of_gpu(device: torch.device) -> Iterator[Table]:
+    """The tables of a device's GPU, those that go first in front."""
+    gpu = gpu_of(device)
+    return (table for table in _tables() if table.gpu == gpu)
+
+
 def measured(device: torch.device) -> bool:
     """Whether a table of this GPU is in force."""
-    return device.type == "cuda" and any(table.gpu == gpu_of(device) for table in _tables())
+    return device.type == "cuda" and any(_of_gpu(device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -134,8 +140,7 @@ def lookup_stage(h: Tensor, conv: Conv, case: str) -> StageEntry | None:
 
 
 def _first(x: Tensor, kind: str, key: tuple[str, str], pixels: int) -> Any:
-    gpu = gpu_of(x.device)
-    for table in (table for table in _tables() if table.gpu == gpu):
+    for table in _of_gpu(x.device):
         found = nearest(getattr(table, kind).get(key, ()), pixels)
         if found is not None:
             return found
