@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,7 +69,6 @@ class Driver:
         self.launched: list[tuple[str, Any]] = []  # names and compiled kernels
         self.profiles: list[Profile] = []  # of the launches, where they are wanted
         self.notes: set[str] = set()
-        self._compiled: dict[str, tuple[Compiled, bool]] = {}  # and whether the assembler serializes it
 
     def get_current_target(self) -> GPUTarget:
         """The chip."""
@@ -97,10 +97,8 @@ class Driver:
         self, kernel: Any, grid: Sequence[int], signature: dict[str, str], args: Sequence[Any], metadata: Any
     ) -> None:
         text = kernel.asm["ptx"]
-        if text not in self._compiled:
-            serialized = "wgmma" in text and one_by_one(disassembled(kernel.asm["cubin"]))
-            self._compiled[text] = Compiled(parse(text)), serialized
-        (compiled, serialized), memory = self._compiled[text], _Memory()
+        compiled, memory = _compiled(text), _Memory()
+        serialized = "wgmma" in text and one_by_one(disassembled(kernel.asm["cubin"]))
         parameters: dict[str, Any] = {"descriptors": {}}
         values = _values(signature, args, metadata, memory, parameters["descriptors"])
         for name, _ in compiled.kernel.parameters:
@@ -116,6 +114,12 @@ class Driver:
         launch(compiled, grid, 32 * metadata.num_warps, parameters, memory.memory, metadata.shared, **options)
         self.profiles += [] if profile is None else [profile]
         memory.copy_back()
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(text: str) -> Compiled:
+    """A kernel's PTX as functions, which hold nothing of a launch."""
+    return Compiled(parse(text))
 
 
 def _values(
