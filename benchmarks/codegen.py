@@ -217,7 +217,8 @@ def compile_job(job: Job, kept: Kept | None = None) -> tuple[str, Row]:
         return name, row
     finally:
         torch.backends.cudnn.allow_tf32 = allow_tf32
-    kernel = next(k for name, k in compiled if name == f"_{job.kernel}_kernel")
+    # the last of its name: a branch may have a launch of its own before it
+    *_, kernel = (k for name, k in compiled if name == f"_{job.kernel}_kernel")
     facts = inspect(kernel, CHIPS[job.capability])
     return name_of(kernel), {"triton": triton.__version__, **{field: getattr(job, field) for field in KEY}, **facts}
 
