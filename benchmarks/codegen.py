@@ -117,7 +117,7 @@ def convolution_of(tile: Tile, shape: ConvShape) -> str:
 
 def kernel_of(tile: StageTile) -> str:
     """The stage kernel that a tile is for."""
-    return "expand_shift" + ("_halo" if tile.halo else "_tma" if tile.tma else "")
+    return "expand_shift" + ("_ring" if tile.ring else "_halo" if tile.halo else "_tma" if tile.tma else "")
 
 
 def stem_kernel(capability: int, dtype: str) -> str:

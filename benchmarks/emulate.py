@@ -23,7 +23,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fused_resblock.backends import triton as backend
-from fused_resblock.kernels import conv_halo, conv_pair, conv_ring, conv_tma, expand_shift_halo, halo, ring
+from fused_resblock.kernels import (
+    conv_halo,
+    conv_pair,
+    conv_ring,
+    conv_tma,
+    expand_shift_halo,
+    expand_shift_ring,
+    halo,
+    ring,
+    tail_ring,
+)
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import candidates
 from fused_resblock.kernels.stem import bind_stem
@@ -52,7 +62,7 @@ OTHERS = 5
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
 #: modules that ask for them
-PLACED = (conv_halo, conv_pair, conv_ring, conv_tma, expand_shift_halo, halo, ring)
+PLACED = (conv_halo, conv_pair, conv_ring, conv_tma, expand_shift_halo, expand_shift_ring, halo, ring, tail_ring)
 #: how work lands: late or not, products apart from the rest or not (see `ptx.grid`); the first one is counted
 ORDERS = ((False, True), (True, False))
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")

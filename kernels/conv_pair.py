@@ -21,16 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .boxes import Box, Descriptors, choose_box, strided_view, tiles_of, unaligned
+from .boxes import Descriptors, choose_box, tiles_of, unaligned
 from .conv_tma import bind_conv_tma
 from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .gpu import gpu_of
 from .launch import Launch, interpreted
 from .ring import WIDTH, buffers_of, by_boxes
-from .taps import columns, matrix_box, swizzled, tma_load, tma_store, view
+from .taps import columns, matrix_box, strided_box, strided_box_of, tma_load, tma_store, view
 from .tiles import Tile
 
 
@@ -44,10 +43,7 @@ def _place_of(
     BLOCK_N: gl.constexpr,
 ):
     """First image, row, column and output channel of a tile; neighbours share their pixels in L2."""
-    box = tile // TILES_K
-    n = box // (TILES_Q * TILES_P) * y_desc.block_shape[0]
-    p = box // TILES_Q % TILES_P * y_desc.block_shape[1]
-    q = box % TILES_Q * y_desc.block_shape[3]
+    n, p, q = strided_box_of(tile // TILES_K, TILES_P, TILES_Q, y_desc)
     return n, p, q, tile % TILES_K * BLOCK_N
 
 
@@ -240,11 +236,6 @@ def _conv_pair_kernel(
     tma.store_wait(0)
 
 
-def _image_box(x: torch.Tensor, size: tuple[int, int, int, int], stride: int, box: Box) -> TensorDescriptor:
-    """A descriptor of channels_last images of `(N, H, W, C)` in boxes of 64 channels; see `boxes.image_box`."""
-    return TensorDescriptor(x, *strided_view(size, stride), [box.images, box.rows, 1, box.columns, WIDTH], swizzled(5))
-
-
 def bind_conv_pair(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = False):
     """Prepare `_conv_pair_kernel` for parameters and shapes; arguments and result are those of `bind_conv_bn_act`.
 
@@ -283,9 +274,9 @@ def bind_conv_pair(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fa
         x.device,
         num_warps=tile.num_warps,
     )
-    of_h = Descriptors(_image_box, (n, h, w, c), 1, box)
-    of_x = Descriptors(_image_box, (n, h * stride, w * stride, c2), stride, box)
-    of_y = Descriptors(_image_box, (n, h, w, k), 1, box)
+    of_h = Descriptors(strided_box, (n, h, w, c), 1, box)
+    of_x = Descriptors(strided_box, (n, h * stride, w * stride, c2), stride, box)
+    of_y = Descriptors(strided_box, (n, h, w, k), 1, box)
     shape, options = conv.output_shape(x), {"dtype": x.dtype, "device": x.device}
 
     def run(x, other):

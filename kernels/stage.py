@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from . import tail_ring
 from .choice import chip_of
 from .cost import LATENCY, Ceilings, Gemm, expand_shift_cost, expand_shift_halo_cost, predicted
 from .expand_shift import bind_expand_shift, refusal
@@ -98,6 +100,8 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     buffers = halo_buffers(width, 4 * width, outputs, second)
     if buffers and gpu.halo and itemsize == 2:
         tiles.append(StageTile(PIXELS, width, width, 4, 1, buffers, True, True))
+    if gpu.halo and itemsize == 2:
+        tiles += tail_ring.tiles_for(width, 4 * width, outputs, 2 * width if second else 0)
     return tiles
 
 
@@ -105,7 +109,7 @@ def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | 
     """The candidate with the least predicted time, or None where there is none."""
     outputs = 0 if gemms.reduce is None else gemms.reduce.n
     tiles = candidates(gemms.conv.n, outputs, itemsize, gemms.second is not None, gpu)
-    tiles = [tile for tile in tiles if not tile.halo or _halo_fits(gemms)]
+    tiles = [tile for tile in tiles if _fits(gemms, tile)]
     chip = chip_of(gpu)
 
     def seconds(tile: StageTile) -> float:
@@ -114,11 +118,14 @@ def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | 
     return min(tiles, key=seconds, default=None)
 
 
-def _halo_fits(gemms: TailGemms) -> bool:
-    """Whether `expand_shift_halo` may take a tail: `halo.tail_refusal` asks the rest."""
+def _fits(gemms: TailGemms, tile: StageTile) -> bool:
+    """Whether the kernel of a tile that was made for the width may take a tail; the refusals ask the rest."""
     conv, expand, second, _ = gemms
-    same = (conv.taps, conv.k, conv.in_pixels, expand.n) == (9, conv.n, conv.m, 4 * conv.n)
-    return same and (second is None or second.k == conv.n)
+    branch = 0 if second is None else second.k
+    same = (conv.taps, conv.k, expand.n) == (9, conv.n, 4 * conv.n)
+    if tile.halo:
+        return same and conv.in_pixels == conv.m and branch in (0, conv.n)
+    return not tile.ring or (same and branch in (0, 2 * conv.n))
 
 
 def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
@@ -126,6 +133,8 @@ def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ce
     conv, expand, second, reduce = gemms
     if tile.halo:
         return _halo_seconds(gemms, itemsize, tile, chip)
+    if tile.ring:
+        return _ring_seconds(gemms, itemsize, tile, chip)
     cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
     outputs = 0 if reduce is None else reduce.n
     branch = 0 if second is None else second.k
@@ -168,6 +177,16 @@ def _halo_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilin
     return start + predicted(cost, tiles, 1, chip, step_seconds=step)
 
 
+def _ring_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
+    """One program a multiprocessor, whose loads run ahead: products, and a chunk's way through the registers."""
+    conv, expand, second, reduce = gemms
+    cost = expand_shift_cost(conv, expand, itemsize, replace(tile, held=True), second=second, reduce=reduce)
+    rate = 2 * tile.block_m * chip.multiprocessors / chip.matrix
+    products = rate * sum(gemm.filters for gemm in gemms if gemm is not None)
+    chunks = expand.n // tile.block_n
+    return predicted(cost, -(-conv.m // tile.block_m), 1, chip, step_seconds=products + chunks * LATENCY / 2)
+
+
 def _boxes_hold(x, conv) -> bool:
     """Whether `boxes.image_box` can see the image at the convolution's stride: 1, or 2 with even height and width."""
     return conv.stride == (1, 1) or (conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0)
@@ -184,6 +203,12 @@ def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, ove
 
         return bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)
     boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
+    if tile.ring:
+        if boxes and tail_ring.refusal(h, conv, expand, shortcut, reduce, tile) is None:
+            from .expand_shift_ring import bind_expand_shift_ring
+
+            return bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)
+        tile = tail_ring.by_boxes(tile)
     boxes = boxes and right_on(h.device, lambda gpu: gpu.tail_tma)
     bind = bind_expand_shift_tma if tile.tma and boxes else bind_expand_shift
     return bind(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .boxes import Box, strided_view
 from .gpu import triton_release
 from .halo import SIDE, WIDTH
 
@@ -67,6 +68,20 @@ def box_of(
     n = tile // (TILES_Q * TILES_P)
     p = (tile // TILES_Q % TILES_P) * desc.block_shape[1]
     q = (tile % TILES_Q) * desc.block_shape[2]
+    return n, p, q
+
+
+@gluon.jit
+def strided_box_of(
+    tile,
+    TILES_P,  # boxes along rows and columns of an image
+    TILES_Q,
+    desc,  # of images, in such boxes; see `strided_box`
+):
+    """First image, row and column of a tile."""
+    n = tile // (TILES_Q * TILES_P) * desc.block_shape[0]
+    p = tile // TILES_Q % TILES_P * desc.block_shape[1]
+    q = tile % TILES_Q * desc.block_shape[3]
     return n, p, q
 
 
@@ -138,6 +153,11 @@ def image_box(x: torch.Tensor, size: tuple[int, int, int, int], rows: int, parts
     n, h, w, c = size
     block = [1, rows, SIDE, parts * WIDTH]
     return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], block, swizzled(4))
+
+
+def strided_box(x: torch.Tensor, size: tuple[int, int, int, int], stride: int, box: Box) -> TensorDescriptor:
+    """A descriptor of channels_last images of `(N, H, W, C)` in boxes of 64 channels; see `boxes.image_box`."""
+    return TensorDescriptor(x, *strided_view(size, stride), [box.images, box.rows, 1, box.columns, WIDTH], swizzled(5))
 
 
 def matrix_box(weight: torch.Tensor, rows: int, columns: int, block: tuple[int, int]):

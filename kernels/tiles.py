@@ -69,7 +69,8 @@ class StageTile:
 
     `block_k` channels a step of the 3x3; its loop and that over the chunks have so many stages; `tma` moves the tiles
     (`expand_shift_tma`), and with `halo` the taps come from shared memory, too (`expand_shift_halo`). With `held` a
-    downsample branch's input is loaded once and not for every chunk (`expand_shift_tma`).
+    downsample branch's input is loaded once and not for every chunk (`expand_shift_tma`). With `ring` so many boxes of
+    pixels and blocks of filters are in two rings (`expand_shift_ring`).
     """
 
     block_m: int
@@ -81,10 +82,11 @@ class StageTile:
     tma: bool = False
     halo: bool = False
     held: bool = False
+    ring: bool = False
 
     def __str__(self) -> str:
         name = f"{self.block_m}x{self.block_n}x{self.block_k}.w{self.num_warps}.s{self.tap_stages}.c{self.chunk_stages}"
-        return name + ".t1" * self.tma + ".h1" * self.halo + ".x1" * self.held
+        return name + ".t1" * self.tma + ".h1" * self.halo + ".x1" * self.held + ".r1" * self.ring
 
     @classmethod
     def parse(cls, name: str) -> StageTile:
@@ -95,7 +97,7 @@ class StageTile:
         """
         blocks, fields = _parts(name)
         numbers = (fields.get(letter, 0) for letter in "wsc")
-        tile = cls(*blocks, *numbers, *(bool(fields.get(letter)) for letter in "thx"))
+        tile = cls(*blocks, *numbers, *(bool(fields.get(letter)) for letter in "thxr"))
         return _checked(tile, name)
 
 

@@ -1,6 +1,8 @@
-"""Faults of the kernels that run one GEMM or two through a ring of loads, and the tests that must notice each."""
+"""Faults of the kernels that load through rings, and the tests that must notice each."""
 
 from __future__ import annotations
+
+from mutants_tail_ring import TAIL_RING
 
 _COMPILED = "tests/test_ring_compiled.py::test_compiled_kernel_is_right[fp16]"
 _SPECIAL = "tests/test_ring_compiled.py::test_scales_of_all_sizes_nan_and_what_no_descriptor_names"
@@ -9,6 +11,7 @@ _TAKES = "tests/test_ring.py::test_convolutions_that_it_takes"
 
 #: (name, old text, new text, killers) by file.
 RING: dict[str, list[tuple[str, str, str, str]]] = {
+    **TAIL_RING,
     "kernels/conv_pair.py": [
         (
             "slot under way overwritten",

@@ -197,6 +197,15 @@ with precision("fp16") as dtype, torch.no_grad():
     close(profile.l2, expand_shift_halo_cost(conv, expand, 2, programs, second=second, reduce=reduce).l2)
     close((profile.device - filters) / (images * size**2), 20 * width)
     assert profile.wavefronts == profile.ideal
+    # with 128 channels, all through two rings
+    tile, asked = StageTile.parse("256x64x64.w8.s3.c3.t1.r1"), tails.TailShape("tail", 128, size, outputs=128).build(images, dtype, "cpu")
+    x, other = asked.inputs()
+    profile = counted(lambda: tails.joined(tails.bound(asked, tile)(x, other)))
+    conv, expand, second, reduce = asked.gemms()
+    filters = 2 * sum(layer.weight.numel() for layer in asked.layers)
+    close(profile.l2, expand_shift_cost(conv, expand, 2, tile, second=second, reduce=reduce).l2)
+    close((profile.device - filters) / (images * size**2), 20 * 128)
+    assert profile.wavefronts == profile.ideal
     shape = ConvShape("3x3", 64, 64, 16, 3, residual=True)
     op, cost = build(shape, 2, dtype, "cpu"), conv_halo_cost(gemm_of(shape, 2), 2, programs, residual=True)
     profile = counted(lambda: op.with_tile(HALO))

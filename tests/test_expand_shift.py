@@ -188,7 +188,7 @@ def test_candidates(width, itemsize, capability):
         assert len(set(tiles)) == len(tiles)
         assert bool(tiles) == (width <= (256 if itemsize == 2 else 128))
         for tile in tiles:
-            assert tile.tma == (tile.halo if capability == 90 else Gpu(132, capability).tma)
+            assert tile.tma == (tile.halo or tile.ring if capability == 90 else Gpu(132, capability).tma)
             assert tile.block_k <= width
             assert tile.block_m * max(width, 64) // (32 * tile.num_warps) <= 128, "accumulators of the 3x3"
 

@@ -13,7 +13,7 @@ def addresses(operand: object) -> Step:
     """How to read `[base + offset]`: its address in each thread."""
     assert isinstance(operand, Address), operand
     read = source(operand.base, "b64")
-    return lambda g, _=None: read(g) + np.uint64(operand.offset)
+    return lambda g, _=None: read(g) + np.uint64(operand.offset % 2**64)  # it may be negative
 
 
 def _items(operand: object) -> list[Register | Number | None]:

@@ -1,0 +1,473 @@
+"""`expand_shift` for 128 channels on Hopper: pixels and filters come through two rings that never run dry.
+
+The same arithmetic as `expand_shift`. The filters of such a block, 0.5 MB and more, do not stay in shared memory, and
+`expand_shift_tma` begins to load anew for every tile and each of its loops. Here a program takes tile after tile, and
+TMA runs ahead of the matrix units from the taps of a tile to its chunks and on to the next tile. One ring holds pixels:
+nine taps of 64 channels each, twice, then the residual, 64 channels a chunk, over which y is written and leaves. The
+other holds blocks of 128x64 filters in the order of their use. h2 passes through shared memory; the norms are formed
+once a program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .boxes import Descriptors, choose_box, tiles_of, unaligned
+from .dependent import wait_for_input
+from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
+from .expand_shift_tma import bind_expand_shift_tma
+from .gpu import gpu_of
+from .launch import Launch, interpreted
+from .ring import WIDTH
+from .tail_ring import by_boxes
+from .taps import columns, matrix_box, strided_box, strided_box_of, tma_load, tma_store, view
+from .tiles import StageTile
+
+
+@gluon.jit
+def _next(slot, STAGES: gl.constexpr):
+    """The slot behind this one in a ring."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+    return slot
+
+
+@gluon.jit
+def _turned(slot, phase, STAGES: gl.constexpr):
+    """The slot behind this one in a ring, and the phase of its barrier."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def _load_pixels(
+    images,  # descriptors of h, and of the residual or None
+    ring,  # pixels [STAGES, BLOCK_M, 64] and barriers
+    coming,  # what is loaded next: slot, step, tile and the tile's n, p, q
+    sizes,  # TILES, TILES_P, TILES_Q
+    C: gl.constexpr,
+    HALF: gl.constexpr,
+    TAPS: gl.constexpr,  # steps of the 3x3
+    STEPS: gl.constexpr,  # of a tile
+    PROGRAMS: gl.constexpr,
+):
+    """Ask for the pixels of the step that is loaded next; the one after it."""
+    h_desc, other_desc = images
+    pixels, bars = ring
+    slot, step, tile, n, p, q = coming
+    TILES, TILES_P, TILES_Q = sizes
+    wanted = tile < TILES
+    bar, box = bars.index(slot), view(pixels.index(slot), h_desc.block_shape, h_desc.layout)
+    if step < TAPS:
+        h = step % 9 // 3 - 1  # of the tap, from the pixel STRIDE*p
+        w = step % 3 - 1
+        mbarrier.expect(bar, h_desc.block_type.nbytes, pred=wanted)
+        c = (w & HALF) * C + step // 9 * h_desc.block_shape[4]
+        tma_load(h_desc, [n, p + (h >> HALF), h & HALF, q + (w >> HALF), c], bar, box, pred=wanted)
+    else:
+        if other_desc is not None:
+            mbarrier.expect(bar, other_desc.block_type.nbytes, pred=wanted)
+            c = (step - TAPS) * other_desc.block_shape[4]
+            tma_load(other_desc, [n, p, 0, q, c], bar, box, pred=wanted)
+        else:  # nothing comes, and the barrier's phase ends as if it had
+            mbarrier.expect(bar, 0, pred=wanted)
+    step += 1
+    if step == STEPS:
+        step = 0
+        tile += PROGRAMS
+        n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+    return _next(slot, pixels.shape[0]), step, tile, n, p, q
+
+
+@gluon.jit
+def _load_halves(desc, k, c, bar, block, wanted):
+    """Ask for 64 filters' channels from c on, 64 of them and the 64 behind them."""
+    WIDTH: gl.constexpr = desc.block_shape[1]
+    for half in gl.static_range(2):
+        tma_load(desc, [k, c + half * WIDTH], bar, block.slice(half * WIDTH, WIDTH), pred=wanted)
+
+
+@gluon.jit
+def _load_filters(
+    weights,  # descriptors of the four layers
+    ring,  # filters [STAGES, 128, 64] and barriers
+    coming,  # what is loaded next: slot, step and tile
+    TILES,
+    C: gl.constexpr,
+    TAPS: gl.constexpr,  # steps of the 3x3
+    CHUNKS: gl.constexpr,
+    PAIRS: gl.constexpr,  # blocks of a chunk's downsample branch
+    GROUPS: gl.constexpr,  # blocks of a chunk's part of the next reduce
+    PROGRAMS: gl.constexpr,
+):
+    """Ask for the block of filters that is loaded next; the one after it."""
+    w_desc, w3_desc, w2_desc, w1_desc = weights
+    filters, bars = ring
+    slot, step, tile = coming
+    WIDTH: gl.constexpr = w_desc.block_shape[1]
+    EACH: gl.constexpr = 1 + PAIRS + GROUPS
+    wanted = tile < TILES
+    bar, block = bars.index(slot), filters.index(slot)
+    mbarrier.expect(bar, w_desc.block_type.nbytes, pred=wanted)
+    if step < TAPS:
+        tma_load(w_desc, [0, step % 9 * C + step // 9 * WIDTH], bar, block, pred=wanted)
+    else:
+        k = (step - TAPS) // EACH * WIDTH
+        part = (step - TAPS) % EACH
+        if part == 0:
+            _load_halves(w3_desc, k, 0, bar, block, wanted)
+        else:
+            if PAIRS > 0:  # noqa: SIM102 - known when it is compiled
+                if part <= PAIRS:
+                    _load_halves(w2_desc, k, (part - 1) * (2 * WIDTH), bar, block, wanted)
+            if GROUPS > 0:  # noqa: SIM102
+                if part > PAIRS:
+                    tma_load(w1_desc, [(part - 1 - PAIRS) * (2 * WIDTH), k], bar, block, pred=wanted)
+    step += 1
+    if step == TAPS + CHUNKS * EACH:
+        step = 0
+        tile += PROGRAMS
+    return _next(slot, filters.shape[0]), step, tile
+
+
+@gluon.jit
+def _keep_norm(
+    norm,  # as `_vectors` makes it
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    EPS: gl.constexpr,
+):
+    """Put a layer's scale and shift where every tile finds them."""
+    scales, shifts = norm
+    SIZE: gl.constexpr = scales.shape[0]
+    offs = gl.arange(0, SIZE, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    scale, shift = scale_shift(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, offs, offs < SIZE, EPS, tl.float32)
+    scales.store(scale)
+    shifts.store(shift)
+
+
+@gluon.jit
+def _vectors(SIZE: gl.constexpr):
+    """Shared memory for the scales and shifts of a layer's channels."""
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.float32, [SIZE], LINE), gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
+
+
+@gluon.jit
+def _piece(vector, piece, LAYOUT: gl.constexpr):
+    """64 channels of a vector, for a matrix of as many columns."""
+    pieces = view(vector, [vector.shape[0] // 64, 64], vector.layout)
+    return pieces.index(piece).load(gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def _scaled(sums, norm, piece):
+    """sums * scale + shift, for a piece of 64 channels."""
+    LAYOUT: gl.constexpr = sums.type.layout
+    return sums * _piece(norm[0], piece, LAYOUT) + _piece(norm[1], piece, LAYOUT)
+
+
+@gluon.jit
+def _load_whole(desc, memory, bar, n, p, q, wanted):
+    """Ask for all channels of a tile's pixels."""
+    PIECES: gl.constexpr = memory.shape[0]
+    mbarrier.expect(bar, PIECES * desc.block_type.nbytes, pred=wanted)
+    for piece in gl.static_range(PIECES):
+        box = view(memory.index(piece), desc.block_shape, desc.layout)
+        tma_load(desc, [n, p, 0, q, piece * desc.block_shape[4]], bar, box, pred=wanted)
+
+
+@gluon.jit
+def _store_reduced(desc, memory, sums, norm, n, p, q, piece: gl.constexpr):
+    """128 channels of g, from a piece of 64 on, leave by the memory of h2."""
+    WIDTH: gl.constexpr = memory.shape[2]
+    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
+    halves = columns(sums, 2)
+    for half in gl.static_range(2):
+        z = _scaled(gl.convert_layout(halves[half], PIECE, assert_trivial=True), norm, piece + half)
+        memory.index(half).store(nan_relu(z).to(memory.dtype))
+    fence_async_shared()
+    for half in gl.static_range(2):
+        box = view(memory.index(half), desc.block_shape, desc.layout)
+        tma_store(desc, [n, p, 0, q, (piece + half) * WIDTH], box)
+
+
+@gluon.jit
+def _expand_shift_ring_kernel(
+    h_desc,  # [N, H/STRIDE, STRIDE, W/STRIDE, STRIDE*C] input of the 3x3; boxes of 64 channels, as all images here
+    other_desc,  # residual [N, P, 1, Q, K]; with SECOND the input of the downsample branch, as h
+    y_desc,  # [N, P, 1, Q, K] output of the block
+    g_desc,  # [N, P, 1, Q, G] output of the next block's reduce, or None
+    w_desc,  # [C, 9*C], in blocks of 128x64
+    w3_desc,  # [K, C], in blocks of 64x64
+    w2_desc,  # [K, C2] of the downsample branch, or None; likewise
+    w1_desc,  # [G, K] of the next reduce, or None; in blocks of 128x64
+    bias_ptr,  # [C], or None
+    mean_ptr,  # [C], or None for no normalisation
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    bias3_ptr,  # [K], or None
+    mean3_ptr,
+    var3_ptr,
+    gamma3_ptr,
+    beta3_ptr,
+    bias2_ptr,
+    mean2_ptr,
+    var2_ptr,
+    gamma2_ptr,
+    beta2_ptr,
+    bias1_ptr,  # [G], or None
+    mean1_ptr,
+    var1_ptr,
+    gamma1_ptr,
+    beta1_ptr,
+    TILES,
+    TILES_P,  # boxes along rows and columns of an image
+    TILES_Q,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    C2: gl.constexpr,
+    G: gl.constexpr,  # 0 without a next reduce
+    HALF: gl.constexpr,  # 1 where the 3x3 has stride 2, else 0
+    EPS: gl.constexpr,
+    EPS3: gl.constexpr,
+    EPS2: gl.constexpr,
+    EPS1: gl.constexpr,
+    SECOND: gl.constexpr,
+    PIXEL_STAGES: gl.constexpr,
+    FILTER_STAGES: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    PDL: gl.constexpr,  # see `dependent`
+):
+    """h2 = relu(bn(conv3x3(h))); y = relu(bn3(h2 W3) + (other | bn2(other W2))); g = relu(bn1(y W1)).
+
+    Sums in fp32. h2 and y are rounded to their dtype, as they would be between kernels; g once, at the store.
+    """
+    WIDTH: gl.constexpr = w_desc.block_shape[1]
+    BLOCK_M: gl.constexpr = h_desc.block_shape[0] * h_desc.block_shape[1] * h_desc.block_shape[3]
+    TAPS: gl.constexpr = 9 * C // WIDTH
+    CHUNKS: gl.constexpr = K // WIDTH
+    PAIRS: gl.constexpr = C2 // (2 * WIDTH) if SECOND else 0
+    GROUPS: gl.constexpr = G // (2 * WIDTH)
+    dtype: gl.constexpr = h_desc.dtype
+    MATRIX: gl.constexpr = w_desc.layout
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, C, 16])
+    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
+
+    pixels = gl.allocate_shared_memory(dtype, [PIXEL_STAGES, BLOCK_M, WIDTH], MATRIX)
+    filters = gl.allocate_shared_memory(dtype, [FILTER_STAGES, 2 * WIDTH, WIDTH], MATRIX)
+    h2 = gl.allocate_shared_memory(dtype, [C // WIDTH, BLOCK_M, WIDTH], MATRIX)  # and g on its way out
+    pixel_bars = gl.allocate_shared_memory(gl.int64, [PIXEL_STAGES, 1], mbarrier.MBarrierLayout())
+    filter_bars = gl.allocate_shared_memory(gl.int64, [FILTER_STAGES, 1], mbarrier.MBarrierLayout())
+    norm, norm3 = _vectors(C), _vectors(K)
+    for bar in gl.static_range(PIXEL_STAGES):
+        mbarrier.init(pixel_bars.index(bar), count=1)
+    for bar in gl.static_range(FILTER_STAGES):
+        mbarrier.init(filter_bars.index(bar), count=1)
+    if SECOND:
+        x2 = gl.allocate_shared_memory(dtype, [C2 // WIDTH, BLOCK_M, WIDTH], MATRIX)
+        x2_bar = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        norm2 = _vectors(K)
+        mbarrier.init(x2_bar.index(0), count=1)
+    if G > 0:
+        norm1 = _vectors(G)
+    fence_async_shared()
+
+    tile = gl.program_id(0)
+    n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+    weights, ring = (w_desc, w3_desc, w2_desc, w1_desc), (filters, filter_bars)
+    images, pool, sizes = (h_desc, None if SECOND else other_desc), (pixels, pixel_bars), (TILES, TILES_P, TILES_Q)
+    block = (0, 0, tile)  # of filters that is loaded next
+    for _ in gl.static_range(FILTER_STAGES):
+        block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+    _keep_norm(norm, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
+    _keep_norm(norm3, bias3_ptr, mean3_ptr, var3_ptr, gamma3_ptr, beta3_ptr, EPS3)
+    if SECOND:
+        _keep_norm(norm2, bias2_ptr, mean2_ptr, var2_ptr, gamma2_ptr, beta2_ptr, EPS2)
+    if G > 0:
+        _keep_norm(norm1, bias1_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, EPS1)
+    wait_for_input(PDL)
+    box = (0, 0, tile, n, p, q)  # of pixels that is loaded next
+    for _ in gl.static_range(PIXEL_STAGES):
+        box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+    if SECOND:
+        _load_whole(other_desc, x2, x2_bar.index(0), n, p, q, True)
+
+    slot, phase = 0, 0  # of the pixels that are used next
+    at, turned = 0, 0  # likewise of the filters
+    turn = 0
+    while tile < TILES:
+        acc = gl.zeros([BLOCK_M, C], gl.float32, MMA)
+        for step in range(TAPS):
+            mbarrier.wait(pixel_bars.index(slot), phase)
+            mbarrier.wait(filter_bars.index(at), turned)
+            b = filters.index(at).permute((1, 0))
+            acc = warpgroup_mma(pixels.index(slot), b, acc, use_acc=step > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, [acc])
+            if step > 0:  # what the step before this one has used is free
+                box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+                block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+            slot, phase = _turned(slot, phase, PIXEL_STAGES)
+            at, turned = _turned(at, turned, FILTER_STAGES)
+        acc = warpgroup_mma_wait(0, [acc])
+        box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+        tma.store_wait(0)  # the last g has left
+        sums = columns(acc, C // WIDTH)
+        for piece in gl.static_range(C // WIDTH):
+            z = _scaled(gl.convert_layout(sums[piece], PIECE, assert_trivial=True), norm, piece)
+            h2.index(piece).store(nan_relu(z).to(dtype))
+        fence_async_shared()
+        if SECOND:
+            mbarrier.wait(x2_bar.index(0), turn & 1)
+        if G > 0:  # sums of the next reduce: of its first 128 channels, and of those behind them
+            first = warpgroup_mma_init(gl.zeros([BLOCK_M, 2 * WIDTH], gl.float32, MMA))
+        if GROUPS > 1:
+            second = warpgroup_mma_init(gl.zeros([BLOCK_M, 2 * WIDTH], gl.float32, MMA))
+        for j in range(CHUNKS):
+            mbarrier.wait(filter_bars.index(at), turned)
+            e = gl.zeros([BLOCK_M, WIDTH], gl.float32, PIECE)
+            for half in gl.static_range(C // WIDTH):
+                b = filters.index(at).slice(half * WIDTH, WIDTH).permute((1, 0))
+                e = warpgroup_mma(h2.index(half), b, e, use_acc=half > 0, is_async=True)
+            at, turned = _turned(at, turned, FILTER_STAGES)
+            if SECOND:
+                down = gl.zeros([BLOCK_M, WIDTH], gl.float32, PIECE)
+                for pair in gl.static_range(PAIRS):
+                    mbarrier.wait(filter_bars.index(at), turned)
+                    for half in gl.static_range(2):
+                        b = filters.index(at).slice(half * WIDTH, WIDTH).permute((1, 0))
+                        part = 2 * pair + half
+                        down = warpgroup_mma(x2.index(part), b, down, use_acc=part > 0, is_async=True)
+                    at, turned = _turned(at, turned, FILTER_STAGES)
+                down = warpgroup_mma_wait(0, [down])
+            e = warpgroup_mma_wait(0, [e])
+            if G > 0:
+                first = warpgroup_mma_wait(0, [first])
+            if GROUPS > 1:
+                second = warpgroup_mma_wait(0, [second])
+            if j > 0:  # the chunk before this one has been read
+                tma.store_wait(0)
+                box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+                for _ in gl.static_range(GROUPS):
+                    block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+            for _ in gl.static_range(1 + PAIRS):
+                block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+            buffer = pixels.index(slot)
+            z = _scaled(e, norm3, j)
+            mbarrier.wait(pixel_bars.index(slot), phase)
+            if SECOND:
+                z += _scaled(down, norm2, j)
+            else:
+                z += buffer.load(PIECE).to(gl.float32)
+            buffer.store(nan_relu(z).to(dtype))
+            fence_async_shared()
+            n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+            tma_store(y_desc, [n, p, 0, q, j * WIDTH], view(buffer, y_desc.block_shape, y_desc.layout))
+            if G > 0:
+                mbarrier.wait(filter_bars.index(at), turned)
+                b = filters.index(at).permute((1, 0))
+                first = warpgroup_mma(buffer, b, first, use_acc=j > 0, is_async=True)
+                at, turned = _turned(at, turned, FILTER_STAGES)
+            if GROUPS > 1:
+                mbarrier.wait(filter_bars.index(at), turned)
+                b = filters.index(at).permute((1, 0))
+                second = warpgroup_mma(buffer, b, second, use_acc=j > 0, is_async=True)
+                at, turned = _turned(at, turned, FILTER_STAGES)
+            slot, phase = _turned(slot, phase, PIXEL_STAGES)
+        if G > 0:
+            first = warpgroup_mma_wait(0, [first])
+        if GROUPS > 1:
+            second = warpgroup_mma_wait(0, [second])
+        n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+        tile += PROGRAMS
+        tma.store_wait(0)
+        box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        for _ in gl.static_range(GROUPS):
+            block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+        if SECOND:
+            next_n, next_p, next_q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+            _load_whole(other_desc, x2, x2_bar.index(0), next_n, next_p, next_q, tile < TILES)
+        if G > 0:
+            _store_reduced(g_desc, h2, first, norm1, n, p, q, 0)
+        if GROUPS > 1:
+            tma.store_wait(0)
+            _store_reduced(g_desc, h2, second, norm1, n, p, q, 2)
+        turn += 1
+    tma.store_wait(0)
+
+
+def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
+    """Prepare `_expand_shift_ring_kernel`; arguments and result are those of `bind_expand_shift`.
+
+    A call with an activation that is no multiple of 16 bytes into its memory, and one in the interpreter, which knows
+    no Gluon, runs `expand_shift_tma`.
+
+    Args:
+        h, conv, expand, other, shortcut, reduce: see `bind_expand_shift`; `tail_ring.refusal` must be None.
+        tile: `tap_stages` boxes of pixels and `chunk_stages` blocks of filters are in the rings.
+        overwrite: see `bind_expand_shift`.
+    """
+    boxes = by_boxes(tile)
+    stand_in = bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, boxes, overwrite=overwrite)
+    if interpreted():
+        return stand_in
+    n, c, height, width = h.shape
+    p, q = conv.output_size(height, width)
+    k, outputs = expand.weight.shape[0], 0 if reduce is None else reduce.weight.shape[0]
+    stride, channels2 = conv.stride[0], 0 if shortcut is None else shortcut.weight.shape[1]
+    box = choose_box(tile.block_m, n, p, q)
+    count = tiles_of(box, n, p, q)
+    programs = min(count, gpu_of(h.device).multiprocessors)
+    layers = (conv, expand, shortcut, reduce)
+    launch = Launch(
+        _expand_shift_ring_kernel,
+        (programs,),
+        (
+            matrix_box(conv.weight, c, 9 * c, (2 * WIDTH, WIDTH)),
+            matrix_box(expand.weight, k, c, (WIDTH, WIDTH)),
+            None if shortcut is None else matrix_box(shortcut.weight, k, channels2, (WIDTH, WIDTH)),
+            None if reduce is None else matrix_box(reduce.weight, outputs, k, (2 * WIDTH, WIDTH)),
+            *(v for layer in layers for v in layer_vectors(layer)),
+            *(count, -(-p // box.rows), -(-q // box.columns)),
+            *(c, k, channels2, outputs, stride - 1),
+            *(0.0 if layer is None else eps_of(layer.norm) for layer in layers),
+            *(shortcut is not None, tile.tap_stages, tile.chunk_stages, programs),
+        ),
+        h.device,
+        num_warps=tile.num_warps,
+    )
+    of_h = Descriptors(strided_box, (n, height, width, c), stride, box)
+    size2 = (n, p, q, k) if shortcut is None else (n, p * stride, q * stride, channels2)
+    of_other = Descriptors(strided_box, size2, 1 if shortcut is None else stride, box)
+    of_y, of_g = (Descriptors(strided_box, (n, p, q, channels), 1, box) for channels in (k, outputs))
+    empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
+
+    def run(h, other):
+        if unaligned(h, other):
+            return stand_in(h, other)
+        y = other if overwrite else torch.empty((n, k, p, q), **empty)
+        g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
+        launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
+        return y, g
+
+    return run

@@ -1,0 +1,52 @@
+"""Faults of the kernel that runs a bottleneck's tail through two rings of loads, and the tests that must notice each."""
+
+from __future__ import annotations
+
+_COMPILED = "tests/test_tail_ring.py::test_compiled_kernel_is_right[fp16]"
+_SPECIAL = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names"
+_TAKES = "tests/test_tail_ring.py::test_tails_that_it_takes"
+_CHANNELS = "tests/test_tail_ring.py::test_channels_and_tiles_that_it_takes"
+
+#: (name, old text, new text, killers) by file.
+TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
+    "kernels/expand_shift_ring.py": [
+        (
+            "slots of the taps under way overwritten",
+            "acc = warpgroup_mma_wait(1, [acc])",
+            "acc = warpgroup_mma_wait(2, [acc])",
+            _COMPILED,
+        ),
+        ("phase of both rings never turns", "        phase ^= 1\n", "        phase ^= 0\n", _COMPILED),
+        ("tap of another channel block", "step % 9 * C + step // 9 * WIDTH", "step % 9 * C", _COMPILED),
+        ("residual of the first chunk alone", "c = (step - TAPS) * other_desc", "c = 0 * other_desc", _COMPILED),
+        ("branch's first channels alone", "(part - 1) * (2 * WIDTH)", "0", _COMPILED),
+        (
+            "branch not waited for",
+            "            mbarrier.wait(x2_bar.index(0), turn & 1)\n",
+            "            pass\n",
+            _COMPILED,
+        ),
+        ("wide reduce's first filters twice", "(part - 1 - PAIRS) * (2 * WIDTH)", "0", _COMPILED),
+        ("wide reduce's first channels twice", "second, norm1, n, p, q, 2)", "second, norm1, n, p, q, 0)", _COMPILED),
+        (
+            "y that leaves is overwritten by the next residual",
+            "                tma.store_wait(0)\n                box =",
+            "                box =",
+            _SPECIAL,
+        ),
+        ("g that leaves is overwritten by h2", "        tma.store_wait(0)  # the last g has left\n", "", _COMPILED),
+        ("pixels of a tail asked for before the wait", "    wait_for_input(PDL)\n", "", _COMPILED),
+        ("ReLU of h2 forgotten", "h2.index(piece).store(nan_relu(z)", "h2.index(piece).store((z)", _COMPILED),
+        ("tail overwrites unasked", "y = other if overwrite else", "y = other if shortcut is None else", _SPECIAL),
+    ],
+    "kernels/tail_ring.py": [
+        ("a ring too short for a chunk", "tile.chunk_stages < max(2, blocks)", "tile.chunk_stages < 2", _CHANNELS),
+        ("more shared memory than there is", "> SHARED - 1024", "> 2 * SHARED", _CHANNELS),
+        (
+            "padding of the 3x3 unasked",
+            "(r, s, conv.padding, conv.dilation) != (3, 3, (1, 1), (1, 1))",
+            "(r, s, conv.dilation) != (3, 3, (1, 1))",
+            _TAKES,
+        ),
+    ],
+}
