@@ -66,6 +66,7 @@ def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
     import torch
 
     from . import models, tune
+    from .tuning import check_out
 
     if args.model not in models.ARCHITECTURES:
         raise ValueError(f"model must be one of {', '.join(models.ARCHITECTURES)}, got {args.model!r}")
@@ -74,6 +75,7 @@ def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if not torch.cuda.is_available():
         raise ValueError("tune must have a CUDA device, got none")
+    check_out(args.out, torch.device("cuda"))
 
     def job() -> int:
         dtype = getattr(torch, args.dtype)
@@ -128,13 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if the command found something wrong, 2 for a mistake in the arguments; 130 and 141 for an
         interruption by the keyboard and by the end of a pipe.
     """
-    args = _parser().parse_args(argv)
     try:
-        job = args.prepare(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"fused-resblock: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    try:
+        args = _parser().parse_args(argv)
+        try:
+            job = args.prepare(args)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            print(f"fused-resblock: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
         code = job()
         sys.stdout.flush()
         return code

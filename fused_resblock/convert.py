@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
 from .stage import FusedStage, is_stage
 from .swap import swapped_class, undo
+from .tracing import Traced
 
 _LEFT_OUT = "left out by filter_fn"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -45,12 +46,13 @@ def fuse(
         model: any module; torchvision's and timm's ResNets, or a class of your own.
         backend: "auto", "triton", "cudnn", "onednn" or "eager", for all blocks of this call.
         inplace: change `model` itself; otherwise a deep copy is changed and `model` stays as it is.
-        filter_fn: called with the name and the module of each block, of each convolution that begins a stem, and of the
-            pool and the classifier of a head; False leaves it alone.
+        filter_fn: called with the name and the module, as `model` has it, of each block, of each convolution that
+            begins a stem, and of the pool and the classifier of a head; False leaves it alone.
         strict: raise if a residual block that filter_fn does not leave out could not be fused.
         stages: also run the blocks of an `nn.Sequential` (`layer1` and so on) as one chain; see `FusedStage`. Where a
             measured table says that it is faster, the tail of a bottleneck and the head of the next one are then one
-            kernel; "kernel" asks for it wherever it can run.
+            kernel; "kernel" asks for it wherever it can run. False here, and for `stems` and `heads`, leaves what an
+            earlier call has made as it is: `unfuse` first to be rid of it.
         stems: also run a convolution, its norm, its ReLU and a max-pool that stand outside of blocks as one operation.
         heads: also run the global average pool and the classifier behind the blocks faster; in fp16 and bf16 on a CPU.
         frozen: promise that weights, statistics, modules, settings and hooks stay as they are, as `torch.compile` has
@@ -84,19 +86,16 @@ def fuse(
         reasons = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in kept)
         raise ValueError(f"model must hold only blocks that can be fused when strict, got {reasons}")
     networks = list(find_networks(model, {module for _, module, _ in found})) if stems or heads or frozen else []
+    left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)
     if not inplace:
         model = copy.deepcopy(model)
-
-    def wanted(path: str) -> bool:
-        return filter_fn is None or filter_fn(path, model.get_submodule(path))
-
     for name, (graph, _) in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
         for path in find_heads(network, graph) if heads else ():
-            if wanted(prefix + path):
+            if prefix + path not in left_out:
                 fuse_head(network.get_submodule(path), backend)
         for stem in find_stems(network, graph) if stems else ():
-            if wanted(prefix + stem[0]):
+            if prefix + stem[0] not in left_out:
                 fuse_stem(network, stem, backend)
     for name, _, outcome in found:
         block = model.get_submodule(name)
@@ -123,6 +122,23 @@ def fuse(
         if isinstance(module, Freezable):
             module.freeze(frozen)
     return model
+
+
+def _left_out(
+    model: nn.Module,
+    networks: Sequence[tuple[str, Traced]],
+    filter_fn: Callable[[str, nn.Module], bool],
+    stems: bool,
+    heads: bool,
+) -> set[str]:
+    """The names of the pools, the classifiers and the stems' convolutions that `filter_fn` leaves alone."""
+    found = set()
+    for name, (graph, _) in networks:
+        network, prefix = model.get_submodule(name), f"{name}." if name else ""
+        paths = find_heads(network, graph) if heads else []
+        paths += [stem[0] for stem in find_stems(network, graph)] if stems else []
+        found |= {prefix + path for path in paths if not filter_fn(prefix + path, network.get_submodule(path))}
+    return found
 
 
 def unfuse(model: nn.Module) -> nn.Module:

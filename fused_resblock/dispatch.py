@@ -14,27 +14,16 @@ from torch.autograd import forward_ad
 from . import backends, ops
 from .backends.folding import uncached
 from .params import BatchNorm, Conv, Epilogue
+from .transforms import composed
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def composed(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether torch's own operations must be called: in a function transform or for a forward-mode derivative.
-
-    Ops of `torch.library` with a gradient raise under `torch.func.grad`, and have no forward-mode formulas: they would
-    give zeros without a word.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all of these are ordinary tensors in an ordinary call: no gradient wanted, nothing traced."""
+    """Whether all of these are ordinary tensors in an ordinary call: no gradient wanted, nothing traced.
+
+    None counts as one: it stands for a parameter that is absent.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:

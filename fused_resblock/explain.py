@@ -94,10 +94,10 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
     example = next((p for p in model.parameters() if p.is_floating_point()), None)
     for name, module in model.named_modules():
         if isinstance(module, FusedNetwork):
+            modules = dict(module.named_modules())
             for stem in module._fused_stems:
-                conv = module.get_submodule(stem[0])
-                reason = stem_obstacle(module, stem) or _eager_stem(conv)
-                kinds = " + ".join(own_class(module.get_submodule(path)).__name__ for path in stem)
+                reason = stem_obstacle(module, stem) or _eager_stem(modules[stem[0]])
+                kinds = " + ".join(own_class(modules[path]).__name__ for path in stem if path in modules)
                 path = f"{name}.{stem[0]}".lstrip(".")
                 yield PartReport(path, kinds, reason is None, reason or "one operation")
             if module._fused_frozen:
@@ -127,7 +127,7 @@ def _eager_stage(stage: FusedStage) -> str | None:
 def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:
     cls = type(module).__name__
     if not isinstance(module, FusedBlock):
-        reason = outcome if isinstance(outcome, str) else "not fused yet: call fuse"
+        reason = outcome if isinstance(outcome, str) else "not fused: `fuse` was not called, or left it out"
         return BlockReport(name, cls, False, "eager", reason)
     obstacle = module.reference_reason()
     if obstacle is not None:

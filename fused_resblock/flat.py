@@ -141,14 +141,15 @@ def _same(a: Sequence[Ran], b: Sequence[Ran]) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two structures of tensors are the same, bit for bit; a NaN is like nothing."""
+    """Whether two structures hold equal tensors; NaNs in the same places are equal."""
     (mine, form), (others, other_form) = pytree.tree_flatten(a), pytree.tree_flatten(b)
     if form != other_form or any(type(x) is not type(y) for x, y in zip(mine, others, strict=True)):
         return False
-    return all(
-        x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) else x == y
-        for x, y in zip(mine, others, strict=True)
-    )
+    return all(_same_tensor(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(mine, others, strict=True))
+
+
+def _same_tensor(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def conv_bn_act(
     conv = Conv(weight, bias, norm, stride, padding, dilation, _integer(groups, "groups"))
     check_image(x, "x")
     dtype = autocast_dtype(x)
+    _check_options(residual_stride, relu)
     _check_conv(x, conv, dtype is not None)
     out = (x.shape[0], weight.shape[0], *conv.output_size(*x.shape[2:]))
     if residual is not None:
@@ -126,11 +128,13 @@ def bn_act(
     """
     backend = backends.check_name(backend)
     check_image(x, "x")
-    _check_norm(norm, x, x.shape[1], "norm")
+    autocast = autocast_dtype(x) is not None
+    _check_options(residual_stride, relu)
+    _check_norm(norm, x, x.shape[1], "norm", autocast)
     if residual is not None:
-        _check_residual(residual, x, tuple(x.shape), residual_stride, autocast_dtype(x) is not None)
+        _check_residual(residual, x, tuple(x.shape), residual_stride, autocast)
         residual = residual.to(x.dtype)
-        _check_norm(residual_norm, x, x.shape[1], "residual_norm")
+        _check_norm(residual_norm, x, x.shape[1], "residual_norm", autocast)
     elif residual_norm is not None:
         raise ValueError("residual_norm must be None without a residual, got a norm")
     epilogue = Epilogue(residual_stride, residual_norm, None, relu)
@@ -151,12 +155,21 @@ def _pair(value: Any, name: str) -> Pair:
     return _integer(value[0], name), _integer(value[1], name)
 
 
+def _check_options(residual_stride: Any, relu: Any) -> None:
+    if _integer(residual_stride, "residual_stride") < 1:
+        raise ValueError(f"residual_stride must be at least 1, got {residual_stride}")
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu must be True or False, got {relu!r}")
+
+
 def check_image(x: Tensor, name: str, axes: str = "[N, C, H, W]") -> None:
     """Raise unless `x` is a floating-point tensor of four dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions {axes}, got shape {list(x.shape)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.dtype not in _DTYPES:
@@ -170,13 +183,16 @@ def _check_like(tensor: Tensor, name: str, x: Tensor, autocast: bool) -> None:
         raise ValueError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
 
 
-def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str) -> None:
+def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str, autocast: bool) -> None:
     if norm is None:
         return
     if not isinstance(norm, BatchNorm):
         raise TypeError(f"{name} must be a BatchNorm, as BatchNorm.of(module) gives it, got {type(norm).__name__}")
     if isinstance(norm.eps, bool) or not isinstance(norm.eps, (int, float)):
         raise TypeError(f"{name}.eps must be a number, got {norm.eps!r}")
+    if not 0 <= norm.eps <= sys.float_info.max:
+        raise ValueError(f"{name}.eps must be finite and at least 0, got {norm.eps}")
+    dtypes = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
     for field, tensor in zip(BatchNorm._fields[:4], norm[:4], strict=True):
         if tensor is None and field in ("weight", "bias"):
             continue
@@ -186,6 +202,10 @@ def _check_norm(norm: BatchNorm | None, x: Tensor, channels: int, name: str) -> 
             raise ValueError(f"{name}.{field} must have shape [{channels}], got {list(tensor.shape)}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name}.{field} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in dtypes and not autocast:
+            raise ValueError(
+                f"{name}.{field} must be of {' or '.join(map(str, dtypes))} for such an x, got {tensor.dtype}"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{name}.{field} must be on x's device {x.device}, got {tensor.device}")
     if norm.mean.requires_grad or norm.var.requires_grad:
@@ -198,6 +218,8 @@ def _check_conv(x: Tensor, conv: Conv, autocast: bool, owner: str = "") -> None:
     check_image(weight, f"{owner}weight", "[K, C / groups, R, S]")
     _check_like(weight, f"{owner}weight", x, autocast)
     k = weight.shape[0]
+    if min(weight.shape) < 1:
+        raise ValueError(f"{owner}weight must have no empty dimension, got shape {list(weight.shape)}")
     if groups < 1 or k % groups:
         raise ValueError(f"{owner}groups must divide the {k} output channels, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
@@ -217,17 +239,15 @@ def _check_conv(x: Tensor, conv: Conv, autocast: bool, owner: str = "") -> None:
         _check_like(bias, f"{owner}bias", x, autocast)
     if min(conv.output_size(x.shape[2], x.shape[3])) < 1:
         raise ValueError(f"{owner}x must be no smaller than the filter once padded, got {list(x.shape)}")
-    _check_norm(conv.norm, x, k, f"{owner}norm")
+    _check_norm(conv.norm, x, k, f"{owner}norm", autocast)
 
 
 def _check_residual(residual: Tensor, x: Tensor, out: tuple[int, ...], stride: int, autocast: bool) -> None:
     check_image(residual, "residual")
     _check_like(residual, "residual", x, autocast)
-    if _integer(stride, "residual_stride") < 1:
-        raise ValueError(f"residual_stride must be at least 1, got {stride}")
     n, c, h, w = residual.shape
     if (n, c, -(-h // stride), -(-w // stride)) != out:
-        every = "" if stride == 1 else f" at every {stride}th row and column"
+        every = "" if stride == 1 else f" when read at a stride of {stride}"
         raise ValueError(f"residual must have shape {list(out)}{every}, got {list(residual.shape)}")
 
 

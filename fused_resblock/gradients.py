@@ -87,6 +87,7 @@ def residual_grad(dz: Tensor, shape: torch.Size, stride: Pair) -> Tensor:
     """dz at every `stride`-th row and column of `shape`, 0 elsewhere."""
     if stride == (1, 1):
         return dz
-    grad = torch.zeros(shape, dtype=dz.dtype, device=dz.device).contiguous(memory_format=torch.channels_last)
+    n, channels, height, width = shape
+    grad = dz.new_zeros(n, height, width, channels).permute(0, 3, 1, 2)  # of dz, so that it is batched where dz is
     grad[:, :, :: stride[0], :: stride[1]] = dz
     return grad

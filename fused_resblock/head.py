@@ -38,7 +38,12 @@ class Head(Freezable):
         return super().forward(input) if y is None else y
 
     def _fast(self, x: Any) -> Tensor | None:
-        if not dispatch.plain((x,)) or torch.is_grad_enabled() or dispatch.autocast_dtype(x) is not None:
+        if (
+            not isinstance(x, Tensor)
+            or not dispatch.plain((x,))
+            or torch.is_grad_enabled()
+            or dispatch.autocast_dtype(x) is not None
+        ):
             return None
         fits = x.numel() > 0 and intact(_MIXINS[own_class(self)], self) and self.applies(x)
         bound = self._bind(x) if fits else None

@@ -146,7 +146,7 @@ class FusedBlock(Freezable):
         if untraceable(x):
             return None
         state = _states.get(self)
-        bindable = not torch.is_grad_enabled() and dispatch.plain((x,))
+        bindable = isinstance(x, Tensor) and not torch.is_grad_enabled() and dispatch.plain((x,))
         if state is not None and bindable:
             program = state.programs.find(x, self.unasked())
             if program is not None:

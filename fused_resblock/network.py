@@ -15,7 +15,7 @@ from . import dispatch, flat, leaves
 from .frozen import Freezable
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
-from .stem import StemConv, StemFollower, hooked
+from .stem import StemConv, StemFollower, changed, hooked
 from .swap import Swapped, base_class, swapped_class, undo
 from .tracing import Traced, traced
 
@@ -217,6 +217,9 @@ def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:
             return f"hooks on {path}"
         if "forward" in module.__dict__:
             return f"the forward of {path} is overridden on the instance"
+        reason = changed(module)
+        if reason is not None:
+            return f"{path}: {reason}"
         if hasattr(module, "running_mean") and leaves.uses_batch_statistics(module):
             return "batch statistics (train mode)"
     return None

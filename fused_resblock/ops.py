@@ -14,6 +14,7 @@ from torch import Tensor
 from . import backends
 from .gradients import branch_grads, elementwise_grads, residual_grad
 from .params import BatchNorm, Conv, Epilogue
+from .transforms import dual
 
 _library = torch.library.Library("fused_resblock", "DEF")
 _NORM = "Tensor? mean{i}, Tensor? var{i}, Tensor? gamma{i}, Tensor? beta{i}, float eps{i}"
@@ -140,6 +141,13 @@ def _relu_backward_fake(dy: Tensor, y: Tensor | None, backend: str) -> tuple[Ten
     return dz, torch.empty(dy.shape[1], dtype=wide, device=dy.device)
 
 
+def _relu_grads(dy: Tensor, y: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """`relu_backward`, by torch's own operations where dy has a tangent: the op has no forward-mode formula."""
+    if not torch.compiler.is_compiling() and dual((dy,)):
+        return backends.relu_backward(dy, y, backend="eager")
+    return torch.ops.fused_resblock.relu_backward(dy, y, backend)
+
+
 def _relu_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.backend = inputs[2]
@@ -171,7 +179,7 @@ def _conv_bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         tuple(a if t is None else t for t, a in zip(tensors, ctx.rest, strict=True))
     )
     need = ctx.needs_input_grad
-    dz, total = torch.ops.fused_resblock.relu_backward(dy, y, backend)
+    dz, total = _relu_grads(dy, y, backend)
     first = branch_grads(dz, total, x, conv, need[0], need[1] or need[5])
     residual = None
     if ctx.residual_shape is not None and need[12]:
@@ -199,7 +207,7 @@ def _bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     args = tuple(a if t is None else t for t, a in zip(tensors, ctx.rest, strict=True))
     x, residual, stride, backend = args[0], args[6], args[12], args[14]
     need = ctx.needs_input_grad
-    dz, total = torch.ops.fused_resblock.relu_backward(dy, y, backend)
+    dz, total = _relu_grads(dy, y, backend)
     first = elementwise_grads(dz, total, x, _norm(*args[1:6]), need[0], need[3])
     second: tuple[Any, ...] = (None,) * 6
     if residual is not None:

@@ -29,7 +29,13 @@ class BatchNorm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> BatchNorm:
-        """The running statistics and affine parameters of an `nn.BatchNorm2d` or a FrozenBatchNorm2d."""
+        """The running statistics and affine parameters of an `nn.BatchNorm2d` or a FrozenBatchNorm2d.
+
+        Raises:
+            TypeError: if it has none.
+        """
+        if getattr(module, "running_mean", None) is None or not hasattr(module, "eps"):
+            raise TypeError(f"module must be a batch norm with running statistics, got {type(module).__name__}")
         return cls(module.running_mean, module.running_var, module.weight, module.bias, module.eps)  # type: ignore[arg-type]
 
 
@@ -117,8 +123,8 @@ PLAIN = Epilogue()
 
 
 def pair(value: int | Pair) -> Pair:
-    """`value` for both axes, or the two values themselves."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    """`value` for both axes, or the two values themselves; one in a tuple is for both, as torch has it."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
 def output_size(height: int, width: int, rows: int, columns: int, stride: Pair, padding: Pair, dilation: Pair) -> Pair:

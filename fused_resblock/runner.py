@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends, dispatch, leaves
 from .functional import check_image
@@ -125,12 +126,13 @@ class Runner:
         self._block = weakref.ref(block)
         self.steps = [BoundStep(block, step) for step in plan.steps]
         self.norms = [block.get_submodule(path) for path in plan.norms()]
-        self.in_channels = self._in_channels()
 
     def _in_channels(self) -> int | None:
+        """Channels that the block takes now: a layer may have been pruned in place."""
         for branch in (b for step in self.steps for b in (step.main, step.shortcut) if b is not None):
             if branch.source == 0 and branch.conv is not None:
-                return branch.conv.in_channels  # type: ignore[return-value]
+                conv: Any = branch.conv
+                return conv.weight.shape[1] * conv.groups
             if branch.source == 0 and branch.norm is not None:
                 return len(branch.norm.running_mean)  # type: ignore[arg-type]
         return None  # a pool reads the input
@@ -143,6 +145,8 @@ class Runner:
         for norm in self.norms:
             if leaves.uses_batch_statistics(norm):
                 return "batch statistics (train mode)"
+        if not torch.compiler.is_compiling() and any(map(is_traceable_wrapper_subclass, self.parameters())):
+            return "weights of a tensor subclass"
         return None
 
     def better_apart(self, x: Tensor, backend: str) -> bool:
@@ -171,8 +175,9 @@ class Runner:
             TypeError, ValueError: see `functional.conv_bn_act`.
         """
         check_image(x, "x")
-        if self.in_channels is not None and x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have {self.in_channels} channels, as the block has, got {x.shape[1]}")
+        channels = self._in_channels()
+        if channels is not None and x.shape[1] != channels:
+            raise ValueError(f"x must have {channels} channels, as the block has, got {x.shape[1]}")
         for step in self.steps:  # the first step may have no weights of its own
             if step.main.conv is not None:
                 step.main.tensors(x, autocast)

@@ -56,7 +56,7 @@ class FusedStage(Freezable):
         if torch.is_grad_enabled():
             self.look_again(x)
             return None
-        if not dispatch.plain((x,)):
+        if not isinstance(x, Tensor) or not dispatch.plain((x,)):
             return None
         programs = _programs.get(self)
         if programs is not None:

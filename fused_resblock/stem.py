@@ -45,12 +45,9 @@ class StemConv(Freezable):
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device or hooked(self):
             return None
-        if (x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None) or not intact(StemConv, self):
+        if (x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None) or changed(self) is not None:
             return None
-        try:
-            conv = Conv(weight, None, None, *leaves.conv_geometry(self))
-        except Unsupported:
-            return None
+        conv = Conv(weight, None, None, *leaves.conv_geometry(self))
         fits = x.shape[1] == weight.shape[1] * conv.groups and min(conv.output_size(*x.shape[2:])) > 0
         return conv.output_shape(x) if fits else None
 
@@ -85,18 +82,30 @@ def hooked(module: nn.Module) -> bool:
     return leaves.hooked(module) or bool(nn.modules.module._has_any_global_hook())
 
 
+def changed(module: nn.Module) -> str | None:
+    """Why a module that was made part of a stem cannot be any more; None while it can."""
+    if not intact(StemConv if isinstance(module, StemConv) else StemFollower, module):
+        return "its class was changed"
+    try:
+        if isinstance(module, nn.Conv2d):
+            leaves.conv_geometry(module)
+        elif isinstance(module, nn.MaxPool2d):
+            return "it returns indices" if module.return_indices else None
+        elif not isinstance(module, nn.ReLU):
+            leaves.norm_relu(module)
+    except Unsupported as error:
+        return str(error)
+    return None
+
+
 def _joins(module: nn.Module, chain: tuple[nn.Module, ...]) -> bool:
     """Whether the module may be computed together with those before it, in its present mode."""
-    if not intact(StemFollower, module):
+    if changed(module) is not None:
         return False
     if isinstance(module, nn.MaxPool2d):
-        return not module.return_indices
+        return True
     if isinstance(module, nn.ReLU):
         return not isinstance(chain[-1], nn.ReLU)
-    try:
-        leaves.norm_relu(module)
-    except Unsupported:
-        return False
     return len(chain) == 1 and not leaves.uses_batch_statistics(module)
 
 

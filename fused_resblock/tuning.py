@@ -215,11 +215,24 @@ def _right(result: Any, same: Sequence[Tensor], exact: Sequence[Tensor]) -> bool
     return True
 
 
+def check_out(out: str | os.PathLike[str] | None, device: torch.device) -> None:
+    """Raise ValueError unless a table of this GPU can be written there, or one that is there continued."""
+    _Table(_path(out, device), device)
+
+
 class _Table:
     """A table that is being made, kept on disk after each row."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, gpu = path, gpu_of(device)
+        if path.is_dir():
+            raise ValueError(f"out must be a file, got the folder {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out must be in a folder that can be written, got {path}: {error}") from None
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"out must be in a folder that can be written, got {path}")
         self._head = {
             "gpu": _gpu_name(device),
             **{name: machine.stamp().get(name) for name in ("driver", "torch", "triton", "fused_resblock", "commit")},
@@ -251,7 +264,6 @@ class _Table:
 
     def write(self) -> Path:
         """Replace the file; a reader sees the old one or the new one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self._head, **self._rows}, indent=1)
         part = self.path.with_suffix(".part")
         part.write_text(text + "\n", encoding="utf-8")

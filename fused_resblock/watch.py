@@ -22,6 +22,11 @@ from .touched import listen, now, when
 _VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS = (*_CONV_SETTINGS, "kernel_size", "ceil_mode")
+#: what a layer may hold in its `__dict__`: settings, what `fuse` left there, tensors that are no parameters or buffers
+_WATCHED = (
+    *("eps", *_SETTINGS, "_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel"),
+    *("weight", "bias", "running_mean", "running_var"),
+)
 _OF_ANY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"}
 
 
@@ -110,23 +115,15 @@ class Guard:
         inner = self._modules = list(modules[1:])
         slots = [places for m in modules for places in (m._modules, m._parameters, m._buffers)]
         entries = [(places, name) for places in slots for name in places if name != "num_batches_tracked"]
-        settings = (
-            "eps",
-            *_SETTINGS,
-            "_fused_plan",
-            "_fused_backend",
-            "_fused_length",
-            "_fused_kernel",
-        )
-        entries += [(m.__dict__, name) for m in inner for name in settings if name in m.__dict__]
+        entries += [(m.__dict__, name) for m in inner for name in _WATCHED if name in m.__dict__]
         own = [m.__dict__ for m in inner if _asks_itself(m)]
         entries += [(attributes, name) for attributes in own for name in attributes if name != "training"]
         entries += [(m.__dict__, "training") for m in inner if all_modes or "eps" in m.__dict__]
-        self._places, self._names = zip(*entries, strict=True)
+        self._places, self._names = [place for place, _ in entries], [name for _, name in entries]
         self._values = [place[name] for place, name in entries]
         root = vars(modules[0])  # not kept: this guard lies in it, and a cycle would not be freed at once
         self._root = weakref.ref(modules[0])
-        self._root_names = [name for name in settings if name in root]
+        self._root_names = [name for name in _WATCHED if name in root]
         self._root_names += ["training"] if all_modes or "eps" in root else []
         self._root_values = list(map(root.get, self._root_names))
         self._types = list(map(type, inner))

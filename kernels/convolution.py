@@ -108,7 +108,7 @@ def _bind_apart(x, conv, other, epilogue, tile: Tile):
     """A split loop has one set of sums: the downsample branch is a convolution of its own, its result a residual."""
     branch = bind_convolution(other, epilogue.shortcut, None, epilogue._replace(shortcut=None, relu=False))
     residual = torch.empty(conv.output_shape(x), dtype=x.dtype, device="meta")
-    main = bind_conv_bn_act(x, conv, residual, epilogue._replace(shortcut=None), tile)
+    main = bind_conv_bn_act(x, conv, residual, epilogue._replace(shortcut=None, residual_stride=1), tile)
     return lambda x, other: main(x, branch(other, None))
 
 

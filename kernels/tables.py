@@ -49,6 +49,7 @@ class Table:
     gpu: Gpu
     convolutions: Mapping[tuple[str, str], tuple[Entry, ...]]
     stages: Mapping[tuple[str, str], tuple[StageEntry, ...]]
+    path: Path | None = None
 
 
 def case_name(conv: Any, other: Any, epilogue: Any) -> str:
@@ -102,25 +103,28 @@ def read(path: Path) -> Table:
             if row["backend"] not in BACKENDS:
                 raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {row['backend']!r}")
             tile = None if row["tile"] is None else Tile.parse(row["tile"])
-            entry = Entry(_pixels(row), row["backend"], tile)
+            entry = Entry(_count(row, "pixels"), row["backend"], tile)
             convolutions.setdefault((row["dtype"], row["case"]), []).append(entry)
         stages: dict[tuple[str, str], list[StageEntry]] = {}
         for row in data.get("stages", []):
             tile2 = None if row["tile"] is None else StageTile.parse(row["tile"])
-            stage = StageEntry(_pixels(row), bool(row["faster"]), tile2)
+            if not isinstance(row["faster"], bool):
+                raise ValueError(f"faster must be true or false, got {row['faster']!r}")
+            stage = StageEntry(_count(row, "pixels"), row["faster"], tile2)
             stages.setdefault((row["dtype"], row["case"]), []).append(stage)
-        gpu = Gpu(int(data["multiprocessors"]), int(data["capability"]))
-        return Table(str(data["gpu"]), gpu, _frozen(convolutions), _frozen(stages))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        gpu = Gpu(_count(data, "multiprocessors"), _count(data, "capability"))
+        return Table(str(data["gpu"]), gpu, _frozen(convolutions), _frozen(stages), path.resolve())
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"config must be a table of tuned tiles, got {path}: {what}") from None
 
 
-def _pixels(row: Mapping[str, Any]) -> int:
-    pixels = int(row["pixels"])
-    if pixels < 1:
-        raise ValueError(f"pixels must be at least 1, got {pixels}")
-    return pixels
+def _count(row: Mapping[str, Any], name: str) -> int:
+    """A whole number of a table, from 1 to 2^63 - 1."""
+    number = row[name]
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**63:
+        raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
+    return number
 
 
 def _frozen(entries: Mapping[Any, list[Any]]) -> dict[Any, tuple[Any, ...]]:

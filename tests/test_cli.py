@@ -75,7 +75,7 @@ MISTAKES = {
         "demo --model resnet18 --weights text.pt",
         "weights must be a state_dict that torch.save wrote, got 'tex",
     ),
-    "weights-list": ("demo --model resnet18 --weights list.pt", "weights must be a state_dict of tensors, got list"),
+    "weights-list": ("demo --model resnet18 --weights list.pt", "weights must be a state_dict of tensors, alone or as"),
     "weights-other": (
         "demo --model resnet18 --weights linear.pt",
         "weights must fit resnet18, got 102 missing, 2 unex",

@@ -37,6 +37,9 @@ TYPE_ERRORS = {
     "norm.var must be a tensor, got NoneType": {"norm": NORM._replace(var=None)},
     "norm must be a BatchNorm, as BatchNorm.of(module) gives it, got BatchNorm2d": {"norm": torch.nn.BatchNorm2d(12)},
     "residual must be floating point, got torch.int32": {"residual": RESIDUAL.int()},
+    "relu must be True or False, got 'no'": {"relu": "no"},
+    "residual_stride must be an integer, got 'a'": {"residual_stride": "a"},
+    "weight must be a dense tensor, got torch.sparse_coo": {"weight": W.to_sparse()},
     "shortcut must be a Shortcut, got tuple": {"shortcut": (SHORTCUT.x, SHORTCUT.weight)},
 }
 VALUE_ERRORS = {
@@ -71,11 +74,20 @@ VALUE_ERRORS = {
     "residual must have shape [2, 12, 5, 3], got [2, 12, 5, 4]": {"residual": torch.zeros(2, 12, 5, 4)},
     "residual must have shape [2, 12, 5, 3], got [2, 1, 5, 3]": {"residual": torch.zeros(2, 1, 5, 3)},
     "residual must have shape [2, 12, 5, 3], got [1, 12, 5, 3]": {"residual": torch.zeros(1, 12, 5, 3)},
-    "residual must have shape [2, 12, 5, 3] at every 2th row and column, got [2, 12, 11, 5]": {
+    "residual must have shape [2, 12, 5, 3] when read at a stride of 2, got [2, 12, 11, 5]": {
         "residual": torch.zeros(2, 12, 11, 5),
         "residual_stride": 2,
     },
     "residual_stride must be at least 1, got 0": {"residual": RESIDUAL, "residual_stride": 0},
+    "residual_stride must be at least 1, got -3": {"shortcut": SHORTCUT, "residual_stride": -3},
+    "weight must have no empty dimension, got shape [0, 8, 3, 3]": {"weight": W[:0]},
+    "weight must have no empty dimension, got shape [12, 8, 0, 3]": {"weight": W[:, :, :0]},
+    "norm.eps must be finite and at least 0, got -2.0": {"norm": NORM._replace(eps=-2.0)},
+    "norm.eps must be finite and at least 0, got nan": {"norm": NORM._replace(eps=float("nan"))},
+    "norm.eps must be finite and at least 0, got inf": {"norm": NORM._replace(eps=float("inf"))},
+    "norm.mean must be of torch.float32 for such an x, got torch.float16": {
+        "norm": NORM._replace(mean=torch.ones(12).half())
+    },
     "residual must have 4 dimensions": {"residual": torch.zeros(12, 5, 3)},
     "residual must have x's dtype torch.float32, got torch.float64": {"residual": RESIDUAL.double()},
     "residual must be on x's device cpu, got meta": {"residual": RESIDUAL.to("meta")},
@@ -106,6 +118,14 @@ def test_value_errors_of_conv_bn_act(message, changes):
     with pytest.raises(ValueError) as caught:  # noqa: PT011, the message is compared as text
         conv(**changes)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "module", [None, 3, torch.nn.GroupNorm(2, 8), torch.nn.BatchNorm2d(8, track_running_stats=False)]
+)
+def test_norms_without_running_statistics(module):
+    with pytest.raises(TypeError, match="^module must be a batch norm with running statistics, got"):
+        BatchNorm.of(module)
 
 
 def norm(**changes) -> BatchNorm:

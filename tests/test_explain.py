@@ -91,7 +91,7 @@ def test_heads_that_are_not_packed():
 
 def test_model_that_was_not_fused_yet(model):
     reports = frb.explain(model)
-    assert [r.reason for r in reports if r.name != "1"] == ["not fused yet: call fuse"] * 2
+    assert [r.reason for r in reports if r.name != "1"] == ["not fused: `fuse` was not called, or left it out"] * 2
     assert not any(r.fused for r in reports)
 
 

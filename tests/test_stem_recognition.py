@@ -100,3 +100,14 @@ def test_explain_says_why_a_stem_computes_one_by_one():
     assert reason() == "batch statistics (train mode)"
     fused.eval().bn1 = nn.BatchNorm2d(8)
     assert reason() == "bn1 was replaced"
+    del fused.bn1
+    assert reason() == "bn1 was replaced"
+    fused.conv1.padding_mode = "circular"
+    assert "padding" in reason()
+
+
+def test_explain_says_that_a_stem_is_parametrized():
+    fused = frb.fuse(network())
+    torch.nn.utils.parametrizations.weight_norm(fused.conv1)
+    part = frb.explain(fused).parts[0]
+    assert (part.fused, part.reason) == (False, "conv1: its class was changed")

@@ -96,6 +96,13 @@ def test_forced_tile_in_other_dtypes(case, split, dtype):
     check(case.build(dtype), Tile(32, 16, 32, 4, 2, split), dtype)
 
 
+def test_a_stride_of_no_residual_is_not_that_of_the_branch():
+    require("triton")
+    args = CASES["shortcut"].build(FP32)
+    expected = launch(args, SPLIT[0])
+    assert torch.equal(launch({**args, "residual_stride": 2}, SPLIT[0]), expected)
+
+
 def fitting(case: ConvCase, tile: Tile) -> dict:
     """The case's arguments, with channels rounded up until TMA takes them, and a tile's width within a group."""
     wide = replace(case, channels=-(-case.channels // 8) * 8, out_channels=-(-case.out_channels // 8) * 8)

@@ -76,6 +76,24 @@ def test_the_table_is_in_force_afterwards(tmp_path):
     assert {case for _, case in table.convolutions} == CASES
 
 
+def test_a_second_table_of_the_same_file_takes_the_place_of_the_first(tmp_path):
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "winners": data["winners"][:1], "stages": []}))
+    frb.load_config(path)
+    (table,) = (table for table in tuned._given if table.path == path.resolve())
+    assert len(table.convolutions) == 1
+
+
+def test_a_place_where_no_table_can_be_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "convolution_winner", lambda found: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="^out must be a file, got the folder"):
+        frb.tune(network(), X, out=tmp_path, progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="^out must be in a folder that can be written, got"):
+        frb.tune(network(), X, out=tmp_path / "file" / "t.json", progress=False)
+
+
 def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     path, real, calls = tmp_path / "t.json", tuning.convolution_winner, []
 

@@ -71,7 +71,8 @@ def check_name(backend: str) -> str:
         raise TypeError(f"{source} must be a string, got {backend!r}")
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = BACKENDS[backend].unavailable()
+    # Dynamo cannot trace what is asked of torch; `fuse` and the calls before have asked it
+    reason = None if torch.compiler.is_compiling() else BACKENDS[backend].unavailable()
     if reason is not None:
         raise RuntimeError(f"{source} must be available on this machine, got {backend!r}: {reason}")
     return backend

@@ -55,7 +55,8 @@ def load_config(path: str | os.PathLike[str]) -> int:
     for table in tables:
         if table.gpu not in here:
             warn_once(f"tuned tiles of {table.name} are not used: this machine has {_named(here)}")
-    _given[:0] = tables
+    read_again = {table.path for table in tables}
+    _given[:] = [*tables, *(table for table in _given if table.path not in read_again)]
     forget()
     return sum(len(table.convolutions) for table in tables)
 

@@ -93,7 +93,7 @@ def _check(args: argparse.Namespace) -> list[str]:
     needs = _NEEDS | ({"matplotlib": "matplotlib"} if args.plot else {})
     absent = [package for module, package in needs.items() if find_spec(module) is None]
     if absent:
-        raise ValueError(f"demo must have {', '.join(absent)}, got none: pip install 'fused_resblock[demo]'")
+        raise ValueError(f"demo must have {', '.join(absent)}, got none: pip install '.[demo]' in the repository")
     check_name("auto")
     return names
 

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 from .. import models
 from ..reference import Bottleneck
+from ..table import first_line
 
 #: mean and standard deviation of ImageNet's red, green and blue, with which torchvision's weights were trained.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 SIZE = 224
+#: modes of Pillow that `convert` would cut to 8 bits without scaling
+_DEEP = ("I", "F")
+#: what training scripts call the state_dict in a checkpoint
+_KEYS = ("state_dict", "model", "model_state_dict", "net")
 
 
 def load_pictures(files: Sequence[Path] = ()) -> dict[str, Any]:
@@ -37,9 +42,11 @@ def load_pictures(files: Sequence[Path] = ()) -> dict[str, Any]:
     for file in files:
         try:
             with Image.open(file) as picture:
+                if picture.mode in _DEEP or picture.mode.startswith("I;"):
+                    raise ValueError(f"it has more than 8 bits a channel (mode {picture.mode})")
                 pictures[str(file)] = picture.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"image must be a picture that Pillow reads, got {str(file)!r}: {reason}") from error
     return pictures
 
@@ -64,9 +71,9 @@ def to_batch(pictures: Sequence[Any], batch: int) -> Tensor:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Read a `state_dict` that `torch.save` wrote, alone or under the key "state_dict" or "model".
+    """Read a `state_dict` that `torch.save` wrote, alone or under "state_dict", "model", "model_state_dict" or "net".
 
-    The prefix "module." of `DataParallel` is left out.
+    The prefixes "module." of `DataParallel` and "_orig_mod." of `torch.compile` are left out.
 
     Raises:
         ValueError: if the file holds anything else.
@@ -80,12 +87,17 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             f"weights must be a state_dict that torch.save wrote, got {str(file)!r}: no checkpoint, or one "
             "with other objects than tensors, as a whole model is"
         ) from error
-    for key in ("state_dict", "model"):
+    for key in (*_KEYS, *_KEYS):  # one may lie in another
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"weights must be a state_dict of tensors, got {type(loaded).__name__} in {str(file)!r}")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+        what = (
+            f"a dict of {', '.join(map(repr, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded).__name__
+        )
+        raise ValueError(f"weights must be a state_dict of tensors, alone or as {_KEYS}, got {what} in {str(file)!r}")
+    if not all(isinstance(key, str) for key in loaded):
+        raise ValueError(f"weights must be a state_dict with names, got other keys in {str(file)!r}")
+    return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in loaded.items()}
 
 
 def check_fit(state: dict[str, Tensor], name: str) -> None:
@@ -105,10 +117,10 @@ def check_fit(state: dict[str, Tensor], name: str) -> None:
     unexpected = sorted(state.keys() - expected.keys())
     reshaped = sorted(key for key in needed & state.keys() if state[key].shape != expected[key].shape)
     if missing or unexpected or reshaped:
-        first = (missing + unexpected + reshaped)[0]
+        examples = ", ".join(repr(names[0]) for names in (missing, unexpected, reshaped) if names)
         raise ValueError(
             f"weights must fit {name}, got {len(missing)} missing, {len(unexpected)} unexpected and "
-            f"{len(reshaped)} differently shaped tensors, {first!r} among them"
+            f"{len(reshaped)} differently shaped tensors, {examples} among them"
         )
     for key in sorted(needed):
         value = state[key]
