@@ -41,6 +41,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/watch.py": [
         (
+            "weights that are plain attributes",
+            '    *("weight", "bias", "running_mean", "running_var"),\n',
+            "",
+            "tests/test_user_changes.py::test_a_weight_that_is_a_plain_attribute_and_is_assigned_again[0.conv1-weight]",
+        ),
+        (
             "what a dictionary holds is not compared",
             "            and all(holds_the_same(*pair) for pair in self._collections)\n",
             "",
@@ -200,6 +206,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/flat.py": [
+        (
+            "a NaN in an image is like nothing",
+            "((x == y) | ((x != x) & (y != y))).all()",
+            "(x == y).all()",
+            _FLAT + "a_nan_in_the_first_images_keeps_no_network_from_becoming_one_function",
+        ),
         (
             "strides of a frozen network's input do not matter",
             "key = (*signature(x), x.stride())",

@@ -8,14 +8,11 @@ from mutants_halo import HALO
 from mutants_kernels import KERNELS
 from mutants_ring import RING
 from mutants_stages import STAGES
+from mutants_users import USERS
 
 
 def _epilogue(case: str, backend: str = "triton") -> str:
     return f"tests/test_conv_bn_act.py::test_epilogue[{case}-{backend}]"
-
-
-def _gradient(case: str) -> str:
-    return f"tests/test_gradients.py::test_conv_bn_act_in_float64[{case}-triton]"
 
 
 def _next_chain(change: str) -> str:
@@ -30,6 +27,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **STAGES,
     **HALO,
     **RING,
+    **USERS,
     "fused_resblock/head.py": [
         (
             "heads in fp32",
@@ -51,40 +49,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     **CHANGES,
-    "fused_resblock/gradients.py": [
-        (
-            "dbeta unmasked twice",
-            "else total.to(norm.bias.dtype)",
-            "else 2 * total.to(norm.bias.dtype)",
-            _gradient("3x3"),
-        ),
-        ("dgamma without the mean", "(dot + centre * total)", "dot", _gradient("3x3")),
-        ("dgamma without the bias", "bias.to(wide) - norm.mean", "-norm.mean", _gradient("bias norm relu")),
-        ("dgamma without eps", "norm.var.to(wide) + norm.eps)", "norm.var.to(wide))", _gradient("3x3")),
-        ("dbias not scaled", "else total * scale)", "else total)", _gradient("bias norm relu")),
-        ("dx not scaled", "scaled.to(x.dtype)", "weight.to(x.dtype)", _gradient("1x1")),
-        ("dW not scaled", "dw if scale is None else dw * scale[:, None, None, None]", "dw", _gradient("1x1")),
-        (
-            "residual's gradient not strided",
-            "grad[:, :, :: stride[0], :: stride[1]] = dz",
-            "grad[:, :, : dz.shape[2], : dz.shape[3]] = dz",
-            _gradient("residual stride 2 even size"),
-        ),
-    ],
-    "fused_resblock/ops.py": [
-        (
-            "shortcut's dgamma forgotten",
-            "need[15] or need[19]",
-            "need[15]",
-            "tests/test_gradients.py::test_one_gradient_of_the_shortcut_alone[shortcut.norm.weight-triton]",
-        ),
-        (
-            "second derivative without the sums",
-            "grad = ddz + dtotal.to(ddz.dtype)[:, None, None]",
-            "grad = ddz",
-            "tests/test_gradcheck.py::test_conv_bn_act_second[3x3-eager]",
-        ),
-    ],
     "kernels/gpu.py": [
         (
             "pixels in registers that are written anew",

@@ -1,0 +1,123 @@
+"""Faults in gradients, and in what holds when users change weights or filter; the tests that must notice each."""
+
+from __future__ import annotations
+
+_USER = "tests/test_user_changes.py::test_"
+_FILTER = "tests/test_filter.py::test_"
+
+
+def _gradient(case: str) -> str:
+    return f"tests/test_gradients.py::test_conv_bn_act_in_float64[{case}-triton]"
+
+
+#: (name, old text, new text, killers) by file.
+USERS: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/gradients.py": [
+        (
+            "a strided gradient is no batch",
+            "dz.new_zeros(n, height, width, channels)",
+            "torch.zeros(n, height, width, channels)",
+            "tests/test_user_changes.py::test_batched_gradients_through_a_strided_branch[auto]",
+        ),
+        (
+            "dbeta unmasked twice",
+            "else total.to(norm.bias.dtype)",
+            "else 2 * total.to(norm.bias.dtype)",
+            _gradient("3x3"),
+        ),
+        ("dgamma without the mean", "(dot + centre * total)", "dot", _gradient("3x3")),
+        ("dgamma without the bias", "bias.to(wide) - norm.mean", "-norm.mean", _gradient("bias norm relu")),
+        ("dgamma without eps", "norm.var.to(wide) + norm.eps)", "norm.var.to(wide))", _gradient("3x3")),
+        ("dbias not scaled", "else total * scale)", "else total)", _gradient("bias norm relu")),
+        ("dx not scaled", "scaled.to(x.dtype)", "weight.to(x.dtype)", _gradient("1x1")),
+        ("dW not scaled", "dw if scale is None else dw * scale[:, None, None, None]", "dw", _gradient("1x1")),
+        (
+            "residual's gradient not strided",
+            "grad[:, :, :: stride[0], :: stride[1]] = dz",
+            "grad[:, :, : dz.shape[2], : dz.shape[3]] = dz",
+            _gradient("residual stride 2 even size"),
+        ),
+    ],
+    "fused_resblock/ops.py": [
+        (
+            "tangent of the gradient lost",
+            "if not torch.compiler.is_compiling() and dual((dy,)):",
+            "if False:",
+            "tests/test_user_changes.py::test_a_tangent_of_the_gradient_that_comes_in",
+        ),
+        (
+            "shortcut's dgamma forgotten",
+            "need[15] or need[19]",
+            "need[15]",
+            "tests/test_gradients.py::test_one_gradient_of_the_shortcut_alone[shortcut.norm.weight-triton]",
+        ),
+        (
+            "second derivative without the sums",
+            "grad = ddz + dtotal.to(ddz.dtype)[:, None, None]",
+            "grad = ddz",
+            "tests/test_gradcheck.py::test_conv_bn_act_second[3x3-eager]",
+        ),
+    ],
+    "fused_resblock/runner.py": [
+        (
+            "channels as the layer was built",
+            "return conv.weight.shape[1] * conv.groups",
+            "return len(vars(conv).setdefault('_once', conv.weight.shape[1] * conv.groups * [0]))",
+            _USER + "channels_pruned_in_place_after_a_call",
+        ),
+        (
+            "weights of any class",
+            "any(map(is_traceable_wrapper_subclass, self.parameters()))",
+            "False",
+            _USER + "weights_that_become_tensors_of_another_class",
+        ),
+    ],
+    "fused_resblock/params.py": [
+        (
+            "a tuple of one has two",
+            "int(value[-1])",
+            "int(value[1])",
+            _USER + "a_setting_in_a_tuple_of_one[padding-value0]",
+        ),
+    ],
+    "fused_resblock/convert.py": [
+        (
+            "filter asked after the first change",
+            "    left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)\n"
+            "    if not inplace:\n        model = copy.deepcopy(model)\n",
+            "    if not inplace:\n        model = copy.deepcopy(model)\n"
+            "    left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)\n",
+            _FILTER + "filter_fn_is_given_the_modules_of_the_model_and_not_of_its_copy",
+        ),
+        (
+            "heads left out are fused",
+            "            if prefix + path not in left_out:\n                fuse_head",
+            "            if True:\n                fuse_head",
+            _FILTER + "filter_fn_is_given_the_modules_of_the_model_and_not_of_its_copy",
+        ),
+    ],
+    "fused_resblock/stem.py": [
+        (
+            "parametrized convolution of a stem told to be one operation",
+            "if not intact(StemConv if isinstance(module, StemConv) else StemFollower, module):",
+            "if False:",
+            "tests/test_stem_recognition.py::test_explain_says_that_a_stem_is_parametrized",
+        ),
+    ],
+    "kernels/convolution.py": [
+        (
+            "branch read at the stride of no residual",
+            "epilogue._replace(shortcut=None, residual_stride=1)",
+            "epilogue._replace(shortcut=None)",
+            "tests/test_tiles.py::test_a_stride_of_no_residual_is_not_that_of_the_branch",
+        ),
+    ],
+    "fused_resblock/backends/tuned.py": [
+        (
+            "rows that a corrected table left out stay in force",
+            "if table.path not in read_again",
+            "if table.path",
+            "tests/test_tuning.py::test_a_second_table_of_the_same_file_takes_the_place_of_the_first",
+        ),
+    ],
+}
