@@ -72,9 +72,9 @@ def branch_grads(dz: Tensor, total: Tensor, x: Tensor, conv: Conv, need_x: bool,
 
 
 def elementwise_grads(
-    dz: Tensor, total: Tensor, x: Tensor, norm: BatchNorm | None, need_x: bool, need_gamma: bool
+    dz: Tensor, total: Tensor, x: Any, norm: BatchNorm | None, need_x: bool, need_gamma: bool
 ) -> tuple[Any, ...]:
-    """Gradients of x and the norm's five arguments for `norm(x)`."""
+    """Gradients of x and the norm's five arguments for `norm(x)`; x may be None where the norm is."""
     if norm is None:
         return dz, *norm_grads(None, total, None, None)
     wide = total.dtype

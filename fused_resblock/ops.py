@@ -198,6 +198,10 @@ torch.library.register_autograd(
 
 def _bn_act_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tensors = [t if isinstance(t, Tensor) else None for t in inputs]
+    ctx.residual_shape = None if tensors[6] is None else tensors[6].shape
+    for activation, mean in ((0, 1), (6, 7)):
+        if tensors[mean] is None:  # without a norm its values are not needed
+            tensors[activation] = None
     ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in inputs)
     ctx.save_for_backward(*tensors, output if inputs[13] else None)
 
@@ -210,10 +214,10 @@ def _bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dz, total = _relu_grads(dy, y, backend)
     first = elementwise_grads(dz, total, x, _norm(*args[1:6]), need[0], need[3])
     second: tuple[Any, ...] = (None,) * 6
-    if residual is not None:
-        view = residual[:, :, ::stride, ::stride]
+    if ctx.residual_shape is not None:
+        view = None if residual is None else residual[:, :, ::stride, ::stride]
         dr, *norm2 = elementwise_grads(dz, total, view, _norm(*args[7:12]), need[6], need[9])
-        second = (None if dr is None else residual_grad(dr, residual.shape, (stride, stride)), *norm2)
+        second = (None if dr is None else residual_grad(dr, ctx.residual_shape, (stride, stride)), *norm2)
     return (*first, *second, None, None, None)
 
 

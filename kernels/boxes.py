@@ -30,22 +30,15 @@ class Box:
 def choose_box(block_m: int, images: int, rows: int, columns: int) -> Box:
     """The box of `block_m` pixels that covers `[images, rows, columns]` with the fewest pixels outside.
 
-    Among equals the one with the most columns, then rows: the halo of its taps is the smallest.
+    Among equals the one with the smallest halo around its taps, then the most columns.
     """
-    best: tuple[int, int, int] | None = None
-    box = Box(block_m, 1, 1)
-    q = 1
-    while q <= block_m:
-        p = 1
-        while p * q <= block_m:
-            n = block_m // (p * q)
-            covered = -(-images // n) * n * -(-rows // p) * p * -(-columns // q) * q
-            halo = (p + 2) * (q + 2) * n
-            if best is None or (covered, halo, -q) < best:
-                best, box = (covered, halo, -q), Box(n, p, q)
-            p *= 2
-        q *= 2
-    return box
+
+    def outside(box: Box) -> tuple[int, int, int]:
+        covered = tiles_of(box, images, rows, columns) * block_m
+        return covered, box.images * (box.rows + 2) * (box.columns + 2), -box.columns
+
+    sides = [1 << i for i in range(block_m.bit_length())]
+    return min((Box(block_m // (p * q), p, q) for q in sides for p in sides if p * q <= block_m), key=outside)
 
 
 def tiles_of(box: Box, images: int, rows: int, columns: int) -> int:

@@ -173,8 +173,10 @@ def refusal(conv, relu: bool, pool) -> str | None:
         return "no ReLU in front of the pool"
     if c > LANES or conv.groups != 1 or conv.stride != (2, 2) or conv.dilation != (1, 1):
         return "not a convolution of stride 2 on at most 4 channels"
-    if max(r, s) > 15 or k % 16 or (k % 64 if k > 64 else k & (k - 1)):
-        return "a filter wider than 15 or an odd number of output channels"
+    if max(r, s) > 15:
+        return "a filter wider than 15"
+    if k % 16 or (k % 64 if k > 64 else k & (k - 1)):
+        return "output channels that are neither 16, 32 nor a multiple of 64"
     return None
 
 

@@ -191,8 +191,8 @@ KERNELS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "box with pixels outside",
-            "(covered, halo, -q) < best",
-            "(-covered, halo, -q) < best",
+            "return covered, box.images",
+            "return -covered, box.images",
             "tests/test_boxes.py::test_box_covers_with_the_fewest_pixels",
         ),
     ],

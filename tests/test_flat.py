@@ -28,10 +28,11 @@ def test_a_network_is_not_kept_alive(frozen):
 def test_a_nan_in_the_first_images_keeps_no_network_from_becoming_one_function(frozen):
     model, x = frb.fuse(network(), frozen=True), images()
     x[0, 0, 0, 0] = float("nan")
-    for _ in range(CALLS):
-        run_in(model, x)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            model(x)
     assert functions(model)
-    assert not any(isinstance(function, str) for function in functions(model))
+    assert None not in functions(model)
 
 
 class Features(Network):

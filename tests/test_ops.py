@@ -240,3 +240,16 @@ def test_result_may_be_changed_in_place(function, backend):
         y.sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_bn_act_without_norms_keeps_no_activation_that_its_gradient_does_not_read(residual):
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    other = torch.randn(2, 4, 3, 3, requires_grad=True) if residual else None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = bn_act(x, residual=other)
+    assert [t.data_ptr() for t in kept] == [y.data_ptr()]
+    y.sum().backward()
+    assert torch.equal(x.grad, (y > 0).float())
+    assert other is None or torch.equal(other.grad, x.grad)
