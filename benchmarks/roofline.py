@@ -2,8 +2,9 @@
 
 Three floors a block: eager (every operation reads and writes memory), per-conv (every convolution fused with what
 follows it, the best that fusion conv by conv can do), and whole (a block that reads its input and writes its output
-once). Beside them the prediction for our kernels with the tiles that the heuristic picks. Ceilings come from
-`ceilings.json` of a measured chip (`make gpu-check`), else from `NOMINAL`, which no run of this code measured.
+once). Beside them the prediction for our kernels with the tiles that the heuristic picks. Ceilings come from the
+`ceilings.json` of a measured chip in `benchmarks/results/` (`make gpu-check`), and what was measured from the
+`bench.csv` beside it; with `--assumed`, or without such a file, from `NOMINAL`, which no run of this code measured.
 """
 
 from __future__ import annotations
@@ -55,12 +56,21 @@ def read_measured(path: Path | None) -> dict[tuple[str, str], float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the CSV."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    parser.add_argument("--ceilings", type=Path, metavar="FILE.json", help="of a measured chip")
+    parser.add_argument(
+        "--ceilings", type=Path, metavar="FILE.json", help="of a measured chip; default: the kept one's"
+    )
     parser.add_argument("--measured", type=Path, metavar="FILE.csv", help="what `make gpu-bench` measured on it, fp16")
+    parser.add_argument("--assumed", action="store_true", help="ceilings that nobody measured")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--itemsize", type=int, default=2, choices=(2, 4), help="bytes of an element")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.csv")
     args = parser.parse_args(argv)
+    if args.batch < 1:
+        parser.error(f"batch must be at least 1, got {args.batch}")
+    if args.ceilings is None and not args.assumed:
+        args.ceilings = next(iter(sorted(RESULTS.parent.glob("*/ceilings.json"))), None)
+        beside = args.ceilings and args.ceilings.with_name("bench.csv")
+        args.measured = args.measured or (beside if beside and beside.exists() else None)
     chip = read_ceilings(args.ceilings)
     measured = read_measured(args.measured)
     rows = []

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import roofline
 from benchmarks.floors import DEPTHS, blocks_of, floors_of, network_floors, stem_floors
 from benchmarks.roofline import NOMINAL
 from benchmarks.whole_bottleneck import whole_cost, whole_seconds
@@ -224,3 +225,14 @@ def test_the_last_block_of_layer_1_feeds_layer_2_by_hand():
     head = floors_of(first, 128, 2, NOMINAL).stage - floors_of(first, 128, 2, NOMINAL, headless=True).stage
     assert head == pytest.approx((large + next_small) / 3.0e12, rel=0.01)
     assert floors["l4.first"].stage == floors["l4.first"].per_conv, "layer 4 is too wide: its head is its own"
+
+
+@pytest.mark.parametrize(("options", "name"), [([], "(measured ceilings)"), (["--assumed"], "(assumed")])
+def test_the_roofline_is_that_of_a_measured_chip_unless_told_otherwise(options, name, tmp_path, capsys):
+    assert roofline.main([*options, "--out", str(tmp_path / "r.csv")]) == 0
+    header, first, *_ = (tmp_path / "r.csv").read_text().splitlines()
+    assert header.startswith("chip,")
+    assert name in first
+    with pytest.raises(SystemExit):
+        roofline.main(["--batch", "0"])
+    assert "batch must be at least 1, got 0" in capsys.readouterr().err

@@ -65,19 +65,19 @@ def memory(rows: Sequence[Row]) -> float | None:
 
 GOALS = (
     Goal(
-        "ResNet-50, batch 128: the best peer's time",
+        "ResNet-50, batch 128: the best peer's time over ours",
         lambda n, p, b: (n, p, b) == ("resnet50", "whole", 128),
         speedup,
         1.5,
     ),
     Goal(
-        "other networks, batch 32 to 256: the best peer's time",
+        "other networks, batch 32 to 256: the best peer's time over ours",
         lambda n, p, b: n in OTHERS and p == "whole" and 32 <= b <= 256,
         speedup,
         1.2,
     ),
-    Goal("every network at every batch: the best peer's time", lambda n, p, b: p == "whole", speedup, 1.0),
-    Goal("every block: the best peer's time", lambda n, p, b: p != "whole", speedup, 1.0),
+    Goal("every network at every batch: the best peer's time over ours", lambda n, p, b: p == "whole", speedup, 1.0),
+    Goal("every block: the best peer's time over ours", lambda n, p, b: p != "whole", speedup, 1.0),
     Goal(
         "ResNet-50, batch 1, CUDA graph (set for an H100)",
         lambda n, p, b: (n, p, b) == ("resnet50", "whole", 1),
