@@ -20,22 +20,31 @@ def run(argv: list[str]) -> int:
         return int(end.code or 0)
 
 
-@pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with files that are no picture, no checkpoint, and a checkpoint of another network."""
-    pytest.importorskip("PIL")
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files that are no picture, no checkpoint, and a checkpoint of another network."""
+    folder = tmp_path_factory.mktemp("originals")
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.pt").write_text("not a checkpoint")
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), folder / "linear.pt")
     state = models.resnet18(num_classes=4).state_dict()
     fc = state["fc.weight"]
-    torch.save(state | {"fc.weight": fc * float("inf")}, tmp_path / "infinite.pt")
-    torch.save(state | {"fc.weight": fc.int()}, tmp_path / "integers.pt")
-    torch.save(state | {"fc.weight": fc[:0], "fc.bias": fc[:0, 0]}, tmp_path / "nothing.pt")
+    torch.save(state | {"fc.weight": fc * float("inf")}, folder / "infinite.pt")
+    torch.save(state | {"fc.weight": fc.int()}, folder / "integers.pt")
+    torch.save(state | {"fc.weight": fc[:0], "fc.bias": fc[:0, 0]}, folder / "nothing.pt")
     state["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"][:1]
-    torch.save(state, tmp_path / "reshaped.pt")
+    torch.save(state, folder / "reshaped.pt")
+    return folder
+
+
+@pytest.fixture
+def files(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with those files."""
+    pytest.importorskip("PIL")
+    for file in originals.iterdir():
+        (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

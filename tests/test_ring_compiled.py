@@ -18,11 +18,11 @@ emulate.ORDERS = tuple((late, apart) for late in (False, True) for apart in (Fal
 every = 1 if sys.argv[1] == "fp16" else 3  # bf16 is another operand type of the same instructions
 for shape, names in (
     (ConvShape("", 64, 128, 7, shortcut=64, shortcut_stride=2), ("64x64x64.w4.s4.p3.r1", "128x128x64.w8.s6.p1.r1")),
-    (ConvShape("", 128, 256, 13, shortcut=256), ("256x128x64.w8.s4.p1.r1", "64x128x64.w4.s4.p2.r1")),
+    (ConvShape("", 128, 256, 9, shortcut=256), ("256x128x64.w8.s4.p1.r1", "64x128x64.w4.s4.p2.r1")),
     (ConvShape("", 64, 256, 9, shortcut=192, shortcut_stride=2), ("128x256x64.w8.s4.p1.r1",)),
     (ConvShape("", 256, 256, 5, shortcut=64), ("128x256x64.w8.s3.p1.r1", "128x128x64.w8.s3.p2.r1")),
-    (ConvShape("", 64, 128, 13, residual=True), ("64x64x64.w4.s4.p3.r1", "128x128x64.w8.s4.p1.r1")),
-    (ConvShape("", 192, 256, 13, residual=True), ("128x256x64.w8.s3.p1.r1", "128x128x64.w8.s2.p2.r1")),
+    (ConvShape("", 64, 128, 9, residual=True), ("64x64x64.w4.s4.p3.r1", "128x128x64.w8.s4.p1.r1")),
+    (ConvShape("", 192, 256, 9, residual=True), ("128x256x64.w8.s3.p1.r1", "128x128x64.w8.s2.p2.r1")),
     (ConvShape("", 128, 512, 9, residual=True), ("128x128x64.w8.s5.p1.r1", "64x128x64.w4.s2.p3.r1")),
     (ConvShape("", 128, 256, 9), ("128x128x64.w8.s2.p2.r1",)),
 )[::every]:
