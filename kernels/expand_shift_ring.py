@@ -11,7 +11,6 @@ once a program.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,189 +24,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .boxes import Descriptors, choose_box, tiles_of, unaligned
 from .dependent import wait_for_input
-from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
+from .epilogue import eps_of, layer_vectors, nan_relu
 from .expand_shift_tma import bind_expand_shift_tma
 from .gpu import gpu_of
+from .kept_norms import keep_norm, norm_vectors, scaled
 from .launch import Launch, interpreted
 from .ring import WIDTH
+from .tail_moves import load_filters, load_pixels, load_whole, store_reduced, turned_slot
 from .tail_ring import by_boxes
-from .taps import columns, matrix_box, strided_box, strided_box_of, tma_load, tma_store, view
+from .taps import columns, matrix_box, strided_box, strided_box_of, tma_store, view
 from .tiles import StageTile
-
-
-@gluon.jit
-def _next(slot, STAGES: gl.constexpr):
-    """The slot behind this one in a ring."""
-    slot += 1
-    if slot == STAGES:
-        slot = 0
-    return slot
-
-
-@gluon.jit
-def _turned(slot, phase, STAGES: gl.constexpr):
-    """The slot behind this one in a ring, and the phase of its barrier."""
-    slot += 1
-    if slot == STAGES:
-        slot = 0
-        phase ^= 1
-    return slot, phase
-
-
-@gluon.jit
-def _load_pixels(
-    images,  # descriptors of h, and of the residual or None
-    ring,  # pixels [STAGES, BLOCK_M, 64] and barriers
-    coming,  # what is loaded next: slot, step, tile and the tile's n, p, q
-    sizes,  # TILES, TILES_P, TILES_Q
-    C: gl.constexpr,
-    HALF: gl.constexpr,
-    TAPS: gl.constexpr,  # steps of the 3x3
-    STEPS: gl.constexpr,  # of a tile
-    PROGRAMS: gl.constexpr,
-):
-    """Ask for the pixels of the step that is loaded next; the one after it."""
-    h_desc, other_desc = images
-    pixels, bars = ring
-    slot, step, tile, n, p, q = coming
-    TILES, TILES_P, TILES_Q = sizes
-    wanted = tile < TILES
-    bar, box = bars.index(slot), view(pixels.index(slot), h_desc.block_shape, h_desc.layout)
-    if step < TAPS:
-        h = step % 9 // 3 - 1  # of the tap, from the pixel STRIDE*p
-        w = step % 3 - 1
-        mbarrier.expect(bar, h_desc.block_type.nbytes, pred=wanted)
-        c = (w & HALF) * C + step // 9 * h_desc.block_shape[4]
-        tma_load(h_desc, [n, p + (h >> HALF), h & HALF, q + (w >> HALF), c], bar, box, pred=wanted)
-    else:
-        if other_desc is not None:
-            mbarrier.expect(bar, other_desc.block_type.nbytes, pred=wanted)
-            c = (step - TAPS) * other_desc.block_shape[4]
-            tma_load(other_desc, [n, p, 0, q, c], bar, box, pred=wanted)
-        else:  # nothing comes, and the barrier's phase ends as if it had
-            mbarrier.expect(bar, 0, pred=wanted)
-    step += 1
-    if step == STEPS:
-        step = 0
-        tile += PROGRAMS
-        n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
-    return _next(slot, pixels.shape[0]), step, tile, n, p, q
-
-
-@gluon.jit
-def _load_halves(desc, k, c, bar, block, wanted):
-    """Ask for 64 filters' channels from c on, 64 of them and the 64 behind them."""
-    WIDTH: gl.constexpr = desc.block_shape[1]
-    for half in gl.static_range(2):
-        tma_load(desc, [k, c + half * WIDTH], bar, block.slice(half * WIDTH, WIDTH), pred=wanted)
-
-
-@gluon.jit
-def _load_filters(
-    weights,  # descriptors of the four layers
-    ring,  # filters [STAGES, 128, 64] and barriers
-    coming,  # what is loaded next: slot, step and tile
-    TILES,
-    C: gl.constexpr,
-    TAPS: gl.constexpr,  # steps of the 3x3
-    CHUNKS: gl.constexpr,
-    PAIRS: gl.constexpr,  # blocks of a chunk's downsample branch
-    GROUPS: gl.constexpr,  # blocks of a chunk's part of the next reduce
-    PROGRAMS: gl.constexpr,
-):
-    """Ask for the block of filters that is loaded next; the one after it."""
-    w_desc, w3_desc, w2_desc, w1_desc = weights
-    filters, bars = ring
-    slot, step, tile = coming
-    WIDTH: gl.constexpr = w_desc.block_shape[1]
-    EACH: gl.constexpr = 1 + PAIRS + GROUPS
-    wanted = tile < TILES
-    bar, block = bars.index(slot), filters.index(slot)
-    mbarrier.expect(bar, w_desc.block_type.nbytes, pred=wanted)
-    if step < TAPS:
-        tma_load(w_desc, [0, step % 9 * C + step // 9 * WIDTH], bar, block, pred=wanted)
-    else:
-        k = (step - TAPS) // EACH * WIDTH
-        part = (step - TAPS) % EACH
-        if part == 0:
-            _load_halves(w3_desc, k, 0, bar, block, wanted)
-        else:
-            if PAIRS > 0:  # noqa: SIM102 - known when it is compiled
-                if part <= PAIRS:
-                    _load_halves(w2_desc, k, (part - 1) * (2 * WIDTH), bar, block, wanted)
-            if GROUPS > 0:  # noqa: SIM102
-                if part > PAIRS:
-                    tma_load(w1_desc, [(part - 1 - PAIRS) * (2 * WIDTH), k], bar, block, pred=wanted)
-    step += 1
-    if step == TAPS + CHUNKS * EACH:
-        step = 0
-        tile += PROGRAMS
-    return _next(slot, filters.shape[0]), step, tile
-
-
-@gluon.jit
-def _keep_norm(
-    norm,  # as `_vectors` makes it
-    bias_ptr,
-    mean_ptr,
-    var_ptr,
-    gamma_ptr,
-    beta_ptr,
-    EPS: gl.constexpr,
-):
-    """Put a layer's scale and shift where every tile finds them."""
-    scales, shifts = norm
-    SIZE: gl.constexpr = scales.shape[0]
-    offs = gl.arange(0, SIZE, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    scale, shift = scale_shift(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, offs, offs < SIZE, EPS, tl.float32)
-    scales.store(scale)
-    shifts.store(shift)
-
-
-@gluon.jit
-def _vectors(SIZE: gl.constexpr):
-    """Shared memory for the scales and shifts of a layer's channels."""
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.allocate_shared_memory(gl.float32, [SIZE], LINE), gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
-
-
-@gluon.jit
-def _piece(vector, piece, LAYOUT: gl.constexpr):
-    """64 channels of a vector, for a matrix of as many columns."""
-    pieces = view(vector, [vector.shape[0] // 64, 64], vector.layout)
-    return pieces.index(piece).load(gl.SliceLayout(0, LAYOUT))[None, :]
-
-
-@gluon.jit
-def _scaled(sums, norm, piece):
-    """sums * scale + shift, for a piece of 64 channels."""
-    LAYOUT: gl.constexpr = sums.type.layout
-    return sums * _piece(norm[0], piece, LAYOUT) + _piece(norm[1], piece, LAYOUT)
-
-
-@gluon.jit
-def _load_whole(desc, memory, bar, n, p, q, wanted):
-    """Ask for all channels of a tile's pixels."""
-    PIECES: gl.constexpr = memory.shape[0]
-    mbarrier.expect(bar, PIECES * desc.block_type.nbytes, pred=wanted)
-    for piece in gl.static_range(PIECES):
-        box = view(memory.index(piece), desc.block_shape, desc.layout)
-        tma_load(desc, [n, p, 0, q, piece * desc.block_shape[4]], bar, box, pred=wanted)
-
-
-@gluon.jit
-def _store_reduced(desc, memory, sums, norm, n, p, q, piece: gl.constexpr):
-    """128 channels of g, from a piece of 64 on, leave by the memory of h2."""
-    WIDTH: gl.constexpr = memory.shape[2]
-    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
-    halves = columns(sums, 2)
-    for half in gl.static_range(2):
-        z = _scaled(gl.convert_layout(halves[half], PIECE, assert_trivial=True), norm, piece + half)
-        memory.index(half).store(nan_relu(z).to(memory.dtype))
-    fence_async_shared()
-    for half in gl.static_range(2):
-        box = view(memory.index(half), desc.block_shape, desc.layout)
-        tma_store(desc, [n, p, 0, q, (piece + half) * WIDTH], box)
 
 
 @gluon.jit
@@ -278,7 +104,7 @@ def _expand_shift_ring_kernel(
     h2 = gl.allocate_shared_memory(dtype, [C // WIDTH, BLOCK_M, WIDTH], MATRIX)  # and g on its way out
     pixel_bars = gl.allocate_shared_memory(gl.int64, [PIXEL_STAGES, 1], mbarrier.MBarrierLayout())
     filter_bars = gl.allocate_shared_memory(gl.int64, [FILTER_STAGES, 1], mbarrier.MBarrierLayout())
-    norm, norm3 = _vectors(C), _vectors(K)
+    norm, norm3 = norm_vectors(C), norm_vectors(K)
     for bar in gl.static_range(PIXEL_STAGES):
         mbarrier.init(pixel_bars.index(bar), count=1)
     for bar in gl.static_range(FILTER_STAGES):
@@ -286,10 +112,10 @@ def _expand_shift_ring_kernel(
     if SECOND:
         x2 = gl.allocate_shared_memory(dtype, [C2 // WIDTH, BLOCK_M, WIDTH], MATRIX)
         x2_bar = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        norm2 = _vectors(K)
+        norm2 = norm_vectors(K)
         mbarrier.init(x2_bar.index(0), count=1)
     if G > 0:
-        norm1 = _vectors(G)
+        norm1 = norm_vectors(G)
     fence_async_shared()
 
     tile = gl.program_id(0)
@@ -298,24 +124,25 @@ def _expand_shift_ring_kernel(
     images, pool, sizes = (h_desc, None if SECOND else other_desc), (pixels, pixel_bars), (TILES, TILES_P, TILES_Q)
     block = (0, 0, tile)  # of filters that is loaded next
     for _ in gl.static_range(FILTER_STAGES):
-        block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
-    _keep_norm(norm, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
-    _keep_norm(norm3, bias3_ptr, mean3_ptr, var3_ptr, gamma3_ptr, beta3_ptr, EPS3)
+        block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+    keep_norm(norm, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
+    keep_norm(norm3, bias3_ptr, mean3_ptr, var3_ptr, gamma3_ptr, beta3_ptr, EPS3)
     if SECOND:
-        _keep_norm(norm2, bias2_ptr, mean2_ptr, var2_ptr, gamma2_ptr, beta2_ptr, EPS2)
+        keep_norm(norm2, bias2_ptr, mean2_ptr, var2_ptr, gamma2_ptr, beta2_ptr, EPS2)
     if G > 0:
-        _keep_norm(norm1, bias1_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, EPS1)
+        keep_norm(norm1, bias1_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, EPS1)
     wait_for_input(PDL)
     box = (0, 0, tile, n, p, q)  # of pixels that is loaded next
     for _ in gl.static_range(PIXEL_STAGES):
-        box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
     if SECOND:
-        _load_whole(other_desc, x2, x2_bar.index(0), n, p, q, True)
+        load_whole(other_desc, x2, x2_bar.index(0), n, p, q, True)
 
     slot, phase = 0, 0  # of the pixels that are used next
     at, turned = 0, 0  # likewise of the filters
     turn = 0
     while tile < TILES:
+        n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
         acc = gl.zeros([BLOCK_M, C], gl.float32, MMA)
         for step in range(TAPS):
             mbarrier.wait(pixel_bars.index(slot), phase)
@@ -324,17 +151,17 @@ def _expand_shift_ring_kernel(
             acc = warpgroup_mma(pixels.index(slot), b, acc, use_acc=step > 0, is_async=True)
             acc = warpgroup_mma_wait(1, [acc])
             if step > 0:  # what the step before this one has used is free
-                box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
-                block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
-            slot, phase = _turned(slot, phase, PIXEL_STAGES)
-            at, turned = _turned(at, turned, FILTER_STAGES)
+                box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+                block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+            slot, phase = turned_slot(slot, phase, PIXEL_STAGES)
+            at, turned = turned_slot(at, turned, FILTER_STAGES)
         acc = warpgroup_mma_wait(0, [acc])
-        box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
-        block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+        box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
         tma.store_wait(0)  # the last g has left
         sums = columns(acc, C // WIDTH)
         for piece in gl.static_range(C // WIDTH):
-            z = _scaled(gl.convert_layout(sums[piece], PIECE, assert_trivial=True), norm, piece)
+            z = scaled(gl.convert_layout(sums[piece], PIECE, assert_trivial=True), norm, piece)
             h2.index(piece).store(nan_relu(z).to(dtype))
         fence_async_shared()
         if SECOND:
@@ -349,7 +176,7 @@ def _expand_shift_ring_kernel(
             for half in gl.static_range(C // WIDTH):
                 b = filters.index(at).slice(half * WIDTH, WIDTH).permute((1, 0))
                 e = warpgroup_mma(h2.index(half), b, e, use_acc=half > 0, is_async=True)
-            at, turned = _turned(at, turned, FILTER_STAGES)
+            at, turned = turned_slot(at, turned, FILTER_STAGES)
             if SECOND:
                 down = gl.zeros([BLOCK_M, WIDTH], gl.float32, PIECE)
                 for pair in gl.static_range(PAIRS):
@@ -358,7 +185,7 @@ def _expand_shift_ring_kernel(
                         b = filters.index(at).slice(half * WIDTH, WIDTH).permute((1, 0))
                         part = 2 * pair + half
                         down = warpgroup_mma(x2.index(part), b, down, use_acc=part > 0, is_async=True)
-                    at, turned = _turned(at, turned, FILTER_STAGES)
+                    at, turned = turned_slot(at, turned, FILTER_STAGES)
                 down = warpgroup_mma_wait(0, [down])
             e = warpgroup_mma_wait(0, [e])
             if G > 0:
@@ -367,51 +194,49 @@ def _expand_shift_ring_kernel(
                 second = warpgroup_mma_wait(0, [second])
             if j > 0:  # the chunk before this one has been read
                 tma.store_wait(0)
-                box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+                box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
                 for _ in gl.static_range(GROUPS):
-                    block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+                    block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
             for _ in gl.static_range(1 + PAIRS):
-                block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+                block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
             buffer = pixels.index(slot)
-            z = _scaled(e, norm3, j)
+            z = scaled(e, norm3, j)
             mbarrier.wait(pixel_bars.index(slot), phase)
             if SECOND:
-                z += _scaled(down, norm2, j)
+                z += scaled(down, norm2, j)
             else:
                 z += buffer.load(PIECE).to(gl.float32)
             buffer.store(nan_relu(z).to(dtype))
             fence_async_shared()
-            n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
             tma_store(y_desc, [n, p, 0, q, j * WIDTH], view(buffer, y_desc.block_shape, y_desc.layout))
             if G > 0:
                 mbarrier.wait(filter_bars.index(at), turned)
                 b = filters.index(at).permute((1, 0))
                 first = warpgroup_mma(buffer, b, first, use_acc=j > 0, is_async=True)
-                at, turned = _turned(at, turned, FILTER_STAGES)
+                at, turned = turned_slot(at, turned, FILTER_STAGES)
             if GROUPS > 1:
                 mbarrier.wait(filter_bars.index(at), turned)
                 b = filters.index(at).permute((1, 0))
                 second = warpgroup_mma(buffer, b, second, use_acc=j > 0, is_async=True)
-                at, turned = _turned(at, turned, FILTER_STAGES)
-            slot, phase = _turned(slot, phase, PIXEL_STAGES)
+                at, turned = turned_slot(at, turned, FILTER_STAGES)
+            slot, phase = turned_slot(slot, phase, PIXEL_STAGES)
         if G > 0:
             first = warpgroup_mma_wait(0, [first])
         if GROUPS > 1:
             second = warpgroup_mma_wait(0, [second])
-        n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
         tile += PROGRAMS
         tma.store_wait(0)
-        box = _load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
         for _ in gl.static_range(GROUPS):
-            block = _load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+            block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
         if SECOND:
             next_n, next_p, next_q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
-            _load_whole(other_desc, x2, x2_bar.index(0), next_n, next_p, next_q, tile < TILES)
+            load_whole(other_desc, x2, x2_bar.index(0), next_n, next_p, next_q, tile < TILES)
         if G > 0:
-            _store_reduced(g_desc, h2, first, norm1, n, p, q, 0)
+            store_reduced(g_desc, h2, first, norm1, n, p, q, 0)
         if GROUPS > 1:
             tma.store_wait(0)
-            _store_reduced(g_desc, h2, second, norm1, n, p, q, 2)
+            store_reduced(g_desc, h2, second, norm1, n, p, q, 2)
         turn += 1
     tma.store_wait(0)
 

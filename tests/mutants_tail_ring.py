@@ -16,17 +16,12 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
             "acc = warpgroup_mma_wait(2, [acc])",
             _COMPILED,
         ),
-        ("phase of both rings never turns", "        phase ^= 1\n", "        phase ^= 0\n", _COMPILED),
-        ("tap of another channel block", "step % 9 * C + step // 9 * WIDTH", "step % 9 * C", _COMPILED),
-        ("residual of the first chunk alone", "c = (step - TAPS) * other_desc", "c = 0 * other_desc", _COMPILED),
-        ("branch's first channels alone", "(part - 1) * (2 * WIDTH)", "0", _COMPILED),
         (
             "branch not waited for",
             "            mbarrier.wait(x2_bar.index(0), turn & 1)\n",
             "            pass\n",
             _COMPILED,
         ),
-        ("wide reduce's first filters twice", "(part - 1 - PAIRS) * (2 * WIDTH)", "0", _COMPILED),
         ("wide reduce's first channels twice", "second, norm1, n, p, q, 2)", "second, norm1, n, p, q, 0)", _COMPILED),
         (
             "y that leaves is overwritten by the next residual",
@@ -38,6 +33,13 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
         ("pixels of a tail asked for before the wait", "    wait_for_input(PDL)\n", "", _COMPILED),
         ("ReLU of h2 forgotten", "h2.index(piece).store(nan_relu(z)", "h2.index(piece).store((z)", _COMPILED),
         ("tail overwrites unasked", "y = other if overwrite else", "y = other if shortcut is None else", _SPECIAL),
+    ],
+    "kernels/tail_moves.py": [
+        ("phase of both rings never turns", "        phase ^= 1\n", "        phase ^= 0\n", _COMPILED),
+        ("tap of another channel block", "step % 9 * C + step // 9 * WIDTH", "step % 9 * C", _COMPILED),
+        ("residual of the first chunk alone", "c = (step - TAPS) * other_desc", "c = 0 * other_desc", _COMPILED),
+        ("branch's first channels alone", "(part - 1) * (2 * WIDTH)", "0", _COMPILED),
+        ("wide reduce's first filters twice", "(part - 1 - PAIRS) * (2 * WIDTH)", "0", _COMPILED),
     ],
     "kernels/tail_ring.py": [
         ("a ring too short for a chunk", "tile.chunk_stages < max(2, blocks)", "tile.chunk_stages < 2", _CHANNELS),

@@ -97,8 +97,7 @@ class Driver:
         self, kernel: Any, grid: Sequence[int], signature: dict[str, str], args: Sequence[Any], metadata: Any
     ) -> None:
         text = kernel.asm["ptx"]
-        compiled, memory = _compiled(text), _Memory()
-        serialized = "wgmma" in text and one_by_one(disassembled(kernel.asm["cubin"]))
+        (compiled, serialized), memory = _compiled(text, kernel.asm["cubin"]), _Memory()
         parameters: dict[str, Any] = {"descriptors": {}}
         values = _values(signature, args, metadata, memory, parameters["descriptors"])
         for name, _ in compiled.kernel.parameters:
@@ -117,9 +116,9 @@ class Driver:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(text: str) -> Compiled:
-    """A kernel's PTX as functions, which hold nothing of a launch."""
-    return Compiled(parse(text))
+def _compiled(text: str, cubin: bytes) -> tuple[Compiled, bool]:
+    """A kernel's PTX as functions, which hold nothing of a launch, and whether the assembler serializes it."""
+    return Compiled(parse(text)), "wgmma" in text and one_by_one(disassembled(cubin))
 
 
 def _values(
