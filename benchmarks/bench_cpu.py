@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import gettempdir
@@ -21,7 +22,7 @@ from fused_resblock.models import ARCHITECTURES
 from fused_resblock.table import format_table
 
 from . import memory, results
-from .cases import BATCHES, DTYPES, NETWORKS, PARTS, SIZE, Case, exact_output, prepare, providers
+from .cases import BATCHES, DTYPES, NETWORKS, PARTS, PROVIDERS, SIZE, Case, exact_output, prepare, providers
 from .harness import Disturbance, Outcome, Spread, compare
 from .results import Row
 
@@ -29,10 +30,11 @@ OUT = results.FOLDER / "cpu.csv"
 WHAT = ("latency", "fuse", "memory")
 
 
-def latency(case: Case, rounds: int, tick: Callable[[], object]) -> list[Row]:
-    """Time one forward of every provider."""
+def latency(case: Case, rounds: int, tick: Callable[[], object], names: Sequence[str] = tuple(PROVIDERS)) -> list[Row]:
+    """Time one forward of every named provider, "eager" among them."""
     model, x = prepare(case)
-    return latency_rows(case, compare(providers(model, x), x, exact_output(model, x), rounds=rounds, tick=tick))
+    made = providers(model, x, tuple(names))
+    return latency_rows(case, compare(made, x, exact_output(model, x), rounds=rounds, tick=tick))
 
 
 def latency_rows(case: Case, outcomes: Sequence[Outcome]) -> list[Row]:
@@ -103,7 +105,7 @@ def _jobs(args: argparse.Namespace) -> list[tuple[str, Case, Callable[..., list[
     for network, dtype, batch, part in product(args.networks, args.dtypes, args.batches, args.parts):
         case = Case(network, part, dtype, batch, args.size)
         if "latency" in args.only:
-            jobs.append((f"{case}", case, latency, args.rounds, args.rounds))
+            jobs.append((f"{case}", case, partial(latency, names=args.providers), args.rounds, args.rounds))
     for network, dtype in product(args.networks, args.dtypes):
         case = Case(network, "whole", dtype, min(args.batches), args.size)
         rounds = max(1, args.rounds // 3)
@@ -122,6 +124,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtypes", nargs="+", choices=(*DTYPES, "float16"), default=DTYPES)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N")
+    parser.add_argument("--providers", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS), metavar="NAME")
     parser.add_argument("--only", nargs="+", choices=WHAT, default=WHAT, help="default: all three")
     parser.add_argument("--size", type=int, default=SIZE, metavar="PIXELS", help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="timed rounds (default: 30)")
@@ -131,6 +134,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.networks, args.batches, args.size, args.rounds = ("resnet18",), (1,), 64, 3
+    if "eager" not in args.providers:
+        parser.error(f"providers must include eager, got {' '.join(args.providers)}")
     args.out = args.out or (Path(gettempdir()) / OUT.name if args.quick else OUT)
     least = {"batches": 1, "size": 64, "rounds": 1}  # below 64 the last stage has one pixel and no variance
     for name, bound in least.items():

@@ -122,11 +122,11 @@ def test_quotients_are_of_medians_and_absent_where_the_other_failed():
     assert rows["fused"].ratio_to_compile == 1.25
 
 
-def test_a_small_case_from_the_command_line_to_the_file(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(bench_cpu, "providers", partial(cases.providers, names=("eager", "fused")))
+def test_a_small_case_from_the_command_line_to_the_file(tmp_path, one_thread):
     file = tmp_path / "new" / "out.csv"
     options = ["--networks", "resnet18", "--batches", "1", "--dtypes", "float32"]
     options += ["--only", "latency", "fuse", "--size", "64", "--rounds", "2", "--out", str(file)]
+    options += ["--providers", "eager", "fused"]
     assert bench_cpu.main(options) == 0
     rows = results.read(file)
     assert [(row.benchmark, row.part, row.provider) for row in rows] == [
@@ -145,8 +145,9 @@ def test_a_small_case_from_the_command_line_to_the_file(tmp_path, monkeypatch, o
         (["--size", "32"], "size must be at least 64, got 32"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--networks", "vgg"], "invalid choice: 'vgg'"),
+        (["--providers", "fused", "compile"], "providers must include eager, got fused compile"),
     ],
-    ids=["batches", "rounds", "size", "threads", "networks"],
+    ids=["batches", "rounds", "size", "threads", "networks", "providers"],
 )
 def test_bad_options_are_refused(options, message, capsys):
     with pytest.raises(SystemExit, match="2"):

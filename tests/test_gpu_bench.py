@@ -117,4 +117,14 @@ def test_what_matters_most_is_measured_first():
     cases = list(bench.cases())
     assert len(set(cases)) == len(cases)
     assert [(c.network, c.batch) for c in cases[:2]] == [("resnet50", 128), ("resnet18", 128)]
-    assert [c.group for c in cases[:17]] == ["main"] * 17
+    assert [c.group for c in cases[:12]] == ["main"] * 12
+    assert [c.group for c in cases[12:21]] == ["by-stage"] * 9
+
+
+def test_a_stage_and_the_body_take_what_the_network_hands_them():
+    whole, x = networks.prepare(networks.Case("resnet18", 2, size=32), "cpu", torch.float32)
+    body, h = networks.prepare(networks.Case("resnet18", 2, networks.BODY, size=32), "cpu", torch.float32)
+    torch.testing.assert_close(whole.fc(whole.avgpool(body(h)).flatten(1)), whole(x))
+    stage, before = networks.prepare(networks.Case("resnet18", 2, "layer2", size=32), "cpu", torch.float32)
+    torch.testing.assert_close(body[0](h), before)
+    torch.testing.assert_close(body[1](body[0](h)), stage(before))

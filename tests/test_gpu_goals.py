@@ -57,3 +57,14 @@ def test_blocks_latency_and_memory():
     assert verdict(rows, "ResNet-50, batch 1,") == ("0.34 ms", "yes")
     rows = [row("eager", 2.0, extra=1000), row("fused", 1.0, extra=800)]
     assert verdict(rows, "memory") == ("0.8x", "no")
+
+
+def test_stages_are_held_against_the_same_convolution_by_convolution_in_the_same_run():
+    stage = {"part": "layer1", "group": "by-stage"}
+    rows = [row("conv-by-conv+graph", 1.4, **stage), row("fused+graph", 1.0, **stage), row("eager+graph", 4.0, **stage)]
+    rows += [row("fused+graph", 0.1, part="layer1", group="max-autotune")]
+    assert verdict(rows, "layer1 and layer2 of ResNet-50, batch 64 to 256: the time conv") == ("1.4x", "yes")
+    rows += [row("max-autotune+graph", 0.19, part="layer1", group="max-autotune")]
+    assert verdict(rows, "layer1 and layer2 of ResNet-50, batch 64 to 256: the time of max") == ("1.9x", "no")
+    assert verdict(rows, "every block")[1] == "not measured"
+    assert verdict([row("fused+graph", 2.8, part="layer1-4", group="by-stage")], "body") == ("2.8 ms", "no")

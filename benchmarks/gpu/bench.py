@@ -1,4 +1,4 @@
-"""Whole networks and blocks of ResNet-50 in fp16: every provider checked, then timed in turns."""
+"""Whole networks, and blocks and stages of ResNet-50, in fp16: every provider checked, then timed in turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..harness import Outcome, compare
 from . import onnx_session
 from .context import Context
 from .device import Broken, first_line, is_broken, is_out_of_memory
-from .networks import Case, exact_output, prepare, providers
+from .networks import BODY, Case, exact_output, prepare, providers
 from .records import Records
 
 KEY = ("network", "part", "batch", "group", "provider")
@@ -20,7 +20,7 @@ COLUMNS = ("status", "median_ms", "p20_ms", "p80_ms", "rounds", "speedup_vs_eage
 COLUMNS += ("max_error", "error_bound", "extra_mib", "note")
 BATCHES = (128, 1, 32, 256)
 #: seconds that a group takes to make its providers, below which it is not begun
-SECONDS = {"main": 20, "compile": 90, "max-autotune": 240, "engines": 60}
+SECONDS = {"main": 20, "by-stage": 20, "compile": 90, "max-autotune": 240, "engines": 60}
 
 
 def records(context: Context) -> Records:
@@ -38,10 +38,13 @@ def cases(quick: bool = False) -> Iterator[Case]:
     yield from (Case(network, batch) for batch in BATCHES[:2] for network in ("resnet50", "resnet18"))
     for layer in (1, 2, 3, 4):
         yield from (Case("resnet50", 128, f"layer{layer}.{block}") for block in (0, 1))
+    stages = ("layer1", "layer2", BODY)
+    yield from (Case("resnet50", batch, part, "by-stage") for batch in (128, 64, 256) for part in stages)
     yield from (Case(network, batch) for batch in BATCHES[2:] for network in ("resnet50", "resnet18"))
     yield from (Case(network, 128) for network in others)
     yield from (Case(network, batch, group="compile") for network in ("resnet50", "resnet18") for batch in BATCHES[:2])
     yield from (Case(network, 128, group="max-autotune") for network in ("resnet50", "resnet18"))
+    yield from (Case("resnet50", 128, part, "max-autotune") for part in stages[:2])
     if onnx_session.available():
         yield from (
             Case(network, batch, group="engines") for network in ("resnet50", "resnet18") for batch in BATCHES[:2]

@@ -51,9 +51,25 @@ def speedup(rows: Sequence[Row]) -> float | None:
     return min(found, default=None)
 
 
+def _against(provider: str) -> Callable[[Sequence[Row]], float | None]:
+    """A provider's time over ours, of the group in which they took turns, as CUDA graphs."""
+
+    def quotient(rows: Sequence[Row]) -> float | None:
+        groups = {row["group"] for row in rows if row["provider"] == f"{provider}+graph"}
+        of_group = [row for row in rows if row["group"] in groups]
+        other, own = _best(of_group, (f"{provider}+graph",)), graph_ms(of_group)
+        return other / own if other and own else None
+
+    return quotient
+
+
 def graph_ms(rows: Sequence[Row]) -> float | None:
     """The time of ours as a CUDA graph."""
     return _best(rows, ("fused+graph",))
+
+
+def _early_stage(network: str, part: str, batch: int) -> bool:
+    return network == "resnet50" and part in ("layer1", "layer2") and 64 <= batch <= 256
 
 
 def memory(rows: Sequence[Row]) -> float | None:
@@ -77,7 +93,27 @@ GOALS = (
         1.2,
     ),
     Goal("every network at every batch: the best peer's time over ours", lambda n, p, b: p == "whole", speedup, 1.0),
-    Goal("every block: the best peer's time over ours", lambda n, p, b: p != "whole", speedup, 1.0),
+    Goal("every block: the best peer's time over ours", lambda n, p, b: "." in p, speedup, 1.0),
+    Goal(
+        "layer1 and layer2 of ResNet-50, batch 64 to 256: the time conv by conv over ours",
+        _early_stage,
+        _against("conv-by-conv"),
+        1.3,
+    ),
+    Goal(
+        "layer1 and layer2 of ResNet-50, batch 64 to 256: the time of max-autotune over ours",
+        _early_stage,
+        _against("max-autotune"),
+        2.0,
+    ),
+    Goal(
+        "body of ResNet-50, batch 128, CUDA graph (set for an H100)",
+        lambda n, p, b: (n, p, b) == ("resnet50", "layer1-4", 128),
+        graph_ms,
+        2.7,
+        False,
+        " ms",
+    ),
     Goal(
         "ResNet-50, batch 1, CUDA graph (set for an H100)",
         lambda n, p, b: (n, p, b) == ("resnet50", "whole", 1),

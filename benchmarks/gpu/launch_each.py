@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -18,10 +19,12 @@ from fused_resblock.kernels.convolution import bind_convolution
 from fused_resblock.kernels.gpu import gpu_of
 from fused_resblock.kernels.launch import Launch
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.kernels.stage import choose_stage_tile
+from fused_resblock.kernels.stage import candidates, choose_stage_tile
 from fused_resblock.kernels.stem import bind_stem, pack_weight
+from fused_resblock.kernels.tiles import StageTile, Tile
 
 from ..shapes import ConvShape, basic_shapes, bottleneck_shapes
+from . import space
 from .operations import build
 from .tails import TailShape, bound
 from .tails import shapes as tail_shapes
@@ -38,6 +41,18 @@ TINY = (
 
 
 TINY_TAILS = (TailShape("tiny", 16, 5, outputs=16), TailShape("tiny.first", 32, 3, 2, 24, 16))
+#: for the kernels that are written for one chip, which take few channel counts; on a GPU with every tile of theirs
+TINY_OF_CHIP = (
+    ConvShape("tiny.halo", 64, 64, 9, 3),
+    ConvShape("tiny.halo.2", 64, 64, 9, 3, 2, residual=True),
+    ConvShape("tiny.ring", 64, 256, 9, residual=True),
+    ConvShape("tiny.pair", 64, 256, 9, shortcut=64),
+)
+TINY_TAILS_OF_CHIP = (
+    TailShape("tiny.halo", 64, 5, outputs=64),
+    TailShape("tiny.ring", 128, 5, outputs=128),
+    TailShape("tiny.ring.first", 128, 3, 2, 256, 128),
+)
 
 
 def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[], object]]]:
@@ -48,6 +63,8 @@ def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[
         yield shape.name, lambda shape=shape: _fused(shape, batch, dtype, device)
     for tail in TINY_TAILS if tiny else tail_shapes(False):
         yield f"tail.{tail.name}", lambda tail=tail: _tail(tail, batch, dtype, device)
+    if tiny and device != "cpu":
+        yield from _of_chip(batch, dtype, device)
     yield "stem", lambda: _stem(*((3, 40) if tiny else (batch, 224)), dtype, device)
     operation = build(
         ConvShape("pixels", 24, 24, 9) if tiny else ConvShape("pixels", 256, 256, 56), batch, dtype, device
@@ -57,17 +74,30 @@ def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[
     yield "relu_backward", lambda: relu_backward(x, x)
 
 
-def _fused(shape: ConvShape, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """The operation of a shape on the kernel that is chosen for it."""
+def _of_chip(batch: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every tile of the kernels that are written for one chip."""
+    gpu = gpu_of(torch.device(device))
+    for shape in TINY_OF_CHIP:
+        for tile in space.tiles(shape, "fp16", gpu):
+            if tile.halo or tile.ring:
+                yield shape.name, partial(_fused, shape, batch, dtype, device, tile)
+    for tail in TINY_TAILS_OF_CHIP:
+        for of_tail in candidates(tail.width, tail.outputs, dtype.itemsize, bool(tail.second), gpu):
+            if of_tail.halo or of_tail.ring:
+                yield f"tail.{tail.name}", partial(_tail, tail, batch, dtype, device, of_tail)
+
+
+def _fused(shape: ConvShape, batch: int, dtype: torch.dtype, device: str, tile: Tile | None = None) -> torch.Tensor:
+    """The operation of a shape on the kernel that is chosen for it, or that the tile is for."""
     operation = build(shape, batch, dtype, device)
-    return bind_convolution(*operation.prepared())(operation.x, operation.other)
+    return bind_convolution(*operation.prepared(), tile)(operation.x, operation.other)
 
 
-def _tail(shape: TailShape, batch: int, dtype: torch.dtype, device: str) -> object:
-    """A tail on the stage kernel, with the tile that ships."""
+def _tail(shape: TailShape, batch: int, dtype: torch.dtype, device: str, tile: StageTile | None = None) -> object:
+    """A tail on the stage kernel, with the tile that ships unless one is given."""
     asked = shape.build(batch, dtype, device)
     h, other = asked.inputs()
-    tile = choose_stage_tile(asked.gemms(), dtype.itemsize, gpu_of(h.device))
+    tile = tile or choose_stage_tile(asked.gemms(), dtype.itemsize, gpu_of(h.device))
     return None if tile is None else bound(asked, tile)(h, other)
 
 

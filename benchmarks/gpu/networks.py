@@ -23,11 +23,16 @@ from .device import Device
 Call = Callable[[Tensor], Tensor]
 #: images with which the running statistics of a random network are found, and a float64 oracle's at a time
 CALIBRATION, CHUNK = 8, 32
+#: all stages, without stem and classifier
+BODY = "layer1-4"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, or a block of one such as `layer1.0`, at one batch size, and the providers that take turns on it."""
+    """A network, or a part of one, at one batch size, and the providers that take turns on it.
+
+    A part is a block such as `layer1.0`, a stage such as `layer1`, or `layer1-4`: all stages.
+    """
 
     network: str
     batch: int
@@ -43,7 +48,7 @@ class Case:
 def prepare(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """The model in eval mode and its input, both channels_last, in `dtype` and on the device.
 
-    A block's input is what the network itself hands it.
+    A part's input is what the network itself hands it.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
@@ -53,11 +58,13 @@ def prepare(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, Ten
     x = images.to(device, dtype)
     if case.part == "whole":
         return model, x
-    block, seen = model.get_submodule(case.part), []
-    hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    names = tuple(f"layer{n}" for n in (1, 2, 3, 4)) if case.part == BODY else (case.part,)
+    parts, seen = [model.get_submodule(name) for name in names], []
+    hook = parts[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     model(x)
     hook.remove()
-    return block, seen[0].contiguous(memory_format=torch.channels_last)
+    part = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    return part, seen[0].contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -121,6 +128,11 @@ GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
         "triton": partial(_fused, backend="triton"),
         "stages": partial(_fused, backend="triton", stages="kernel"),
         "in-order": in_order,
+    },
+    "by-stage": {
+        "eager": lambda model, x: model,
+        "conv-by-conv": partial(_fused, backend="auto", stages=False),
+        "fused": partial(_fused, backend="auto"),
     },
     "compile": {
         "eager": lambda model, x: model,
