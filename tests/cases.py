@@ -138,8 +138,11 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     """Inference batch norm in plain torch."""
     if norm is None:
         return x
-    # F.batch_norm of torch 2.11 refuses eps 0
-    return torch.batch_norm(x, norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, True)
+    weight = norm.weight
+    if weight is None and norm.bias is not None:  # on CUDA torch has no gradient of a bias alone
+        weight = torch.ones_like(norm.bias)
+    # F.batch_norm of torch 2.11 refuses eps 0, and with cuDNN there is no vmap of it
+    return torch.batch_norm(x, weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, False)
 
 
 def conv_bn_act_reference(

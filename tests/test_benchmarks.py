@@ -125,7 +125,7 @@ def test_quotients_are_of_medians_and_absent_where_the_other_failed():
 def test_a_small_case_from_the_command_line_to_the_file(tmp_path, one_thread):
     file = tmp_path / "new" / "out.csv"
     options = ["--networks", "resnet18", "--batches", "1", "--dtypes", "float32"]
-    options += ["--only", "latency", "fuse", "--size", "64", "--rounds", "2", "--out", str(file)]
+    options += ["--only", "latency", "fuse", "--size", "96", "--rounds", "2", "--out", str(file)]
     options += ["--providers", "eager", "fused"]
     assert bench_cpu.main(options) == 0
     rows = results.read(file)

@@ -24,9 +24,17 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     """Inference batch norm of `x`, or `x` itself."""
     if norm is None:
         return x
+    weight = norm.weight
+    if weight is None and norm.bias is not None:  # on CUDA torch has no gradient of a bias alone
+        weight = torch.ones_like(norm.bias)
     # not F.batch_norm: in torch 2.11 it refuses the eps 0 of a frozen norm
-    cudnn = torch.backends.cudnn.enabled
-    return torch.batch_norm(x, norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, cudnn)
+    return torch.batch_norm(x, weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, _cudnn())
+
+
+def _cudnn() -> bool:
+    """Whether cuDNN may normalise: not in a function transform, for which torch cannot tell the memory format."""
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.backends.cudnn.enabled and not transformed
 
 
 def convolve(x: Tensor, conv: Conv) -> Tensor:
