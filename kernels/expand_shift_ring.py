@@ -30,9 +30,10 @@ from .gpu import gpu_of
 from .kept_norms import keep_norm, norm_vectors, scaled
 from .launch import Launch, interpreted
 from .ring import WIDTH
+from .tail_chunk import expand, finish, reduce, waited
 from .tail_moves import load_filters, load_pixels, load_whole, store_reduced, turned_slot
 from .tail_ring import by_boxes
-from .taps import columns, matrix_box, strided_box, strided_box_of, tma_store, view
+from .taps import columns, matrix_box, strided_box, strided_box_of
 from .tiles import StageTile
 
 
@@ -109,6 +110,7 @@ def _expand_shift_ring_kernel(
         mbarrier.init(pixel_bars.index(bar), count=1)
     for bar in gl.static_range(FILTER_STAGES):
         mbarrier.init(filter_bars.index(bar), count=1)
+    x2, norm2 = None, None
     if SECOND:
         x2 = gl.allocate_shared_memory(dtype, [C2 // WIDTH, BLOCK_M, WIDTH], MATRIX)
         x2_bar = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -122,6 +124,8 @@ def _expand_shift_ring_kernel(
     n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
     weights, ring = (w_desc, w3_desc, w2_desc, w1_desc), (filters, filter_bars)
     images, pool, sizes = (h_desc, None if SECOND else other_desc), (pixels, pixel_bars), (TILES, TILES_P, TILES_Q)
+    descs, norms = (images, weights, y_desc), (norm3, norm2)
+    STEPS: gl.constexpr = (C, HALF, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
     block = (0, 0, tile)  # of filters that is loaded next
     for _ in gl.static_range(FILTER_STAGES):
         block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
@@ -166,64 +170,28 @@ def _expand_shift_ring_kernel(
         fence_async_shared()
         if SECOND:
             mbarrier.wait(x2_bar.index(0), turn & 1)
-        if G > 0:  # sums of the next reduce: of its first 128 channels, and of those behind them
-            first = warpgroup_mma_init(gl.zeros([BLOCK_M, 2 * WIDTH], gl.float32, MMA))
-        if GROUPS > 1:
-            second = warpgroup_mma_init(gl.zeros([BLOCK_M, 2 * WIDTH], gl.float32, MMA))
-        for j in range(CHUNKS):
-            mbarrier.wait(filter_bars.index(at), turned)
-            e = gl.zeros([BLOCK_M, WIDTH], gl.float32, PIECE)
-            for half in gl.static_range(C // WIDTH):
-                b = filters.index(at).slice(half * WIDTH, WIDTH).permute((1, 0))
-                e = warpgroup_mma(h2.index(half), b, e, use_acc=half > 0, is_async=True)
-            at, turned = turned_slot(at, turned, FILTER_STAGES)
-            if SECOND:
-                down = gl.zeros([BLOCK_M, WIDTH], gl.float32, PIECE)
-                for pair in gl.static_range(PAIRS):
-                    mbarrier.wait(filter_bars.index(at), turned)
-                    for half in gl.static_range(2):
-                        b = filters.index(at).slice(half * WIDTH, WIDTH).permute((1, 0))
-                        part = 2 * pair + half
-                        down = warpgroup_mma(x2.index(part), b, down, use_acc=part > 0, is_async=True)
-                    at, turned = turned_slot(at, turned, FILTER_STAGES)
-                down = warpgroup_mma_wait(0, [down])
-            e = warpgroup_mma_wait(0, [e])
-            if G > 0:
-                first = warpgroup_mma_wait(0, [first])
-            if GROUPS > 1:
-                second = warpgroup_mma_wait(0, [second])
-            if j > 0:  # the chunk before this one has been read
-                tma.store_wait(0)
-                box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
-                for _ in gl.static_range(GROUPS):
-                    block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
-            for _ in gl.static_range(1 + PAIRS):
-                block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
-            buffer = pixels.index(slot)
-            z = scaled(e, norm3, j)
-            mbarrier.wait(pixel_bars.index(slot), phase)
-            if SECOND:
-                z += scaled(down, norm2, j)
-            else:
-                z += buffer.load(PIECE).to(gl.float32)
-            buffer.store(nan_relu(z).to(dtype))
-            fence_async_shared()
-            tma_store(y_desc, [n, p, 0, q, j * WIDTH], view(buffer, y_desc.block_shape, y_desc.layout))
-            if G > 0:
-                mbarrier.wait(filter_bars.index(at), turned)
-                b = filters.index(at).permute((1, 0))
-                first = warpgroup_mma(buffer, b, first, use_acc=j > 0, is_async=True)
-                at, turned = turned_slot(at, turned, FILTER_STAGES)
-            if GROUPS > 1:
-                mbarrier.wait(filter_bars.index(at), turned)
-                b = filters.index(at).permute((1, 0))
-                second = warpgroup_mma(buffer, b, second, use_acc=j > 0, is_async=True)
-                at, turned = turned_slot(at, turned, FILTER_STAGES)
+        reduced = ()  # sums of the next reduce, of 128 channels each
+        for _ in gl.static_range(GROUPS):
+            zero = gl.zeros([BLOCK_M, 2 * WIDTH], gl.float32, MMA)
+            reduced = reduced + (warpgroup_mma_init(zero),)  # noqa: RUF005 - Gluon knows no stars
+        memory, where, coming = (h2, x2, ring, pool), (n, p, q), (box, block)
+        sums, at, turned = expand(h2, x2, ring, at, turned)
+        sums = waited(0, sums)
+        reduced, coming = finish(
+            0, sums, reduced, (slot, phase), coming, memory, descs, norms, where, sizes, STEPS, True
+        )
+        for j in range(CHUNKS - 1):
+            sums, at, turned = expand(h2, x2, ring, at, turned)
+            reduced, at, turned = reduce(pixels.index(slot), ring, at, turned, reduced, j)
             slot, phase = turned_slot(slot, phase, PIXEL_STAGES)
-        if G > 0:
-            first = warpgroup_mma_wait(0, [first])
-        if GROUPS > 1:
-            second = warpgroup_mma_wait(0, [second])
+            sums = waited(GROUPS, sums)
+            reduced, coming = finish(
+                j + 1, sums, reduced, (slot, phase), coming, memory, descs, norms, where, sizes, STEPS, False
+            )
+        reduced, at, turned = reduce(pixels.index(slot), ring, at, turned, reduced, CHUNKS - 1)
+        slot, phase = turned_slot(slot, phase, PIXEL_STAGES)
+        reduced = waited(0, reduced)
+        box, block = coming
         tile += PROGRAMS
         tma.store_wait(0)
         box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
@@ -232,11 +200,9 @@ def _expand_shift_ring_kernel(
         if SECOND:
             next_n, next_p, next_q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
             load_whole(other_desc, x2, x2_bar.index(0), next_n, next_p, next_q, tile < TILES)
-        if G > 0:
-            store_reduced(g_desc, h2, first, norm1, n, p, q, 0)
-        if GROUPS > 1:
+        for group in gl.static_range(GROUPS):
             tma.store_wait(0)
-            store_reduced(g_desc, h2, second, norm1, n, p, q, 2)
+            store_reduced(g_desc, h2, reduced[group], norm1, n, p, q, 2 * group)
         turn += 1
     tma.store_wait(0)
 

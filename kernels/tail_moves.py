@@ -94,29 +94,40 @@ def load_filters(
     GROUPS: gl.constexpr,  # blocks of a chunk's part of the next reduce
     PROGRAMS: gl.constexpr,
 ):
-    """Ask for the block of filters that is loaded next; the one after it."""
+    """Ask for the block of filters that is loaded next; the one after it.
+
+    Behind the taps they come in the order of `tail_chunk`: what makes a chunk goes before what reduces the one in front
+    of it.
+    """
     w_desc, w3_desc, w2_desc, w1_desc = weights
     filters, bars = ring
     slot, step, tile = coming
     WIDTH: gl.constexpr = w_desc.block_shape[1]
-    EACH: gl.constexpr = 1 + PAIRS + GROUPS
+    MAKE: gl.constexpr = 1 + PAIRS  # blocks that make a chunk
+    EACH: gl.constexpr = MAKE + GROUPS
     wanted = tile < TILES
     bar, block = bars.index(slot), filters.index(slot)
     mbarrier.expect(bar, w_desc.block_type.nbytes, pred=wanted)
     if step < TAPS:
         tma_load(w_desc, [0, step % 9 * C + step // 9 * WIDTH], bar, block, pred=wanted)
     else:
-        k = (step - TAPS) // EACH * WIDTH
-        part = (step - TAPS) % EACH
+        order = step - TAPS
+        if order >= MAKE:  # no part of the next reduce goes between the first two chunks
+            order += GROUPS
+        chunk = order // EACH
+        part = order % EACH
+        if chunk == CHUNKS:  # only the last part of the next reduce is left
+            part += MAKE
+        k = chunk * WIDTH
         if part == 0:
             _load_halves(w3_desc, k, 0, bar, block, wanted)
         else:
             if PAIRS > 0:  # noqa: SIM102 - known when it is compiled
-                if part <= PAIRS:
+                if part < MAKE:
                     _load_halves(w2_desc, k, (part - 1) * (2 * WIDTH), bar, block, wanted)
             if GROUPS > 0:  # noqa: SIM102
-                if part > PAIRS:
-                    tma_load(w1_desc, [(part - 1 - PAIRS) * (2 * WIDTH), k], bar, block, pred=wanted)
+                if part >= MAKE:
+                    tma_load(w1_desc, [(part - MAKE) * (2 * WIDTH), k - WIDTH], bar, block, pred=wanted)
     step += 1
     if step == TAPS + CHUNKS * EACH:
         step = 0
