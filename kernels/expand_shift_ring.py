@@ -17,9 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_init,
-    warpgroup_mma_wait,
 )
 
 from .boxes import Descriptors, choose_box, tiles_of, unaligned
@@ -30,19 +28,21 @@ from .gpu import gpu_of
 from .kept_norms import keep_norm, norm_vectors, scaled
 from .launch import Launch, interpreted
 from .ring import WIDTH
-from .tail_chunk import expand, finish, reduce, waited
-from .tail_moves import load_filters, load_pixels, load_whole, store_reduced, turned_slot
-from .tail_ring import by_boxes
-from .taps import columns, matrix_box, strided_box, strided_box_of
+from .tail_chunk import buffer_of, expand, finish, reduce, waited
+from .tail_moves import load_filters, load_pixels, load_whole, store_reduced, tile_at, turned_slot
+from .tail_ring import EDGE, by_boxes, halo_stages
+from .tail_taps import convolve, rows_first
+from .taps import columns, matrix_box
 from .tiles import StageTile
 
 
 @gluon.jit
 def _expand_shift_ring_kernel(
-    h_desc,  # [N, H/STRIDE, STRIDE, W/STRIDE, STRIDE*C] input of the 3x3; boxes of 64 channels, as all images here
-    other_desc,  # residual [N, P, 1, Q, K]; with SECOND the input of the downsample branch, as h
-    y_desc,  # [N, P, 1, Q, K] output of the block
-    g_desc,  # [N, P, 1, Q, G] output of the next block's reduce, or None
+    h_desc,  # [H/STRIDE, N, STRIDE, W/STRIDE, STRIDE*C] input of the 3x3; boxes of 64 channels, as all images here
+    edge_desc,  # the same in boxes of two rows, where a box serves three taps, or None
+    other_desc,  # residual [P, N, 1, Q, K]; with SECOND the input of the downsample branch, as h
+    y_desc,  # [P, N, 1, Q, K] output of the block
+    g_desc,  # [P, N, 1, Q, G] output of the next block's reduce, or None
     w_desc,  # [C, 9*C], in blocks of 128x64
     w3_desc,  # [K, C], in blocks of 64x64
     w2_desc,  # [K, C2] of the downsample branch, or None; likewise
@@ -91,7 +91,10 @@ def _expand_shift_ring_kernel(
     """
     WIDTH: gl.constexpr = w_desc.block_shape[1]
     BLOCK_M: gl.constexpr = h_desc.block_shape[0] * h_desc.block_shape[1] * h_desc.block_shape[3]
+    ROWS: gl.constexpr = h_desc.block_shape[0]
+    HALO: gl.constexpr = edge_desc is not None
     TAPS: gl.constexpr = 9 * C // WIDTH
+    LOADS: gl.constexpr = TAPS // 3 if HALO else TAPS
     CHUNKS: gl.constexpr = K // WIDTH
     PAIRS: gl.constexpr = C2 // (2 * WIDTH) if SECOND else 0
     GROUPS: gl.constexpr = G // (2 * WIDTH)
@@ -100,7 +103,8 @@ def _expand_shift_ring_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, C, 16])
     PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
 
-    pixels = gl.allocate_shared_memory(dtype, [PIXEL_STAGES, BLOCK_M, WIDTH], MATRIX)
+    HEIGHT: gl.constexpr = ROWS + edge_desc.block_shape[0] if HALO else ROWS
+    pixels = gl.allocate_shared_memory(dtype, [PIXEL_STAGES * HEIGHT, BLOCK_M // ROWS, WIDTH], MATRIX)
     filters = gl.allocate_shared_memory(dtype, [FILTER_STAGES, 2 * WIDTH, WIDTH], MATRIX)
     h2 = gl.allocate_shared_memory(dtype, [C // WIDTH, BLOCK_M, WIDTH], MATRIX)  # and g on its way out
     pixel_bars = gl.allocate_shared_memory(gl.int64, [PIXEL_STAGES, 1], mbarrier.MBarrierLayout())
@@ -121,11 +125,12 @@ def _expand_shift_ring_kernel(
     fence_async_shared()
 
     tile = gl.program_id(0)
-    n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+    n, p, q = tile_at(tile, TILES_P, TILES_Q, h_desc)
     weights, ring = (w_desc, w3_desc, w2_desc, w1_desc), (filters, filter_bars)
-    images, pool, sizes = (h_desc, None if SECOND else other_desc), (pixels, pixel_bars), (TILES, TILES_P, TILES_Q)
+    pool, sizes = (pixels, pixel_bars), (TILES, TILES_P, TILES_Q)
+    images = h_desc, edge_desc, None if SECOND else other_desc
     descs, norms = (images, weights, y_desc), (norm3, norm2)
-    STEPS: gl.constexpr = (C, HALF, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+    STEPS: gl.constexpr = (C, HALF, LOADS, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
     block = (0, 0, tile)  # of filters that is loaded next
     for _ in gl.static_range(FILTER_STAGES):
         block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
@@ -138,7 +143,7 @@ def _expand_shift_ring_kernel(
     wait_for_input(PDL)
     box = (0, 0, tile, n, p, q)  # of pixels that is loaded next
     for _ in gl.static_range(PIXEL_STAGES):
-        box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        box = load_pixels(images, pool, box, sizes, C, HALF, LOADS, LOADS + CHUNKS, PROGRAMS)
     if SECOND:
         load_whole(other_desc, x2, x2_bar.index(0), n, p, q, True)
 
@@ -146,22 +151,11 @@ def _expand_shift_ring_kernel(
     at, turned = 0, 0  # likewise of the filters
     turn = 0
     while tile < TILES:
-        n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+        n, p, q = tile_at(tile, TILES_P, TILES_Q, h_desc)
         acc = gl.zeros([BLOCK_M, C], gl.float32, MMA)
-        for step in range(TAPS):
-            mbarrier.wait(pixel_bars.index(slot), phase)
-            mbarrier.wait(filter_bars.index(at), turned)
-            b = filters.index(at).permute((1, 0))
-            acc = warpgroup_mma(pixels.index(slot), b, acc, use_acc=step > 0, is_async=True)
-            acc = warpgroup_mma_wait(1, [acc])
-            if step > 0:  # what the step before this one has used is free
-                box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
-                block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
-            slot, phase = turned_slot(slot, phase, PIXEL_STAGES)
-            at, turned = turned_slot(at, turned, FILTER_STAGES)
-        acc = warpgroup_mma_wait(0, [acc])
-        box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
-        block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
+        used, coming = (slot, phase, at, turned), (box, block)
+        acc, used, coming = convolve(acc, used, coming, ring, pool, images, weights, sizes, STEPS)
+        slot, phase, at, turned = used
         tma.store_wait(0)  # the last g has left
         sums = columns(acc, C // WIDTH)
         for piece in gl.static_range(C // WIDTH):
@@ -174,7 +168,7 @@ def _expand_shift_ring_kernel(
         for _ in gl.static_range(GROUPS):
             zero = gl.zeros([BLOCK_M, 2 * WIDTH], gl.float32, MMA)
             reduced = reduced + (warpgroup_mma_init(zero),)  # noqa: RUF005 - Gluon knows no stars
-        memory, where, coming = (h2, x2, ring, pool), (n, p, q), (box, block)
+        memory, where = (h2, x2, ring, pool), (n, p, q)
         sums, at, turned = expand(h2, x2, ring, at, turned)
         sums = waited(0, sums)
         reduced, coming = finish(
@@ -182,23 +176,23 @@ def _expand_shift_ring_kernel(
         )
         for j in range(CHUNKS - 1):
             sums, at, turned = expand(h2, x2, ring, at, turned)
-            reduced, at, turned = reduce(pixels.index(slot), ring, at, turned, reduced, j)
+            reduced, at, turned = reduce(buffer_of(pool, slot, y_desc), ring, at, turned, reduced, j)
             slot, phase = turned_slot(slot, phase, PIXEL_STAGES)
             sums = waited(GROUPS, sums)
             reduced, coming = finish(
                 j + 1, sums, reduced, (slot, phase), coming, memory, descs, norms, where, sizes, STEPS, False
             )
-        reduced, at, turned = reduce(pixels.index(slot), ring, at, turned, reduced, CHUNKS - 1)
+        reduced, at, turned = reduce(buffer_of(pool, slot, y_desc), ring, at, turned, reduced, CHUNKS - 1)
         slot, phase = turned_slot(slot, phase, PIXEL_STAGES)
         reduced = waited(0, reduced)
         box, block = coming
         tile += PROGRAMS
         tma.store_wait(0)
-        box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        box = load_pixels(images, pool, box, sizes, C, HALF, LOADS, LOADS + CHUNKS, PROGRAMS)
         for _ in gl.static_range(GROUPS):
             block = load_filters(weights, ring, block, TILES, C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
         if SECOND:
-            next_n, next_p, next_q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
+            next_n, next_p, next_q = tile_at(tile, TILES_P, TILES_Q, h_desc)
             load_whole(other_desc, x2, x2_bar.index(0), next_n, next_p, next_q, tile < TILES)
         for group in gl.static_range(GROUPS):
             tma.store_wait(0)
@@ -230,6 +224,9 @@ def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: Stage
     count = tiles_of(box, n, p, q)
     programs = min(count, gpu_of(h.device).multiprocessors)
     layers = (conv, expand, shortcut, reduce)
+    stages = halo_stages(tile, box) if stride == 1 else 0
+    of_edge = Descriptors(rows_first, (n, height, width, c), 1, box, EDGE) if stages else None
+    stages = stages or tile.tap_stages
     launch = Launch(
         _expand_shift_ring_kernel,
         (programs,),
@@ -242,15 +239,15 @@ def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: Stage
             *(count, -(-p // box.rows), -(-q // box.columns)),
             *(c, k, channels2, outputs, stride - 1),
             *(0.0 if layer is None else eps_of(layer.norm) for layer in layers),
-            *(shortcut is not None, tile.tap_stages, tile.chunk_stages, programs),
+            *(shortcut is not None, stages, tile.chunk_stages, programs),
         ),
         h.device,
         num_warps=tile.num_warps,
     )
-    of_h = Descriptors(strided_box, (n, height, width, c), stride, box)
+    of_h = Descriptors(rows_first, (n, height, width, c), stride, box)
     size2 = (n, p, q, k) if shortcut is None else (n, p * stride, q * stride, channels2)
-    of_other = Descriptors(strided_box, size2, 1 if shortcut is None else stride, box)
-    of_y, of_g = (Descriptors(strided_box, (n, p, q, channels), 1, box) for channels in (k, outputs))
+    of_other = Descriptors(rows_first, size2, 1 if shortcut is None else stride, box)
+    of_y, of_g = (Descriptors(rows_first, (n, p, q, channels), 1, box) for channels in (k, outputs))
     empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
 
     def run(h, other):
@@ -258,7 +255,9 @@ def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: Stage
             return stand_in(h, other)
         y = other if overwrite else torch.empty((n, k, p, q), **empty)
         g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
-        launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
+        launch(
+            of_h(h), None if of_edge is None else of_edge(h), of_other(other), of_y(y), None if g is None else of_g(g)
+        )
         return y, g
 
     return run

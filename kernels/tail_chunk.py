@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .epilogue import nan_relu
 from .kept_norms import scaled
-from .tail_moves import load_filters, load_pixels, turned_slot
+from .tail_moves import load_filters, load_pixels, rows_of, turned_slot
 from .taps import tma_store, unknown_zero, view
 
 
@@ -91,6 +91,17 @@ def reduce(buffer, ring, at, turned, sums, j):
 
 
 @gluon.jit
+def buffer_of(pool, slot, y_desc):
+    """The part of a slot in which the residual comes and y leaves: [BLOCK_M, 64]."""
+    pixels, bars = pool
+    ROWS: gl.constexpr = y_desc.block_shape[0]
+    WIDTH: gl.constexpr = y_desc.block_shape[4]
+    BLOCK_M: gl.constexpr = ROWS * y_desc.block_shape[1] * y_desc.block_shape[3]
+    rows = rows_of(pixels, slot, 0, ROWS, pixels.shape[0] // bars.shape[0])
+    return view(rows, [BLOCK_M, WIDTH], pixels.layout)
+
+
+@gluon.jit
 def finish(
     j,
     sums,  # of `expand`, for this chunk; they have ended
@@ -102,7 +113,7 @@ def finish(
     norms,  # of the expand, and of the branch or None
     where,  # of the tile: n, p, q
     sizes,  # TILES, TILES_P, TILES_Q
-    STEPS: gl.constexpr,  # C, HALF, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS
+    STEPS: gl.constexpr,  # C, HALF, LOADS, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS
     FIRST: gl.constexpr,  # whether this is the tile's first chunk
 ):
     """y of a chunk, into the slot of its residual and on its way; `reduced`, which has ended, and what comes next."""
@@ -110,20 +121,21 @@ def finish(
     box, block = coming
     h2, x2, ring, pool = memory
     images, weights, y_desc = descs
-    pixels, bars = pool
+    bars = pool[1]
     C: gl.constexpr = STEPS[0]
     HALF: gl.constexpr = STEPS[1]
-    TAPS: gl.constexpr = STEPS[2]
-    CHUNKS: gl.constexpr = STEPS[3]
-    PAIRS: gl.constexpr = STEPS[4]
-    GROUPS: gl.constexpr = STEPS[5]
-    PROGRAMS: gl.constexpr = STEPS[6]
+    LOADS: gl.constexpr = STEPS[2]
+    TAPS: gl.constexpr = STEPS[3]
+    CHUNKS: gl.constexpr = STEPS[4]
+    PAIRS: gl.constexpr = STEPS[5]
+    GROUPS: gl.constexpr = STEPS[6]
+    PROGRAMS: gl.constexpr = STEPS[7]
     WIDTH: gl.constexpr = h2.shape[2]
 
     for _ in gl.static_range(1 + PAIRS):
         block = load_filters(weights, ring, block, sizes[0], C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
     z = scaled(sums[0], norms[0], j)
-    buffer = pixels.index(slot)
+    buffer = buffer_of(pool, slot, y_desc)
     mbarrier.wait(bars.index(slot), phase)
     if x2 is None:
         z += buffer.load(sums[0].type.layout).to(gl.float32)
@@ -133,10 +145,10 @@ def finish(
     if not FIRST:  # the chunk before this one has been read
         reduced = waited(0, reduced)
         tma.store_wait(0)
-        box = load_pixels(images, pool, box, sizes, C, HALF, TAPS, TAPS + CHUNKS, PROGRAMS)
+        box = load_pixels(images, pool, box, sizes, C, HALF, LOADS, LOADS + CHUNKS, PROGRAMS)
         for _ in gl.static_range(GROUPS):
             block = load_filters(weights, ring, block, sizes[0], C, TAPS, CHUNKS, PAIRS, GROUPS, PROGRAMS)
     buffer.store(y)
     fence_async_shared()
-    tma_store(y_desc, [where[0], where[1], 0, where[2], j * WIDTH], view(buffer, y_desc.block_shape, y_desc.layout))
+    tma_store(y_desc, [where[1], where[0], 0, where[2], j * WIDTH], view(buffer, y_desc.block_shape, y_desc.layout))
     return reduced, (box, block)

@@ -6,12 +6,28 @@ from dataclasses import replace
 
 import torch
 
+from .boxes import Box
 from .gpu import gpu_of
 from .ring import SHARED, WIDTH
 from .tiles import StageTile
 
 #: pixels of a program of `expand_shift_ring`, which has eight warps; of 256 the registers hold no more than 128 sums
 PIXELS = (128, 256)
+
+
+#: rows that a box for three taps has more than a tile
+EDGE = 2
+
+
+def halo_stages(tile: StageTile, box: Box) -> int:
+    """How many boxes for three taps of a 3x3 are in the ring, in the memory of `tap_stages` of a tile; 0 for none.
+
+    None where they would be few or hardly fewer pixels, or where the rows of a tap began within a swizzled piece of
+    shared memory, of eight pixels.
+    """
+    stages = tile.tap_stages * box.rows // (box.rows + EDGE)
+    fits = stages >= 2 and box.rows >= 2 * EDGE and box.images * box.columns % 8 == 0
+    return stages if fits else 0
 
 
 def shared_of(tile: StageTile, outputs: int, reduced: int, second: int) -> int:
