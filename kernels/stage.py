@@ -125,7 +125,7 @@ def _fits(gemms: TailGemms, tile: StageTile) -> bool:
     same = (conv.taps, conv.k, expand.n) == (9, conv.n, 4 * conv.n)
     if tile.halo:
         return same and conv.in_pixels == conv.m and branch in (0, conv.n)
-    return not tile.ring or (same and branch in (0, 2 * conv.n))
+    return not tile.ring or (same and conv.in_pixels == conv.m and not branch)
 
 
 def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
@@ -180,7 +180,9 @@ def _halo_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilin
 def _ring_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
     """One program a multiprocessor, whose loads run ahead: products, and a chunk's way through the registers."""
     conv, expand, second, reduce = gemms
-    cost = expand_shift_cost(conv, expand, itemsize, replace(tile, held=True), second=second, reduce=reduce)
+    cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
+    twice = conv.taps // 2 * conv.m * conv.k * itemsize  # a box for three taps of four rows has six
+    cost = replace(cost, l2=cost.l2 - twice)
     rate = 2 * tile.block_m * chip.multiprocessors / chip.matrix
     products = rate * sum(gemm.filters for gemm in gemms if gemm is not None)
     chunks = expand.n // tile.block_n
@@ -192,19 +194,27 @@ def _boxes_hold(x, conv) -> bool:
     return conv.stride == (1, 1) or (conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0)
 
 
+def takes(h, conv, expand, shortcut, reduce, tile: StageTile) -> bool:
+    """Whether the kernel that a tile is for runs a tail; else `bind_stage` has another one stand in."""
+    if tile.halo:
+        return tail_refusal(h, conv, expand, shortcut, reduce, tile) is None
+    return not tile.ring or tail_ring.refusal(h, conv, expand, shortcut, reduce, tile) is None
+
+
 def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
     """Prepare the kernel that the tile is for; arguments and result are those of `bind_expand_shift`.
 
     What a downsample branch reads is not written over, whatever `overwrite` is.
     """
     overwrite = overwrite and shortcut is None
-    if tile.halo and tail_refusal(h, conv, expand, shortcut, reduce, tile) is None:
+    taken = takes(h, conv, expand, shortcut, reduce, tile)
+    if tile.halo and taken:
         from .expand_shift_halo import bind_expand_shift_halo
 
         return bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)
     boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
     if tile.ring:
-        if boxes and tail_ring.refusal(h, conv, expand, shortcut, reduce, tile) is None:
+        if taken:
             from .expand_shift_ring import bind_expand_shift_ring
 
             return bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)

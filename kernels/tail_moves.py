@@ -45,7 +45,7 @@ def tile_at(
     """First image, row and column of a tile."""
     n = tile // (TILES_Q * TILES_P) * desc.block_shape[1]
     p = tile // TILES_Q % TILES_P * desc.block_shape[0]
-    q = tile % TILES_Q * desc.block_shape[3]
+    q = tile % TILES_Q * desc.block_shape[2]
     return n, p, q
 
 
@@ -68,50 +68,41 @@ def rows_of(memory, slot, first, count, height, _semantic=None):
 
 @gluon.jit
 def load_pixels(
-    images,  # descriptors of h, of the edge below it or None, and of the residual or None
-    ring,  # pixels [STAGES*HEIGHT, ACROSS, 64] and barriers
+    images,  # descriptors of h, of the edge below it or None, and of the residual
+    pool,  # pixels [STAGES*HEIGHT, ACROSS, 64] and barriers
     coming,  # what is loaded next: slot, step, tile and the tile's n, p, q
-    sizes,  # TILES, TILES_P, TILES_Q
-    C: gl.constexpr,
-    HALF: gl.constexpr,
-    TAPS: gl.constexpr,  # steps of the 3x3
-    STEPS: gl.constexpr,  # of a tile
-    PROGRAMS: gl.constexpr,
+    sizes,  # TILES, TILES_P, TILES_Q, and programs
+    LOADS: gl.constexpr,  # steps of the 3x3
+    CHUNKS: gl.constexpr,
 ):
     """Ask for the pixels of the step that is loaded next; the one after it."""
     h_desc, edge_desc, other_desc = images
-    pixels, bars = ring
+    pixels, bars = pool
     slot, step, tile, n, p, q = coming
-    TILES, TILES_P, TILES_Q = sizes
+    TILES, TILES_P, TILES_Q, PROGRAMS = sizes
     STAGES: gl.constexpr = bars.shape[0]
     HEIGHT: gl.constexpr = pixels.shape[0] // STAGES
     ROWS: gl.constexpr = h_desc.block_shape[0]
+    WIDTH: gl.constexpr = h_desc.block_shape[3]
     wanted = tile < TILES
     bar, box = bars.index(slot), view(rows_of(pixels, slot, 0, ROWS, HEIGHT), h_desc.block_shape, h_desc.layout)
-    if step < TAPS:
+    if step < LOADS:
         if edge_desc is not None:
             EDGE: gl.constexpr = edge_desc.block_shape[0]
             mbarrier.expect(bar, h_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=wanted)
-            w = q + step % 3 - 1
-            c = step // 3 * h_desc.block_shape[4]
-            tma_load(h_desc, [p - 1, n, 0, w, c], bar, box, pred=wanted)
+            c = step // 3 * WIDTH
+            tma_load(h_desc, [p - 1, n, q + step % 3 - 1, c], bar, box, pred=wanted)
             below = view(rows_of(pixels, slot, ROWS, EDGE, HEIGHT), edge_desc.block_shape, edge_desc.layout)
-            tma_load(edge_desc, [p - 1 + ROWS, n, 0, w, c], bar, below, pred=wanted)
+            tma_load(edge_desc, [p - 1 + ROWS, n, q + step % 3 - 1, c], bar, below, pred=wanted)
         else:
-            h = step % 3 - 1  # of the tap, from the pixel STRIDE*p
-            w = step % 9 // 3 - 1
             mbarrier.expect(bar, h_desc.block_type.nbytes, pred=wanted)
-            c = (w & HALF) * C + step // 9 * h_desc.block_shape[4]
-            tma_load(h_desc, [p + (h >> HALF), n, h & HALF, q + (w >> HALF), c], bar, box, pred=wanted)
+            at = [p + step % 3 - 1, n, q + step % 9 // 3 - 1, step // 9 * WIDTH]
+            tma_load(h_desc, at, bar, box, pred=wanted)
     else:
-        if other_desc is not None:
-            mbarrier.expect(bar, other_desc.block_type.nbytes, pred=wanted)
-            c = (step - TAPS) * other_desc.block_shape[4]
-            tma_load(other_desc, [p, n, 0, q, c], bar, box, pred=wanted)
-        else:  # nothing comes, and the barrier's phase ends as if it had
-            mbarrier.expect(bar, 0, pred=wanted)
+        mbarrier.expect(bar, other_desc.block_type.nbytes, pred=wanted)
+        tma_load(other_desc, [p, n, q, (step - LOADS) * WIDTH], bar, box, pred=wanted)
     step += 1
-    if step == STEPS:
+    if step == LOADS + CHUNKS:
         step = 0
         tile += PROGRAMS
         n, p, q = tile_at(tile, TILES_P, TILES_Q, h_desc)
@@ -119,80 +110,57 @@ def load_pixels(
 
 
 @gluon.jit
-def _load_halves(desc, k, c, bar, block, wanted):
-    """Ask for 64 filters' channels from c on, 64 of them and the 64 behind them."""
-    WIDTH: gl.constexpr = desc.block_shape[1]
-    for half in gl.static_range(2):
-        tma_load(desc, [k, c + half * WIDTH], bar, block.slice(half * WIDTH, WIDTH), pred=wanted)
-
-
-@gluon.jit
 def load_filters(
-    weights,  # descriptors of the four layers
+    weights,  # descriptors of the three layers
     ring,  # filters [STAGES, 128, 64] and barriers
     coming,  # what is loaded next: slot, step and tile
-    TILES,
-    C: gl.constexpr,
-    TAPS: gl.constexpr,  # steps of the 3x3
+    sizes,  # see `load_pixels`
     CHUNKS: gl.constexpr,
-    PAIRS: gl.constexpr,  # blocks of a chunk's downsample branch
     GROUPS: gl.constexpr,  # blocks of a chunk's part of the next reduce
-    PROGRAMS: gl.constexpr,
 ):
     """Ask for the block of filters that is loaded next; the one after it.
 
-    Behind the taps they come in the order of `tail_chunk`: what makes a chunk goes before what reduces the one in front
-    of it.
+    Behind the taps they come in the order of `tail_chunk`: what makes a chunk, then what reduces the last but one.
     """
-    w_desc, w3_desc, w2_desc, w1_desc = weights
+    w_desc, w3_desc, w1_desc = weights
     filters, bars = ring
     slot, step, tile = coming
     WIDTH: gl.constexpr = w_desc.block_shape[1]
-    MAKE: gl.constexpr = 1 + PAIRS  # blocks that make a chunk
-    EACH: gl.constexpr = MAKE + GROUPS
-    wanted = tile < TILES
+    PIECES: gl.constexpr = w_desc.block_shape[0] // WIDTH  # of the 3x3's channels
+    TAPS: gl.constexpr = 9 * PIECES
+    EACH: gl.constexpr = 1 + GROUPS
+    wanted = tile < sizes[0]
     bar, block = bars.index(slot), filters.index(slot)
     mbarrier.expect(bar, w_desc.block_type.nbytes, pred=wanted)
     if step < TAPS:
         tap = step % 3 * 3 + step % 9 // 3  # column by column
-        tma_load(w_desc, [0, tap * C + step // 9 * WIDTH], bar, block, pred=wanted)
+        tma_load(w_desc, [0, tap * (PIECES * WIDTH) + step // 9 * WIDTH], bar, block, pred=wanted)
     else:
         order = step - TAPS
-        if order >= MAKE:  # no part of the next reduce goes between the first two chunks
-            order += GROUPS
+        order += gl.minimum(order, 2) * GROUPS  # nothing is reduced while the first two chunks are made
         chunk = order // EACH
         part = order % EACH
-        if chunk == CHUNKS:  # only the last part of the next reduce is left
-            part += MAKE
-        k = chunk * WIDTH
+        if GROUPS > 0:  # noqa: SIM102 - known when it is compiled
+            if chunk >= CHUNKS:  # the last two chunks are still to be reduced
+                part = 1 + (order - CHUNKS * EACH) % GROUPS
+                chunk = CHUNKS + (order - CHUNKS * EACH) // GROUPS
         if part == 0:
-            _load_halves(w3_desc, k, 0, bar, block, wanted)
+            for piece in gl.static_range(PIECES):
+                half = block.slice(piece * WIDTH, WIDTH)
+                tma_load(w3_desc, [chunk * WIDTH, piece * WIDTH], bar, half, pred=wanted)
         else:
-            if PAIRS > 0:  # noqa: SIM102 - known when it is compiled
-                if part < MAKE:
-                    _load_halves(w2_desc, k, (part - 1) * (2 * WIDTH), bar, block, wanted)
-            if GROUPS > 0:  # noqa: SIM102
-                if part >= MAKE:
-                    tma_load(w1_desc, [(part - MAKE) * (2 * WIDTH), k - WIDTH], bar, block, pred=wanted)
+            if GROUPS > 0:
+                at = [(part - 1) * (2 * WIDTH), (chunk - 2) * WIDTH]
+                tma_load(w1_desc, at, bar, block, pred=wanted)
     step += 1
     if step == TAPS + CHUNKS * EACH:
         step = 0
-        tile += PROGRAMS
+        tile += sizes[3]
     return _next(slot, filters.shape[0]), step, tile
 
 
 @gluon.jit
-def load_whole(desc, memory, bar, n, p, q, wanted):
-    """Ask for all channels of a tile's pixels."""
-    PIECES: gl.constexpr = memory.shape[0]
-    mbarrier.expect(bar, PIECES * desc.block_type.nbytes, pred=wanted)
-    for piece in gl.static_range(PIECES):
-        box = view(memory.index(piece), desc.block_shape, desc.layout)
-        tma_load(desc, [p, n, 0, q, piece * desc.block_shape[4]], bar, box, pred=wanted)
-
-
-@gluon.jit
-def store_reduced(desc, memory, sums, norm, n, p, q, piece: gl.constexpr):
+def store_reduced(desc, memory, sums, norm, where, piece: gl.constexpr):
     """128 channels of g, from a piece of 64 on, leave by the memory of h2."""
     WIDTH: gl.constexpr = memory.shape[2]
     PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
@@ -203,4 +171,4 @@ def store_reduced(desc, memory, sums, norm, n, p, q, piece: gl.constexpr):
     fence_async_shared()
     for half in gl.static_range(2):
         box = view(memory.index(half), desc.block_shape, desc.layout)
-        tma_store(desc, [p, n, 0, q, (piece + half) * WIDTH], box)
+        tma_store(desc, [where[1], where[0], where[2], (piece + half) * WIDTH], box)

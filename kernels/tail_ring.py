@@ -11,7 +11,7 @@ from .gpu import gpu_of
 from .ring import SHARED, WIDTH
 from .tiles import StageTile
 
-#: pixels of a program of `expand_shift_ring`, which has eight warps; of 256 the registers hold no more than 128 sums
+#: pixels of a program of `expand_shift_ring`, which has eight warps; with 256 no registers are left for a next reduce
 PIXELS = (128, 256)
 
 
@@ -30,46 +30,46 @@ def halo_stages(tile: StageTile, box: Box) -> int:
     return stages if fits else 0
 
 
-def shared_of(tile: StageTile, outputs: int, reduced: int, second: int) -> int:
+def shared_of(tile: StageTile, outputs: int, reduced: int) -> int:
     """Bytes of shared memory of a program of `expand_shift_ring`.
 
     Args:
         tile: its `tap_stages` boxes of pixels and `chunk_stages` blocks of filters are in the rings.
         outputs: channels of the expand.
         reduced: of the next reduce, 0 without one.
-        second: of the downsample branch's input, 0 without one.
     """
     pixels = 2 * tile.block_m * WIDTH
     rings = tile.tap_stages * (pixels + 8) + tile.chunk_stages * (4 * WIDTH * WIDTH + 8)
-    kept = (2 * WIDTH + second) // WIDTH * pixels
-    vectors = 8 * (2 * WIDTH + outputs * (2 if second else 1) + reduced)
-    return rings + kept + vectors + 64  # barriers begin at multiples of 16 bytes
+    vectors = 8 * (2 * WIDTH + outputs + reduced)
+    return rings + 2 * pixels + vectors + 64  # barriers begin at multiples of 16 bytes
 
 
 def tiles_for(width: int, outputs: int, reduced: int, second: int) -> list[StageTile]:
-    """The tiles of `expand_shift_ring` for these channels, with as deep rings as fit; see `shared_of`."""
-    stages = {128: (3, 4) if second else (5, 6), 256: (3, 3)}
+    """The tiles of `expand_shift_ring` for these channels, with as deep rings as fit; see `channels_refusal`."""
+    stages = {128: (6, 5), 256: (3, 3)}
     found = [StageTile(m, WIDTH, WIDTH, 8, *stages[m], tma=True, ring=True) for m in PIXELS]
     return [tile for tile in found if channels_refusal(width, outputs, reduced, second, tile) is None]
 
 
 def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: StageTile) -> str | None:
-    """Why `expand_shift_ring` has no tile for these channels; None when it does. See `shared_of`.
+    """Why `expand_shift_ring` has no tile for these channels; None when it does.
 
-    The filters of a chunk are needed together, so that their ring has to hold them.
+    `second` are the channels of a downsample branch's input: with one, filters would come as fast as they are used, and
+    an H100 is faster layer by layer. See `shared_of` for the others. What a turn over a chunk uses is in the ring
+    together.
     """
-    if width != 2 * WIDTH or outputs % WIDTH or outputs & (outputs - 1):
+    if width != 2 * WIDTH or outputs < 2 * WIDTH or outputs & (outputs - 1):
         return f"channels that are not {2 * WIDTH}, or not expanded to a power of two"
-    if second % (2 * WIDTH) or reduced not in (0, 2 * WIDTH, 4 * WIDTH):
-        return f"a branch or a next reduce whose channels do not make blocks of {2 * WIDTH}"
-    few = second > 0 or reduced > 2 * WIDTH
+    if second:
+        return "a downsample branch"
+    if reduced not in (0, 2 * WIDTH, 4 * WIDTH):
+        return f"a next reduce whose channels do not make blocks of {2 * WIDTH}"
     sizes = (tile.block_n, tile.block_k, tile.num_warps)
-    if tile.block_m not in PIXELS[: 1 if few else 2] or sizes != (WIDTH, WIDTH, 8):
+    if tile.block_m not in PIXELS[: 1 if reduced else 2] or sizes != (WIDTH, WIDTH, 8):
         return f"a tile {tile}"
-    blocks = 1 + (second + reduced) // (2 * WIDTH)
-    if tile.tap_stages < 2 or tile.chunk_stages < max(2, blocks):
+    if tile.tap_stages < 2 or tile.chunk_stages < max(2, 1 + reduced // (2 * WIDTH)):
         return f"a tile {tile} with too short rings"
-    if shared_of(tile, outputs, reduced, second) > SHARED - 1024:
+    if shared_of(tile, outputs, reduced) > SHARED - 1024:
         return f"a tile {tile} that does not fit shared memory"
     return None
 
@@ -81,8 +81,8 @@ def refusal(h, conv, expand, shortcut, reduce, tile: StageTile) -> str | None:
     if not gpu_of(h.device).halo:
         return "another chip than Hopper, or a Triton whose Gluon is not known"
     k, c, r, s = conv.weight.shape
-    if k != c or (r, s, conv.padding, conv.dilation) != (3, 3, (1, 1), (1, 1)):
-        return "no 3x3 to as many channels with a padding and dilation of 1"
+    if k != c or (r, s, conv.padding, conv.dilation, conv.stride) != (3, 3, (1, 1), (1, 1), (1, 1)):
+        return "no 3x3 to as many channels with a padding, dilation and stride of 1"
     second = 0 if shortcut is None else shortcut.weight.shape[1]
     reduced = 0 if reduce is None else reduce.weight.shape[0]
     return channels_refusal(k, expand.weight.shape[0], reduced, second, tile)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from fused_resblock.backends.asked import Asked
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import bind_stage, candidates
 from fused_resblock.kernels.tables import stage_name
+from fused_resblock.kernels.tail_ring import channels_refusal
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import BatchNorm, Conv, Epilogue
 from fused_resblock.tuning import MARGIN
@@ -102,6 +103,11 @@ def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
     found = candidates(shape.width, shape.outputs, item, bool(shape.second), gpu)
     if not found:
         return []
+    rings = [tile for tile in found if tile.ring]
+    for stages in ((5, 6), (4, 7), (8, 3)):  # of both rings, in as much memory
+        for tile in (replace(ring, tap_stages=stages[0], chunk_stages=stages[1]) for ring in rings):
+            if channels_refusal(shape.width, 4 * shape.width, shape.outputs, shape.second, tile) is None:
+                found.append(tile)
     block_k = found[0].block_k
     for block_m, block_n, warps in ((64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8), (64, 64, 8)):
         for tap_stages, chunk_stages in ((3, 2), (4, 2), (2, 1)) if item == 2 else ((2, 2), (2, 1)):

@@ -153,12 +153,14 @@ def bind_expand_shift(
     apart: Callable[..., BoundPair],
 ) -> BoundPair | None:
     """See `backends.bind_expand_shift`; `apart` binds the same conv by conv."""
-    from ..kernels.stage import bind_stage, choose_stage_tile, gemms_of
+    from ..kernels.stage import bind_stage, choose_stage_tile, gemms_of, takes
     from ..kernels.tables import stage_name
 
     if stage_refusal(conv, expand, shortcut, reduce) is not None or (h.dtype == torch.float32 and not tf32_allowed()):
         return None  # no tile of fp32 products fits the registers
     entry = tuned.lookup_stage(h, conv, stage_name(conv, expand, shortcut, reduce))
+    if entry is not None and entry.tile and not takes(h, conv, expand, shortcut, reduce, entry.tile):
+        entry = None  # what was measured is not what would run
     if not force and (entry is None or not entry.faster):
         return None
     tile = None if entry is None else entry.tile
