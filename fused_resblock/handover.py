@@ -138,8 +138,8 @@ def _leave(stage: nn.Module, step: BoundStep, y: Tensor, value: Tensor) -> None:
         _thread.waiting[target] = Head(link, step, guard, weakref.ref(y), _state(y), signature(y), _capture(y), value)
 
 
-def _claim(stage: nn.Module, program: Program, x: Tensor) -> Tensor | None:
-    """The head that waits for a chain, if it is one of x and of the step that the program begins with."""
+def _claim(stage: nn.Module, program: Program, x: Tensor) -> list[Tensor] | None:
+    """The head that waits for a chain, alone in a list, if it is one of x and of the program's first step."""
     head = _thread.waiting.pop(stage, None)
     if head is None or head.y() is not x or head.step is not program.ends.first:
         return None
@@ -151,7 +151,7 @@ def _claim(stage: nn.Module, program: Program, x: Tensor) -> Tensor | None:
     if head.capture is not _capture(x):
         return None
     head.link.unclaimed = 0
-    return head.value
+    return [head.value]
 
 
 def _state(y: Tensor) -> tuple[object, ...]:

@@ -56,20 +56,21 @@ class Program:
         """The output, channels_last and without autograd."""
         return self.run(x)[0]
 
-    def run(self, x: Tensor, head: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def run(self, x: Tensor, head: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """The output, and what the next chain's first step makes of it where the program computes that.
 
         Args:
             x: the input.
-            head: the first operation's result where it is known already.
+            head: holds the first operation's result where it is known already, and is emptied: so it dies when it is
+                read for the last time.
         """
         operations = self._operations
         keep(operations)
         if self._dtype is not None:
             x = x.to(self._dtype)
         values: list[Any] = [x.contiguous(memory_format=torch.channels_last), *self._slots]
-        if head is not None:
-            values[1], operations = head, operations[1:]
+        if head:
+            values[1], operations = head.pop(), operations[1:]
         for run, main, other, out, dead in operations:
             values[out] = run(values[main], values[other])
             for value in dead:

@@ -30,11 +30,14 @@ from .kept_norms import keep_norm, norm_vectors, scaled
 from .launch import Launch, interpreted
 from .ring import WIDTH
 from .tail_chunk import buffer_of, chunk, ended, expand, reduce
-from .tail_moves import load_filters, load_pixels, store_reduced, tile_at
+from .tail_moves import ask_ahead, load_filters, load_pixels, store_reduced, tile_at
 from .tail_ring import EDGE, by_boxes, halo_stages
 from .tail_taps import convolve, rows_first
 from .taps import columns, matrix_box
 from .tiles import StageTile
+
+PREFETCH = True
+STAGGER = 0
 
 
 @gluon.jit
@@ -44,6 +47,7 @@ def _expand_shift_ring_kernel(
     other_desc,  # residual [H, N, W, K]
     y_desc,  # [H, N, W, K] output of the block
     g_desc,  # [H, N, W, G] output of the next block's reduce, or None
+    other_ptr,  # the residual itself, where it comes to L2 ahead, or None
     w_desc,  # [C, 9*C], in blocks of 128x64
     w3_desc,  # [K, C], in blocks of 64x64
     w1_desc,  # [G, K] of the next reduce, or None; in blocks of 128x64
@@ -62,6 +66,9 @@ def _expand_shift_ring_kernel(
     var1_ptr,
     gamma1_ptr,
     beta1_ptr,
+    N,
+    P,
+    Q,
     TILES,
     TILES_P,  # boxes along rows and columns of an image
     TILES_Q,
@@ -74,6 +81,8 @@ def _expand_shift_ring_kernel(
     PIXEL_STAGES: gl.constexpr,
     FILTER_STAGES: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    PREFETCH: gl.constexpr,  # see `ask_ahead`
+    STAGGER: gl.constexpr,
     PDL: gl.constexpr,  # see `dependent`
 ):
     """h2 = relu(bn(conv3x3(h))); y = relu(bn3(h2 W3) + other); g = relu(bn1(y W1)).
@@ -123,10 +132,14 @@ def _expand_shift_ring_kernel(
     for _ in gl.static_range(PIXEL_STAGES):
         box = load_pixels(images, pool, box, sizes, LOADS, CHUNKS)
 
+    if STAGGER is not None:
+        gl.inline_asm_elementwise(STAGGER, "=r,r", [tile % 2], gl.int32, is_pure=False, pack=1)
     used, coming = (0, 0, 0, 0), (box, block)  # slots and phases of the pixels and of the filters that are used next
     memory, descs = (pool, ring, h2), (images, weights, y_desc)
     while tile < TILES:
         where = tile_at(tile, TILES_P, TILES_Q, h_desc)
+        if other_ptr is not None:
+            ask_ahead(other_ptr, where, N, P, Q, K, other_desc, PREFETCH)
         acc = gl.zeros([BLOCK_M, C], gl.float32, MMA)
         acc, used, coming = convolve(acc, used, coming, (pool, ring), (images, weights), sizes, LOADS, CHUNKS, GROUPS)
         tma.store_wait(0)  # the last g has left
@@ -211,6 +224,8 @@ def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: Stage
     programs = min(count, gpu_of(h.device).multiprocessors)
     layers = (conv, expand, reduce)
     with_halo = halo_stages(tile, box)
+    part = 2 * k * tile.block_m // (32 * tile.num_warps)  # bytes that a thread asks for
+    prefetch = f"cp.async.bulk.prefetch.L2.global [$1], {part}; mov.b32 $0, 0;" if PREFETCH else None
     launch = Launch(
         _expand_shift_ring_kernel,
         (programs,),
@@ -219,10 +234,11 @@ def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: Stage
             matrix_box(expand.weight, k, c, (WIDTH, WIDTH)),
             None if reduce is None else matrix_box(reduce.weight, outputs, k, (2 * WIDTH, WIDTH)),
             *(v for layer in layers for v in layer_vectors(layer)),
-            *(count, -(-p // box.rows), -(-q // box.columns)),
+            *(n, p, q, count, -(-p // box.rows), -(-q // box.columns)),
             *(c, k, outputs),
             *(0.0 if layer is None else eps_of(layer.norm) for layer in layers),
-            *(with_halo or tile.tap_stages, tile.chunk_stages, programs),
+            *(with_halo or tile.tap_stages, tile.chunk_stages, programs, prefetch),
+            f"{{ .reg .pred p; setp.ne.u32 p, $1, 0; @p nanosleep.u32 {STAGGER}; mov.b32 $0, 0; }}" if STAGGER else None,
         ),
         h.device,
         num_warps=tile.num_warps,
@@ -238,7 +254,7 @@ def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: Stage
         y = other if overwrite else torch.empty((n, k, p, q), **empty)
         g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
         edge = of_edge(h) if with_halo else None
-        launch(of_h(h), edge, of_other(other), of_y(y), None if g is None else of_g(g))
+        launch(of_h(h), edge, of_other(other), of_y(y), None if g is None else of_g(g), other if PREFETCH else None)
         return y, g
 
     return run

@@ -110,6 +110,32 @@ def load_pixels(
 
 
 @gluon.jit
+def ask_ahead(
+    other_ptr,  # residual [N, P, Q, K]
+    where,  # of the tile: n, p, q
+    N,
+    P,
+    Q,
+    K: gl.constexpr,
+    desc,  # of the residual, in boxes of a tile; see `tail_taps.rows_first`
+    PREFETCH: gl.constexpr,  # the instruction for a thread's part of the tile
+):
+    """Have a tile's residual come to L2 while the 3x3 is computed: else device memory would rest until the chunks."""
+    ROWS: gl.constexpr = desc.block_shape[0]
+    IMAGES: gl.constexpr = desc.block_shape[1]
+    COLUMNS: gl.constexpr = desc.block_shape[2]
+    THREADS: gl.constexpr = 32 * gl.num_warps()
+    PARTS: gl.constexpr = THREADS // (ROWS * IMAGES * COLUMNS)  # of a pixel's channels
+    thread = gl.arange(0, THREADS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    pixel = thread // PARTS
+    n = gl.minimum(where[0] + pixel // COLUMNS % IMAGES, N - 1)
+    p = gl.minimum(where[1] + pixel // (COLUMNS * IMAGES), P - 1)
+    q = gl.minimum(where[2] + pixel % COLUMNS, Q - 1)
+    part = ((n.to(gl.int64) * P + p) * Q + q) * K + thread % PARTS * (K // PARTS)
+    gl.inline_asm_elementwise(PREFETCH, "=r,l", [other_ptr + part], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def load_filters(
     weights,  # descriptors of the three layers
     ring,  # filters [STAGES, 128, 64] and barriers
