@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from . import tail_ring
@@ -181,8 +180,6 @@ def _ring_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilin
     """One program a multiprocessor, whose loads run ahead: products, and a chunk's way through the registers."""
     conv, expand, second, reduce = gemms
     cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
-    twice = conv.taps // 2 * conv.m * conv.k * itemsize  # a box for three taps of four rows has six
-    cost = replace(cost, l2=cost.l2 - twice)
     rate = 2 * tile.block_m * chip.multiprocessors / chip.matrix
     products = rate * sum(gemm.filters for gemm in gemms if gemm is not None)
     chunks = expand.n // tile.block_n

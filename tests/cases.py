@@ -141,8 +141,13 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     weight = norm.weight
     if weight is None and norm.bias is not None:  # on CUDA torch has no gradient of a bias alone
         weight = torch.ones_like(norm.bias)
-    # F.batch_norm of torch 2.11 refuses eps 0, and with cuDNN there is no vmap of it
-    return torch.batch_norm(x, weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, False)
+    if x.is_cuda and torch._C._functorch.peek_interpreter_stack() is not None:  # cuDNN's has no vmap
+        rows = (None if v is None else v[:, None, None] for v in (norm.mean, norm.var, weight, norm.bias))
+        mean, var, weight, bias = rows
+        z = (x - mean) / (var + norm.eps).sqrt()
+        return z if weight is None else z * weight + (0 if bias is None else bias)
+    # F.batch_norm of torch 2.11 refuses eps 0
+    return torch.batch_norm(x, weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, True)
 
 
 def conv_bn_act_reference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fused_resblock.backends import asked, tuned
 from fused_resblock.kernels.tables import StageEntry
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.models import randomize_norms
+from fused_resblock.program import Operation, Program
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
@@ -213,3 +215,24 @@ def test_tune_asks_for_heads_and_a_table_decides(monkeypatch):
     assert any(weight is fused.layer2[0].conv1.weight for weight in reduces)
     # what ends the last chain has no next; what ends the other has, from the second forward on
     assert [merged(layer) for layer in (fused.layer1, fused.layer2)] == [2, 1]
+
+
+def test_a_head_dies_when_it_was_read_for_the_last_time():
+    head, alive = torch.ones(1, 1, 2, 2), []
+    seen = weakref.ref(head)
+
+    def last(y, x):
+        alive.append(seen() is not None)
+        return y + x
+
+    steps = [
+        Operation(lambda x, _: x, 0, -1, 1, ()),
+        Operation(lambda h, _: 2 * h, 1, -1, 2, (1,)),
+        Operation(last, 2, 0, 3, (2,)),
+    ]
+    heads = [head]
+    del head
+    y, _ = Program(None, steps).run(torch.zeros(1, 1, 2, 2), heads)
+    assert (y == 2).all()
+    assert alive == [False]
+    assert not heads

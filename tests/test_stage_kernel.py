@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BF16, FP16, FP32, require
@@ -90,7 +92,9 @@ def test_off_unless_a_table_says_so(monkeypatch):
 
     monkeypatch.setattr(tuned, "lookup_stage", lookup)
     tile = StageTile(32, 16, 16, 4, 1, 1)
-    for answer, count in ((None, 0), (StageEntry(48, False, tile), 0), (StageEntry(48, True, tile), 3)):
+    not_taken = StageEntry(48, True, replace(tile, ring=True)), StageEntry(48, True, replace(tile, halo=True))
+    entries = (None, 0), (StageEntry(48, False, tile), 0), (StageEntry(48, True, tile), 3), *((e, 0) for e in not_taken)
+    for answer, count in entries:
         answers["64"] = answer
         fused = frb.fuse(reference, backend="triton")
         with torch.no_grad():

@@ -10,6 +10,7 @@ from cases import BACKENDS, FP64, ConvCase, bn_act_reference, conv_bn_act_refere
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import fused_resblock as frb
+from fused_resblock.backends import eager
 from fused_resblock.functional import bn_act, conv_bn_act
 
 SMALL = ConvCase(batch=1, channels=2, out_channels=2, size=(3, 3), residual=1)
@@ -89,6 +90,16 @@ def test_bn_act(transform, backend):
     x = image(2, 3, 4, 3, dtype=FP64)
     fused = transform(lambda x: bn_act(x, norm, residual=x, backend=backend), x)
     torch.testing.assert_close(fused, transform(lambda x: bn_act_reference(x, norm, residual=x), x))
+
+
+@pytest.mark.parametrize("kind", ["affine", "gamma", "beta", "plain", "eps0"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_norm_by_hand_is_torchs(kind, dtype):
+    """What stands in for torch's in a function transform on a GPU."""
+    norm, x = make_norm(5, kind, torch.promote_types(dtype, torch.float32)), image(2, 5, 4, 3, dtype=dtype)
+    by_hand = eager._by_hand(x, norm)
+    assert by_hand.dtype == dtype
+    torch.testing.assert_close(by_hand, eager.normalize(x, norm))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

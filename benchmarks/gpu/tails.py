@@ -104,7 +104,7 @@ def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
     if not found:
         return []
     rings = [tile for tile in found if tile.ring]
-    for stages in ((5, 6), (4, 7), (8, 3)):  # of both rings, in as much memory
+    for stages in ((6, 5), (4, 7)):  # of both rings, in as much memory
         for tile in (replace(ring, tap_stages=stages[0], chunk_stages=stages[1]) for ring in rings):
             if channels_refusal(shape.width, 4 * shape.width, shape.outputs, shape.second, tile) is None:
                 found.append(tile)

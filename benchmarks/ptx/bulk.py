@@ -193,19 +193,6 @@ def _fence(i: Instruction) -> Step:
     return run
 
 
-def _prefetch(i: Instruction) -> Step:
-    """Only the bounds are looked at: what comes to L2 early changes no result."""
-    where, count = addresses(i.operands[0]), source(i.operands[1], "u32")
-
-    def run(g: Grid, active: Array | None) -> None:
-        chosen = active_of(g, active)
-        first, last = where(g)[chosen], where(g)[chosen] + np.broadcast_to(count(g), g.size)[chosen]
-        if (first % 16).any() or (first < g.memory.BASE).any() or (last > g.memory.BASE + g.memory.bytes.size).any():
-            raise Fault("a prefetch of what is no memory of the kernel's, or not aligned")
-
-    return run
-
-
 _COMMIT, _WAIT = groups_of("stores")
 BUILDERS: dict[str, Builder] = {
     "mbarrier.init": _init,
@@ -213,7 +200,6 @@ BUILDERS: dict[str, Builder] = {
     "mbarrier.arrive.expect_tx": _expect,
     "mbarrier.try_wait": _try_wait,
     "cp.async.bulk.tensor": _tensor,
-    "cp.async.bulk.prefetch.L2": _prefetch,
     "cp.async.bulk.commit_group": _COMMIT,
     "cp.async.bulk.wait_group": _WAIT,
     "fence.proxy.async": _fence,

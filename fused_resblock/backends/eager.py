@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..params import BatchNorm, Bound, Conv, Epilogue
+from ..transforms import composed
 from .select import Problem
 
 
@@ -24,17 +25,23 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
     """Inference batch norm of `x`, or `x` itself."""
     if norm is None:
         return x
+    if x.is_cuda and composed((x,)):  # torch cannot tell the memory format of what `vmap` maps over
+        return _by_hand(x, norm)
     weight = norm.weight
     if weight is None and norm.bias is not None:  # on CUDA torch has no gradient of a bias alone
         weight = torch.ones_like(norm.bias)
     # not F.batch_norm: in torch 2.11 it refuses the eps 0 of a frozen norm
-    return torch.batch_norm(x, weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, _cudnn())
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps, cudnn)
 
 
-def _cudnn() -> bool:
-    """Whether cuDNN may normalise: not in a function transform, for which torch cannot tell the memory format."""
-    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    return torch.backends.cudnn.enabled and not transformed
+def _by_hand(x: Tensor, norm: BatchNorm) -> Tensor:
+    """Batch norm in elementwise operations, with statistics as wide as x at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, var, weight, bias = (None if v is None else v.to(wide)[:, None, None] for v in norm[:4])
+    y = (x.to(wide) - mean) * torch.rsqrt(var + norm.eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def convolve(x: Tensor, conv: Conv) -> Tensor:
