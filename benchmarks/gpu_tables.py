@@ -9,7 +9,7 @@ from .tables import NOT_MEASURED, markdown
 
 Rows = Sequence[Mapping[str, str]]
 #: columns of a GPU's table, by the providers of `benchmarks.gpu.networks`
-PROVIDERS = ("eager", "cudnn", "compile", "max-autotune", "fused")
+PROVIDERS = ("eager", "cudnn", "compile", "max-autotune", "conv-by-conv", "fused")
 
 
 def _ms(us: str) -> str:
@@ -100,5 +100,5 @@ def networks(rows: Rows) -> str:
         lines = [line for case, of_case in of_run.items() if (line := _network(case, of_case)) is not None]
         head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. fp16, CUDA graphs, median milliseconds."
         if lines:
-            text.append(f"{head}\n\n{markdown(headers, lines, numbers=8)}")
+            text.append(f"{head}\n\n{markdown(headers, lines, numbers=9)}")
     return "\n\n".join(text) or NOT_MEASURED

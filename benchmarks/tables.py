@@ -48,11 +48,11 @@ def machine_line(rows: Sequence[Row]) -> str:
     )
 
 
-def _per_machine(rows: Sequence[Row], kinds: Sequence[str], table: Callable[[list[Row]], str]) -> str:
-    chosen = [row for row in rows if row.benchmark in kinds]
-    if not chosen:
-        return NOT_MEASURED
-    return "\n\n".join(f"{machine_line(group)}\n\n{table(group)}" for group in machines(chosen))
+def _per_machine(rows: Sequence[Row], kinds: Sequence[str], table: Callable[[list[Row], bool], str]) -> str:
+    """A table for each machine; the first is told so, and says what it lacks, the others only what they have."""
+    groups = machines([row for row in rows if row.benchmark in kinds])
+    tables = [f"{machine_line(group)}\n\n{table(group, group is groups[0])}" for group in groups]
+    return "\n\n".join(tables) or NOT_MEASURED
 
 
 def _ms(row: Row | None) -> str:
@@ -79,11 +79,11 @@ def _times(value: float | None) -> str:
 
 
 def latency(rows: Sequence[Row]) -> str:
-    """Latency of every case: the standard ones, measured or not, then any others that were measured."""
+    """Latency of every case: the standard ones, on the first machine measured or not, then any that were measured."""
 
-    def table(group: list[Row]) -> str:
+    def table(group: list[Row], first: bool) -> str:
         find = goals.finder(group)
-        keys = list(product(NETWORKS, PARTS, DTYPES, BATCHES, [SIZE]))
+        keys = list(product(NETWORKS, PARTS, DTYPES, BATCHES, [SIZE])) if first else []
         keys += [(row.network, row.part, row.dtype, row.batch, row.size) for row in group]
         lines = []
         for key in dict.fromkeys(keys):
@@ -105,8 +105,9 @@ def latency(rows: Sequence[Row]) -> str:
 def judged(rows: Sequence[Row]) -> str:
     """Every goal, what was measured, whether it is met, and whether it applies to the machine."""
 
-    def table(group: list[Row]) -> str:
-        return markdown(["goal", "measured", "met", "applies here"], goals.judge(group))
+    def table(group: list[Row], first: bool) -> str:
+        lines = [line for line in goals.judge(group) if first or line[1] != NOT_MEASURED]
+        return markdown(["goal", "measured", "met", "applies here"], lines)
 
     return _per_machine(rows, ["latency", "fuse", "packing"], table)
 
@@ -114,10 +115,11 @@ def judged(rows: Sequence[Row]) -> str:
 def fusing(rows: Sequence[Row]) -> str:
     """How long `fuse` takes, and how much longer than later ones the first call takes."""
 
-    def table(group: list[Row]) -> str:
+    def table(group: list[Row], first: bool) -> str:
         find = goals.finder(group)
         lines = []
-        for network, dtype in dict.fromkeys([*product(NETWORKS, DTYPES), *((r.network, r.dtype) for r in group)]):
+        standard = product(NETWORKS, DTYPES) if first else ()
+        for network, dtype in dict.fromkeys([*standard, *((r.network, r.dtype) for r in group)]):
             found = [find(benchmark=name, network=network, dtype=dtype) for name in ("fuse", "packing")]
             lines.append([network, dtype, *map(_ms, found)])
         headers = ["network", "dtype", "`fuse(model)` ms", "packing in the first call ms"]
@@ -129,7 +131,7 @@ def fusing(rows: Sequence[Row]) -> str:
 def memory(rows: Sequence[Row]) -> str:
     """Peak memory of a process that runs one network, and what the network itself holds."""
 
-    def table(group: list[Row]) -> str:
+    def table(group: list[Row], first: bool) -> str:
         lines = []
         for row in group:
             figures = (row.state_mib, row.packed_mib, row.imports_mib, row.peak_rss_mib)

@@ -76,6 +76,12 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "tail.other > 0",
             "tests/test_overwrite.py::test_output_over_a_residual_that_nobody_reads_any_more[the 3x3's input]",
         ),
+        (
+            "a head kept to the end",
+            "values[1], operations = head.pop(), operations[1:]",
+            "values[1], operations = head[0], operations[1:]",
+            "tests/test_handover.py::test_a_head_dies_when_it_was_read_for_the_last_time",
+        ),
     ],
     "fused_resblock/programs.py": [
         (

@@ -12,6 +12,22 @@ def _gradient(case: str) -> str:
 
 #: (name, old text, new text, killers) by file.
 USERS: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/backends/triton.py": [
+        (
+            "a table's tile for another kernel",
+            "if entry is not None and entry.tile and not takes(",
+            "if False and not takes(",
+            "tests/test_stage_kernel.py::test_off_unless_a_table_says_so",
+        ),
+    ],
+    "fused_resblock/backends/eager.py": [
+        (
+            "by hand without eps",
+            "torch.rsqrt(var + norm.eps)",
+            "torch.rsqrt(var)",
+            "tests/test_transforms.py::test_norm_by_hand_is_torchs[fp64-affine]",
+        ),
+    ],
     "fused_resblock/gradients.py": [
         (
             "a strided gradient is no batch",

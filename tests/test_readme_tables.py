@@ -36,6 +36,9 @@ def test_each_machine_has_a_table_of_its_own():
     rows += latency("resnet18", "whole", "float32", 1, medians, cpu="Other CPU", amx="no", commit="def-dirty")
     text = tables.latency(rows)
     assert text.count("| network |") == 2
+    first, second = text.split("Other CPU")
+    assert first.count("| resnet") == 16, "what the first lacks is said"
+    assert second.count("| resnet") == 1
     assert "Other CPU (AVX2, AMX, AMX-BF16, no AMX)" in text
     assert "(def with changes)" in text
 
