@@ -14,6 +14,7 @@ from . import results
 from .gpu_tables import PROVIDERS
 from .readme_tables import Sources, load
 from .results import Row
+from .tables import machines
 
 #: provider or floor -> colour; what is ours is the strongest
 COLOURS = {
@@ -76,10 +77,11 @@ def draw(panels: Mapping[str, Bars], unit: str, title: str, file: Path) -> None:
 
 
 def cpu(rows: Sequence[Row]) -> tuple[dict[str, Bars], str] | None:
-    """Latency by batch: a panel for one image, and one for the largest batch; with the machine."""
+    """Latency on the first machine by batch: a panel for one image, and one for the largest batch."""
     timed = [row for row in rows if row.benchmark == "latency" and row.median_ms is not None]
     if not timed:
         return None
+    timed = machines(timed)[0]
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for row in timed:
         panel = panels.setdefault(f"batch {row.batch}", {})
@@ -109,14 +111,17 @@ def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] |
 
 
 def gpu(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None:
-    """ResNet-18 and 50 as CUDA graphs, a panel a batch; the ways that the README's table tells of."""
+    """ResNet-18 and 50 as CUDA graphs, a panel a batch; the ways that the README's table tells of.
+
+    What was measured in several groups is shown as in the main one.
+    """
     shown = {f"{name}+graph" for name in PROVIDERS}
     timed = [row for row in rows if row.get("status") == "ok" and row["provider"] in shown and row["part"] == "whole"]
     timed = [row for row in timed if row["network"] in ("resnet18", "resnet50")]
     if not timed:
         return None
     panels: dict[str, dict[str, dict[str, float]]] = {}
-    for row in sorted(timed, key=lambda row: int(row["batch"])):
+    for row in sorted(timed, key=lambda row: (int(row["batch"]), row.get("group", "main") != "main")):
         panel = panels.setdefault(f"batch {row['batch']}", {})
         name = row["provider"].removesuffix("+graph")
         panel.setdefault(row["network"], {}).setdefault(name, float(row["median_ms"]))

@@ -36,6 +36,8 @@ def test_figures_are_those_of_the_rows():
     panels, title = plots.cpu(rows)
     assert panels == {"batch 1": {"resnet18 whole float32": {"eager": 4.0, "fused": 2.0}}}
     assert title.startswith("Test CPU, 2 threads")
+    other = latency("resnet50", "whole", "float32", 1, {"eager": 9.0}, cpu="Other CPU")
+    assert plots.cpu(rows + other) == (panels, title), "machines do not mix"
     panels, title = plots.roofline([{**ROOF, "block": "l1"}, ROOF])
     assert panels["networks (stem and body)"]["resnet50"]["predicted, with stages"] == 3371.4
     assert title.startswith("Not measured")
@@ -47,3 +49,7 @@ def test_gpu_bars():
     panels, title = plots.gpu([graph, {**graph, "provider": "fused"}, {**graph, "status": "failed"}])
     assert panels == {"batch 128": {"resnet50": {"fused": 2.5}}}
     assert title == "H100, torch 2.11, Triton 3.6, fp16"
+    compiled = [{**graph, "group": "compile", "median_ms": "2.9"}, {**graph, "group": "main"}]
+    assert plots.gpu([*compiled, {**compiled[0], "provider": "compile+graph"}])[0] == {
+        "batch 128": {"resnet50": {"fused": 2.5, "compile": 2.9}}
+    }
