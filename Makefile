@@ -35,7 +35,7 @@ demo: $(STAMP)
 
 # one process a core, and one thread each: most tests are far too small for more
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
