@@ -38,10 +38,16 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
 def _by_hand(x: Tensor, norm: BatchNorm) -> Tensor:
     """Batch norm in elementwise operations, with statistics as wide as x at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, var, weight, bias = (None if v is None else v.to(wide)[:, None, None] for v in norm[:4])
-    y = (x.to(wide) - mean) * torch.rsqrt(var + norm.eps)
-    y = y if weight is None else y * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+
+    def of_pixels(vector: Tensor) -> Tensor:
+        return vector.to(wide)[:, None, None]
+
+    y = (x.to(wide) - of_pixels(norm.mean)) * torch.rsqrt(of_pixels(norm.var) + norm.eps)
+    if norm.weight is not None:
+        y = y * of_pixels(norm.weight)
+    if norm.bias is not None:
+        y = y + of_pixels(norm.bias)
+    return y.to(x.dtype)
 
 
 def convolve(x: Tensor, conv: Conv) -> Tensor:
