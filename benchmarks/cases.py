@@ -14,7 +14,9 @@ import fused_resblock as frb
 from fused_resblock.demo.inputs import make_model
 
 NETWORKS = ("resnet18", "resnet50")
-PARTS = ("whole", "layer1-4")
+#: all stages, without stem and classifier
+BODY = "layer1-4"
+PARTS = ("whole", BODY)
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 16)
 SIZE = 224
@@ -32,6 +34,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.network} {self.part} {self.dtype} batch {self.batch}"
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The stages of a network in a row: its `BODY`."""
+    return nn.Sequential(*(model.get_submodule(f"layer{n}") for n in (1, 2, 3, 4)))
 
 
 @torch.no_grad()
@@ -54,8 +61,7 @@ def prepare(case: Case) -> tuple[nn.Module, Tensor]:
     if case.part == "whole":
         return model, x
     stem = model.maxpool(model.relu(model.bn1(model.conv1(x))))
-    body = nn.Sequential(model.layer1, model.layer2, model.layer3, model.layer4)
-    return body, stem.contiguous(memory_format=torch.channels_last)
+    return body_of(model), stem.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

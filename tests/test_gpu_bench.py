@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from gpu_fixtures import block, context, few_tiles, one_thread, small_bench
 
+from benchmarks.cases import BODY
 from benchmarks.gpu import (
     bench,
     check,
@@ -123,7 +124,7 @@ def test_what_matters_most_is_measured_first():
 
 def test_a_stage_and_the_body_take_what_the_network_hands_them():
     whole, x = networks.prepare(networks.Case("resnet18", 2, size=32), "cpu", torch.float32)
-    body, h = networks.prepare(networks.Case("resnet18", 2, networks.BODY, size=32), "cpu", torch.float32)
+    body, h = networks.prepare(networks.Case("resnet18", 2, BODY, size=32), "cpu", torch.float32)
     torch.testing.assert_close(whole.fc(whole.avgpool(body(h)).flatten(1)), whole(x))
     stage, before = networks.prepare(networks.Case("resnet18", 2, "layer2", size=32), "cpu", torch.float32)
     torch.testing.assert_close(body[0](h), before)

@@ -44,14 +44,12 @@ TINY_TAILS = (TailShape("tiny", 16, 5, outputs=16), TailShape("tiny.first", 32, 
 #: for the kernels that are written for one chip, which take few channel counts; on a GPU with every tile of theirs
 TINY_OF_CHIP = (
     ConvShape("tiny.halo", 64, 64, 9, 3),
-    ConvShape("tiny.halo.2", 64, 64, 9, 3, 2, residual=True),
     ConvShape("tiny.ring", 64, 256, 9, residual=True),
     ConvShape("tiny.pair", 64, 256, 9, shortcut=64),
 )
 TINY_TAILS_OF_CHIP = (
     TailShape("tiny.halo", 64, 5, outputs=64),
     TailShape("tiny.ring", 128, 5, outputs=128),
-    TailShape("tiny.ring.first", 128, 3, 2, 256, 128),
 )
 
 

@@ -17,14 +17,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import fused_resblock as frb
 from fused_resblock.demo.inputs import make_model
 
+from ..cases import BODY, body_of
 from . import onnx_session
 from .device import Device
 
 Call = Callable[[Tensor], Tensor]
 #: images with which the running statistics of a random network are found, and a float64 oracle's at a time
 CALIBRATION, CHUNK = 8, 32
-#: all stages, without stem and classifier
-BODY = "layer1-4"
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ def prepare(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, Ten
     x = images.to(device, dtype)
     if case.part == "whole":
         return model, x
-    names = tuple(f"layer{n}" for n in (1, 2, 3, 4)) if case.part == BODY else (case.part,)
-    parts, seen = [model.get_submodule(name) for name in names], []
-    hook = parts[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    part = body_of(model) if case.part == BODY else model.get_submodule(case.part)
+    first = part[0] if case.part == BODY else part  # type: ignore[index]
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     model(x)
     hook.remove()
-    part = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     return part, seen[0].contiguous(memory_format=torch.channels_last)
 
 
