@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..params import BatchNorm, Bound, Conv, Epilogue
 from ..transforms import composed
+from .folding import scale_shift
 from .select import Problem
 
 
@@ -38,16 +39,8 @@ def normalize(x: Tensor, norm: BatchNorm | None) -> Tensor:
 def _by_hand(x: Tensor, norm: BatchNorm) -> Tensor:
     """Batch norm in elementwise operations, with statistics as wide as x at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
-
-    def of_pixels(vector: Tensor) -> Tensor:
-        return vector.to(wide)[:, None, None]
-
-    y = (x.to(wide) - of_pixels(norm.mean)) * torch.rsqrt(of_pixels(norm.var) + norm.eps)
-    if norm.weight is not None:
-        y = y * of_pixels(norm.weight)
-    if norm.bias is not None:
-        y = y + of_pixels(norm.bias)
-    return y.to(x.dtype)
+    scale, shift = scale_shift(norm, wide)
+    return (x.to(wide) * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
 def convolve(x: Tensor, conv: Conv) -> Tensor:
