@@ -65,6 +65,33 @@ def emulated(rows: Rows) -> str:
     return markdown(headers, lines, numbers=3)
 
 
+def checked(rows: Rows) -> str:
+    """Per GPU, commit and kind of check how many were right and how many were not, and what a test run said."""
+    kinds: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in rows:
+        kinds.setdefault((row["gpu"], row["commit"], row["kernel"]), []).append(row)
+    lines = []
+    for kind, own in kinds.items():
+        right = sum(row["status"] == "ok" for row in own)
+        lines.append([*kind, right, len(own) - right, own[0]["note"] if len(own) == 1 else ""])
+    headers = ["GPU", "commit", "checked", "right", "not right", "said"]
+    return markdown(headers, lines, numbers=3) if lines else NOT_MEASURED
+
+
+def moved(rows: Rows) -> str:
+    """Bytes in device memory a pixel and channel of the 3x3 that tails moved at batch 128, by the profiler."""
+    from .gpu.tails import shapes
+
+    lines = []
+    for shape in shapes(False):
+        for row in (row for row in rows if row["launch"] == f"tail.{shape.name}.b128" and row["status"] == "ok"):
+            total = float(row["dram_read_bytes"]) + float(row["dram_write_bytes"])
+            each = total / (128 * shape.size**2 * shape.width)
+            lines.append([shape.case(), row["kernel"], row["gpu"], row["commit"], f"{each:.1f}"])
+    headers = ["tail", "kernel", "GPU", "commit", "bytes a pixel and channel"]
+    return markdown(headers, lines, numbers=1) if lines else NOT_MEASURED
+
+
 def judged(rows: Rows) -> str:
     """What is meant to be reached on a GPU, and what was."""
     if not rows:

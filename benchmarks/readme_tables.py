@@ -3,8 +3,8 @@
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is one of `TABLES`. The figures come
 from files in `benchmarks/results/`: `cpu*.csv` (`python -m benchmarks.bench_cpu`), `demo.json` (`python -m
 fused_resblock demo --json FILE`), `roofline.csv` (`python -m benchmarks.roofline`), `codegen.csv` (`python -m
-benchmarks.codegen`), `emulate*.csv` (`python -m benchmarks.emulate`) and `*/bench.csv` (`make gpu`). What
-none of them holds reads "not measured".
+benchmarks.codegen`), `emulate*.csv` (`python -m benchmarks.emulate`) and `*/bench.csv`, `check.csv` and `profile.csv`
+(`make gpu`). What none of them holds reads "not measured".
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Sources(NamedTuple):
     codegen: list[dict[str, str]]
     emulate: list[dict[str, str]]
     gpu: list[dict[str, str]]
+    checks: list[dict[str, str]]
+    profile: list[dict[str, str]]
 
 
 TABLES: dict[str, Callable[[Sources], str]] = {
@@ -47,7 +49,11 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
     "gpu": lambda s: gpu_tables.networks(s.gpu),
     "gpu-goals": lambda s: gpu_tables.judged(s.gpu),
+    "gpu-checks": lambda s: gpu_tables.checked(s.checks),
+    "gpu-bytes": lambda s: gpu_tables.moved(s.profile),
 }
+#: of a folder of `make gpu`, in the order of `Sources`
+GPU_FILES = ("bench", "check", "profile")
 _OPEN = re.compile(r"^<!-- table:(?P<name>.*?) -->$")
 _CLOSE = "<!-- /table -->"
 
@@ -66,7 +72,7 @@ def load(folder: Path) -> Sources:
         _csv(folder / "roofline.csv"),
         _csv(folder / "codegen.csv"),
         [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],
-        [row for file in sorted(folder.glob("*/bench.csv")) for row in _csv(file)],
+        *([row for file in sorted(folder.glob(f"*/{name}.csv")) for row in _csv(file)] for name in GPU_FILES),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu_tables import codegen, networks, roofline
+from benchmarks.gpu_tables import checked, codegen, moved, networks, roofline
 
 ROOF = {
     "chip": "H100",
@@ -62,4 +62,20 @@ def test_networks_by_gpu():
 
 
 def test_nothing_was_measured():
-    assert roofline([]) == networks([]) == codegen([]) == "not measured"
+    assert checked([]) == moved([]) == roofline([]) == networks([]) == codegen([]) == "not measured"
+
+
+def test_checks_are_counted_and_a_test_run_says_what_it_said():
+    row = {"gpu": "H100", "commit": "abc", "kernel": "stem", "status": "ok", "note": "small"}
+    run = {**row, "kernel": "pytest", "status": "failed", "note": "1 failed, 9 passed"}
+    *_, stems, tests = checked([row, row, {**row, "status": "wrong"}, run]).splitlines()
+    assert stems == "| H100 | abc | stem | 2 | 1 |  |"
+    assert tests == "| H100 | abc | pytest | 0 | 1 | 1 failed, 9 passed |"
+
+
+def test_bytes_are_those_of_a_pixel_and_channel():
+    read = 12 * 128 * 28**2 * 128
+    row = {"gpu": "H100", "commit": "abc", "launch": "tail.l2.b128", "kernel": "ring", "status": "ok"}
+    row |= {"dram_read_bytes": str(read), "dram_write_bytes": str(read / 2)}
+    text = moved([row, {**row, "launch": "tail.l2"}, {**row, "status": "failed"}])
+    assert text.splitlines()[2:] == ["| 128-512.s1.residual.next128 | ring | H100 | abc | 18.0 |"]
