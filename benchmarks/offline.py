@@ -92,11 +92,11 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _said(cubin: bytes, tool: str, option: str) -> str:
+def _said(cubin: bytes, tool: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True)
+        done = subprocess.run([_tool(tool), *options, file.name], capture_output=True, text=True)
     if done.returncode or not done.stdout:
         raise RuntimeError(f"{tool} cannot read the compiled kernel: {done.stderr}")
     return done.stdout
@@ -105,7 +105,7 @@ def _said(cubin: bytes, tool: str, option: str) -> str:
 @functools.lru_cache(maxsize=8)
 def disassembled(cubin: bytes) -> str:
     """The SASS of a compiled kernel; half a second, of which most is the tool's own start."""
-    return _said(cubin, "nvdisasm", "-c")
+    return _said(cubin, "nvdisasm", "-c", "--no-dataflow")
 
 
 def one_by_one(sass: str) -> bool:

@@ -1,9 +1,9 @@
 """Settings of the whole suite: Triton's interpreter, NaN in unwritten memory, torchvision beside a CPU-only torch."""
 
 import functools
+import gc
 import importlib.util
 import os
-from dataclasses import replace
 
 import torch
 
@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
 import pytest
+import quick_interpreter
 
 
 def _make_torchvision_importable() -> None:
@@ -33,18 +34,14 @@ def _make_torchvision_importable() -> None:
 _make_torchvision_importable()
 
 
-def _skip_unused_work_of_the_interpreter() -> None:
-    """Of 32-bit sums and products the interpreter takes 64-bit ones, to assert that they agree, and only in debug mode
-    does it assert: a third of its time.
-    """
-    from triton.runtime.interpreter import interpreter_builder
-
-    if not interpreter_builder.options.debug:
-        interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
-
-
 if importlib.util.find_spec("triton"):
-    _skip_unused_work_of_the_interpreter()
+    quick_interpreter.quicken()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector, which some tests call, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .grid import Array, Descriptor, Fault, Grid
+from .grid import STORAGE, Array, Descriptor, Fault, Grid
 from .matrix import swizzled
 from .memory import active_of, addresses, groups_of
 from .operands import Builder, Step, source
@@ -107,24 +107,21 @@ def _try_wait(i: Instruction) -> Step:
 
 
 def _box(g: Grid, tensor: Descriptor, start: list[int], at: int) -> tuple[Array, Array, Array]:
-    """The elements of a box: whether they are in the tensor, and their bytes' places in global and shared memory."""
-    index = np.meshgrid(*[np.arange(size) for size in reversed(tensor.box)], indexing="ij")[::-1]
-    inside = np.ones(index[0].shape, bool)
-    far = np.full(inside.shape, tensor.address - g.memory.BASE, np.int64)
-    near, step = np.zeros(inside.shape, np.int64), tensor.itemsize
-    for place, first, size, stride, box in zip(index, start, tensor.shape, tensor.strides, tensor.box, strict=True):
-        inside &= (place + first >= 0) & (place + first < size)
-        far += (place + first) * stride
-        near += place * step
-        step *= box
+    """The elements of a box: whether they are in the tensor, and where they are in global and in shared memory."""
+    inside, far = np.True_, np.int64(tensor.address - g.memory.BASE)
+    for axis, (first, size, stride, box) in enumerate(
+        zip(start, tensor.shape, tensor.strides, tensor.box, strict=True)
+    ):
+        place = (first + np.arange(box)).reshape(-1, *[1] * axis)
+        inside = inside & (place >= 0) & (place < size)
+        far = far + place * stride
     row = tensor.box[0] * tensor.itemsize
     if at % 128 or (tensor.swizzle and row > tensor.swizzle):
         raise Fault(f"a box of {row} bytes a row at shared {at:#x}, swizzled by {tensor.swizzle}")
-    near = swizzled(at + near, tensor.swizzle)
+    near = swizzled(at + tensor.itemsize * np.arange(inside.size), tensor.swizzle)
     if near.max() + tensor.itemsize > g.limit:
         raise Fault(f"a box at shared {at:#x} reaches behind {g.limit}")
-    item = np.arange(tensor.itemsize)
-    return inside.reshape(-1), far.reshape(-1, 1) + item, near.reshape(-1, 1) + item
+    return inside.reshape(-1), far.reshape(-1), near
 
 
 def _tensor(i: Instruction) -> Step:
@@ -147,24 +144,29 @@ def _tensor(i: Instruction) -> Step:
             g.check_early(here, np.arange(g.size) == thread, not loading)
             if g.profile is not None:
                 g.profile.box(far[inside] // SECTOR, not loading)
-                g.profile.wavefronts += near.size // 128
-                g.profile.ideal += near.size // 128
+                g.profile.wavefronts += near.size * tensor.itemsize // 128
+                g.profile.ideal += near.size * tensor.itemsize // 128
             if told is not None:
-                _load(g, _barrier(g, program, int(told[thread])), inside, far, near)
+                _load(g, _barrier(g, program, int(told[thread])), tensor, inside, far, near)
             else:
                 mine = np.zeros(g.size, bool)
                 mine[thread] = True
-                _store(g, mine, inside, far, near)
+                _store(g, mine, tensor, inside, far, near)
 
     return run
 
 
-def _load(g: Grid, barrier: Barrier, inside: Array, far: Array, near: Array) -> None:
-    content = np.where(inside[:, None], g.memory.bytes[np.where(inside[:, None], far, 0)], 0)
+def _elements(memory: Array, tensor: Descriptor) -> Array:
+    """A memory of bytes in elements of a tensor, all of which are aligned."""
+    return memory.view(STORAGE[8 * tensor.itemsize])
+
+
+def _load(g: Grid, barrier: Barrier, tensor: Descriptor, inside: Array, far: Array, near: Array) -> None:
+    content = np.where(inside, _elements(g.memory.bytes, tensor)[np.where(inside, far, 0) // tensor.itemsize], 0)
 
     def land() -> None:
-        g.shared[near] = content
-        barrier.bytes -= near.size
+        _elements(g.shared, tensor)[near // tensor.itemsize] = content
+        barrier.bytes -= near.size * tensor.itemsize
         barrier.turn()
 
     if g.late:
@@ -173,12 +175,13 @@ def _load(g: Grid, barrier: Barrier, inside: Array, far: Array, near: Array) -> 
         land()
 
 
-def _store(g: Grid, thread: Array, inside: Array, far: Array, near: Array) -> None:
-    if g.unfenced[near].any():
+def _store(g: Grid, thread: Array, tensor: Descriptor, inside: Array, far: Array, near: Array) -> None:
+    if _elements(g.unfenced, tensor)[near // tensor.itemsize].any():
         raise Fault("a tensor store reads shared memory that was not fenced for it")
+    to, origin = far[inside] // tensor.itemsize, near[inside] // tensor.itemsize
 
     def land(_: Any) -> None:
-        g.memory.bytes[far[inside]] = g.shared[near[inside]]
+        _elements(g.memory.bytes, tensor)[to] = _elements(g.shared, tensor)[origin]
 
     g.stores.start(thread, land if g.late else lambda _: None)
     if not g.late:

@@ -14,7 +14,7 @@ from .profile import Array, Profile
 #: where a program's shared memory begins: the first KiB belongs to the system
 SHARED_BASE = 1024
 #: by the width of a register
-STORAGE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+STORAGE = {bits: np.dtype(kind) for bits, kind in ((1, bool), (16, np.uint16), (32, np.uint32), (64, np.uint64))}
 #: how a byte that was not fenced came into shared memory: by threads, or by `cp.async`
 STORED, COPIED = 1, 2
 
@@ -166,9 +166,9 @@ class Grid:
 
     def write(self, number: int, value: Array, active: Array | None) -> None:
         """Set a register in the active threads (None: in all); arrays are never changed in place."""
-        kind = STORAGE[self.kernel.widths[number]]
-        value = np.asarray(value)
-        value = value.view(kind) if value.dtype.itemsize == np.dtype(kind).itemsize else value.astype(kind)
+        kind, value = STORAGE[self.kernel.widths[number]], np.asarray(value)
+        if value.dtype is not kind:
+            value = value.view(kind) if value.dtype.itemsize == kind.itemsize else value.astype(kind)
         if active is None:
             self.registers[number] = value if value.shape == (self.size,) else np.full(self.size, value)
         else:

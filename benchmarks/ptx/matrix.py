@@ -192,8 +192,7 @@ def _wgmma(i: Instruction) -> Step:
 
         def land(threads: Array) -> None:
             new = results(threads, [g.shadows[slot][0] for slot in slots])
-            for place, slot in enumerate(slots):
-                arrive(g, slot, threads, new[:, place])
+            arrive(g, slots, threads, new)
 
         g.products.start(everybody, land)
 
@@ -202,19 +201,29 @@ def _wgmma(i: Instruction) -> Step:
 
 def depart(g: Grid, slots: list[int], threads: Array) -> None:
     """Accumulators go where nobody sees them until the instructions that add to them are waited for."""
+    none = np.zeros(g.size, int)
+    counted: dict[int, tuple[Array, Array]] = {}  # most accumulators of an instruction share a count
     for slot in slots:
-        value, count = g.shadows.get(slot, (g.registers[slot], np.zeros(g.size, int)))
-        g.shadows[slot] = np.where(threads & (count == 0), g.registers[slot], value), count + threads
+        value, count = g.shadows.get(slot, (g.registers[slot], none))
+        if id(count) not in counted:
+            counted[id(count)] = threads & (count == 0), count + threads
+        fresh, more = counted[id(count)]
+        g.shadows[slot] = np.where(fresh, g.registers[slot], value), more
         g.write(slot, np.where(threads, np.uint32(0xFFFFFFFF), g.registers[slot]), None)
 
 
-def arrive(g: Grid, slot: int, threads: Array, new: Array) -> None:
-    """One instruction's sum is there; the register is, once no other instruction adds to it."""
-    value, count = g.shadows[slot]
-    value, count = np.where(threads, new, value), count - threads
-    g.shadows[slot] = value, count
-    landed = threads & (count == 0)
-    g.write(slot, np.where(landed, value, g.registers[slot]), None)
+def arrive(g: Grid, slots: list[int], threads: Array, new: Array) -> None:
+    """One instruction's sums are there, a column a slot; the registers are, once no other instruction adds to them."""
+    counted: dict[int, tuple[Array, Array]] = {}
+    for place, slot in enumerate(slots):
+        value, count = g.shadows[slot]
+        if id(count) not in counted:
+            less = count - threads
+            counted[id(count)] = less, threads & (less == 0)
+        less, landed = counted[id(count)]
+        value = np.where(threads, new[:, place], value)
+        g.shadows[slot] = value, less
+        g.write(slot, np.where(landed, value, g.registers[slot]), None)
 
 
 def _nothing(i: Instruction) -> Step:
