@@ -14,18 +14,17 @@ from ..kernels.pool import is_stem_pool
 from ..params import Bound, Conv, Epilogue
 from . import onednn
 
-#: bytes of the convolution's output that are computed at a time
-CACHED = 4 << 20
+#: bytes of the convolution's output that are computed at a time, for each thread: what the cache of a core holds
+CACHED = 2 << 20
 
 
 def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...]) -> Bound | None:
-    """See `backends.bind_stem`; None also where all images fit the cache, or the pool is not 3x3 of stride 2."""
+    """See `backends.bind_stem`; None also where the pool is not 3x3 of stride 2, or height or width are odd."""
     n, k, p, q = conv.output_shape(x)
-    if not is_stem_pool(pool):
+    if not is_stem_pool(pool) or p % 2 or q % 2 or k == 1:
         return None
-    few = max((i for i in range(1, n + 1) if n % i == 0 and i * k * p * q * x.element_size() <= CACHED), default=1)
-    if p % 2 or q % 2 or k == 1 or few == n:
-        return None
+    cached, image = CACHED * torch.get_num_threads(), k * p * q * x.element_size()
+    few = max((i for i in range(1, n + 1) if n % i == 0 and i * image <= cached), default=1)
     run = onednn.bind_conv_bn_act(x[:few], conv, None, Epilogue(relu=relu), False)
 
     def stem(x: Tensor, _: Tensor | None) -> Tensor:
@@ -39,8 +38,12 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...]) -> Bound
 
 
 def _max_pool(x: Tensor, y: Tensor) -> None:
-    """y = maxpool3x3(x) of stride 2 and padding 1, of even height and width: along the rows, then along the columns."""
-    above = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
+    """y = maxpool3x3(x) of stride 2 and padding 1, of even height and width: along the rows, then along the columns.
+
+    Overwrites x.
+    """
+    above = x[:, :, 0::2]
+    torch.maximum(above, x[:, :, 1::2], out=above)
     torch.maximum(above[:, :, 1:], x[:, :, 1:-1:2], out=above[:, :, 1:])
     torch.maximum(above[..., 0::2], above[..., 1::2], out=y)
     torch.maximum(y[..., 1:], above[..., 1:-1:2], out=y[..., 1:])
