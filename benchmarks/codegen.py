@@ -25,6 +25,7 @@ from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
 from fused_resblock.kernels.stage import bind_stage, candidates
 from fused_resblock.kernels.stem import bind_stem, pack_weight
+from fused_resblock.kernels.tail_ring import is_wide
 from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 from fused_resblock.params import Affine, Conv
 
@@ -117,7 +118,8 @@ def convolution_of(tile: Tile, shape: ConvShape) -> str:
 
 def kernel_of(tile: StageTile) -> str:
     """The stage kernel that a tile is for."""
-    return "expand_shift" + ("_ring" if tile.ring else "_halo" if tile.halo else "_tma" if tile.tma else "")
+    ring = "_wide" if is_wide(tile) else "_ring"
+    return "expand_shift" + (ring if tile.ring else "_halo" if tile.halo else "_tma" if tile.tma else "")
 
 
 def stem_kernel(capability: int, dtype: str) -> str:

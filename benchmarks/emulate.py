@@ -30,6 +30,7 @@ from fused_resblock.kernels import (
     conv_tma,
     expand_shift_halo,
     expand_shift_ring,
+    expand_shift_wide,
     halo,
     ring,
     tail_ring,
@@ -62,7 +63,10 @@ OTHERS = 5
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
 #: modules that ask for them
-PLACED = (conv_halo, conv_pair, conv_ring, conv_tma, expand_shift_halo, expand_shift_ring, halo, ring, tail_ring)
+PLACED = (
+    *(conv_halo, conv_pair, conv_ring, conv_tma, halo, ring, tail_ring),
+    *(expand_shift_halo, expand_shift_ring, expand_shift_wide),
+)
 #: how work lands: late or not, products apart from the rest or not (see `ptx.grid`); the first one is counted
 ORDERS = ((False, True), (True, False))
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")

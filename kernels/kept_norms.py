@@ -37,14 +37,15 @@ def norm_vectors(SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _piece(vector, piece, LAYOUT: gl.constexpr):
-    """64 channels of a vector, for a matrix of as many columns."""
-    pieces = view(vector, [vector.shape[0] // 64, 64], vector.layout)
+def _piece(vector, piece, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Some channels of a vector, for a matrix of as many columns."""
+    pieces = view(vector, [vector.shape[0] // WIDTH, WIDTH], vector.layout)
     return pieces.index(piece).load(gl.SliceLayout(0, LAYOUT))[None, :]
 
 
 @gluon.jit
 def scaled(sums, norm, piece):
-    """sums * scale + shift, for a piece of 64 channels."""
+    """sums * scale + shift, for a piece of as many channels as the sums have columns."""
+    WIDTH: gl.constexpr = sums.shape[1]
     LAYOUT: gl.constexpr = sums.type.layout
-    return sums * _piece(norm[0], piece, LAYOUT) + _piece(norm[1], piece, LAYOUT)
+    return sums * _piece(norm[0], piece, WIDTH, LAYOUT) + _piece(norm[1], piece, WIDTH, LAYOUT)

@@ -105,10 +105,13 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
 
 
 def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | None:
-    """The candidate with the least predicted time, or None where there is none."""
+    """The candidate with the least predicted time, or None where there is none.
+
+    None of `expand_shift_wide`, which no GPU has timed yet: it runs where a search found it the fastest.
+    """
     outputs = 0 if gemms.reduce is None else gemms.reduce.n
     tiles = candidates(gemms.conv.n, outputs, itemsize, gemms.second is not None, gpu)
-    tiles = [tile for tile in tiles if _fits(gemms, tile)]
+    tiles = [tile for tile in tiles if _fits(gemms, tile) and not tail_ring.is_wide(tile)]
     chip = chip_of(gpu)
 
     def seconds(tile: StageTile) -> float:
@@ -212,9 +215,12 @@ def bind_stage(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, ove
     boxes = _boxes_hold(h, conv) and (shortcut is None or _boxes_hold(other, shortcut))
     if tile.ring:
         if taken:
-            from .expand_shift_ring import bind_expand_shift_ring
+            if tail_ring.is_wide(tile):
+                from .expand_shift_wide import bind_expand_shift_wide as bind_ring
+            else:
+                from .expand_shift_ring import bind_expand_shift_ring as bind_ring
 
-            return bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)
+            return bind_ring(h, conv, expand, other, shortcut, reduce, tile, overwrite=overwrite)
         tile = tail_ring.by_boxes(tile)
     boxes = boxes and right_on(h.device, lambda gpu: gpu.tail_tma)
     bind = bind_expand_shift_tma if tile.tma and boxes else bind_expand_shift

@@ -92,11 +92,11 @@ def load_filters(
         k = (step - TAPS) // EACH * WIDTH
         part = (step - TAPS) % EACH
         if part == 0:
-            for half in gl.static_range(2):
+            for half in gl.static_range(C // WIDTH):
                 tma_load(w3_desc, [k, half * WIDTH], bar, block.slice(half * WIDTH, WIDTH), pred=wanted)
         else:
             if GROUPS > 0:
-                tma_load(w1_desc, [(part - 1) * (2 * WIDTH), k], bar, block, pred=wanted)
+                tma_load(w1_desc, [(part - 1) * C, k], bar, block, pred=wanted)
     step += 1
     if step == TAPS + CHUNKS * EACH:
         step = 0

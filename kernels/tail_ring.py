@@ -1,4 +1,4 @@
-"""What `expand_shift_ring` takes: a bottleneck's tail of 128 channels, in two rings of loads, on Hopper."""
+"""What `expand_shift_ring` and `expand_shift_wide` take: a bottleneck's tail of 128 channels, by rings, on Hopper."""
 
 from __future__ import annotations
 
@@ -14,29 +14,36 @@ from .tiles import StageTile
 PIXELS = (128, 256)
 
 
+def is_wide(tile: StageTile) -> bool:
+    """Whether a tile is one of `expand_shift_wide`, whose steps take all 128 channels."""
+    return tile.ring and tile.block_k == 2 * WIDTH
+
+
 def shared_of(tile: StageTile, outputs: int, reduced: int) -> int:
-    """Bytes of shared memory of a program of `expand_shift_ring`.
+    """Bytes of shared memory of a program of `expand_shift_ring` or `expand_shift_wide`.
 
     Args:
         tile: its `tap_stages` boxes of pixels and `chunk_stages` blocks of filters are in the rings.
         outputs: channels of the expand.
         reduced: of the next reduce, 0 without one.
     """
-    pixels = 2 * tile.block_m * WIDTH
-    rings = tile.tap_stages * (pixels + 8) + tile.chunk_stages * (4 * WIDTH * WIDTH + 8)
+    pixels, filters = 2 * tile.block_m * tile.block_k, 4 * WIDTH * tile.block_k
+    rings = tile.tap_stages * (pixels + 8) + tile.chunk_stages * (filters + 8)
     vectors = 8 * (2 * WIDTH + outputs + reduced)
-    return rings + 2 * pixels + vectors + 64  # barriers begin at multiples of 16 bytes
+    h2 = 0 if is_wide(tile) else 4 * tile.block_m * WIDTH
+    return rings + h2 + vectors + 64  # barriers begin at multiples of 16 bytes
 
 
 def tiles_for(width: int, outputs: int, reduced: int, second: int) -> list[StageTile]:
-    """The tiles of `expand_shift_ring` for these channels, with as deep rings as fit; see `channels_refusal`."""
+    """The tiles of both kernels for these channels, with as deep rings as fit; see `channels_refusal`."""
     stages = {128: (5, 6), 256: (3, 3)}
     found = [StageTile(m, WIDTH, WIDTH, 8, *stages[m], tma=True, ring=True) for m in PIXELS]
+    found.append(StageTile(PIXELS[0], 2 * WIDTH, 2 * WIDTH, 8, 3, 3, tma=True, ring=True))
     return [tile for tile in found if channels_refusal(width, outputs, reduced, second, tile) is None]
 
 
 def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: StageTile) -> str | None:
-    """Why `expand_shift_ring` has no tile for these channels; None when it does.
+    """Why neither kernel has a tile for these channels; None when one does.
 
     `second` are the channels of a downsample branch's input: its kernel was slower on an H100 than layer by layer, 214
     against 192 us at batch 128. See `shared_of` for the others. The filters of a chunk are needed together, so that
@@ -48,8 +55,13 @@ def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: 
         return "a downsample branch"
     if reduced not in (0, 2 * WIDTH, 4 * WIDTH):
         return f"a next reduce whose channels do not make blocks of {2 * WIDTH}"
-    sizes = (tile.block_n, tile.block_k, tile.num_warps)
-    if tile.block_m not in PIXELS[: 1 if reduced > 2 * WIDTH else 2] or sizes != (WIDTH, WIDTH, 8):
+    wide = is_wide(tile)
+    step = 2 * WIDTH if wide else WIDTH
+    if wide and reduced > 2 * WIDTH:
+        return f"a tile {tile} with more sums than the registers hold"
+    if tile.block_m not in PIXELS[: 1 if wide or reduced > 2 * WIDTH else 2]:
+        return f"a tile {tile}"
+    if (tile.block_n, tile.block_k, tile.num_warps) != (step, step, 8) or outputs % step:
         return f"a tile {tile}"
     if tile.tap_stages < 2 or tile.chunk_stages < max(2, 1 + reduced // (2 * WIDTH)):
         return f"a tile {tile} with too short rings"
@@ -59,7 +71,7 @@ def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: 
 
 
 def refusal(h, conv, expand, shortcut, reduce, tile: StageTile) -> str | None:
-    """Why `expand_shift_ring` cannot run a tail that `expand_shift_tma` can; None when it can."""
+    """Why neither kernel can run a tail that `expand_shift_tma` can; None when that of the tile can."""
     if h.dtype not in (torch.float16, torch.bfloat16):
         return f"{h.dtype}: only 16 bits"
     if not gpu_of(h.device).halo:

@@ -155,11 +155,14 @@ def image_box(x: torch.Tensor, size: tuple[int, int, int, int], rows: int, parts
     return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], block, swizzled(4))
 
 
-def strided_box(x: torch.Tensor, size: tuple[int, int, int, int], stride: int, box: Box) -> TensorDescriptor:
-    """A descriptor of channels_last images of `(N, H, W, C)` in boxes of 64 channels; see `boxes.image_box`."""
-    return TensorDescriptor(x, *strided_view(size, stride), [box.images, box.rows, 1, box.columns, WIDTH], swizzled(5))
+def strided_box(
+    x: torch.Tensor, size: tuple[int, int, int, int], stride: int, box: Box, channels: int = WIDTH
+) -> TensorDescriptor:
+    """A descriptor of channels_last images of `(N, H, W, C)` in boxes of some channels; see `boxes.image_box`."""
+    block = [box.images, box.rows, 1, box.columns, channels]
+    return TensorDescriptor(x, *strided_view(size, stride), block, swizzled(5))
 
 
 def matrix_box(weight: torch.Tensor, rows: int, columns: int, block: tuple[int, int]):
-    """A descriptor of a weight seen as a row-major matrix, in blocks of 64 columns."""
+    """A descriptor of a weight seen as a row-major matrix, in blocks of 64 columns or a multiple."""
     return TensorDescriptor(weight, [rows, columns], [columns, 1], list(block), swizzled(2))

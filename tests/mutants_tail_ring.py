@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 _COMPILED = "tests/test_tail_ring.py::test_compiled_kernel_is_right[fp16]"
-_SPECIAL = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names"
+_SPECIAL = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names[ring]"
+_WIDE = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names[wide]"
+_CHOSEN = (
+    "tests/test_tail_ring.py::"
+    "test_it_is_chosen_for_many_images_of_128_channels_but_not_the_wide_one_that_no_gpu_has_timed"
+)
 _TAKES = "tests/test_tail_ring.py::test_tails_that_it_takes"
 _CHANNELS = "tests/test_tail_ring.py::test_channels_and_tiles_that_it_takes"
 
@@ -28,11 +33,47 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
         ("ReLU of h2 forgotten", "h2.index(piece).store(nan_relu(z)", "h2.index(piece).store((z)", _COMPILED),
         ("tail overwrites unasked", "y = other if overwrite else", "y = other if shortcut is None else", _SPECIAL),
     ],
+    "kernels/expand_shift_wide.py": [
+        (
+            "slots of the wide taps under way overwritten",
+            "acc = warpgroup_mma_wait(1, [acc])",
+            "acc = warpgroup_mma_wait(2, [acc])",
+            _COMPILED,
+        ),
+        (
+            "y that leaves is overwritten by the next wide residual",
+            "            tma.store_wait(0)  # the chunk before this one has been read\n",
+            "",
+            _WIDE,
+        ),
+        (
+            "g goes out by a slot that is under way",
+            "(slot + PIXEL_STAGES - 1) % PIXEL_STAGES",
+            "slot",
+            _COMPILED,
+        ),
+        (
+            "g that leaves is overwritten by the next taps",
+            "            if tap == 0:\n                tma.store_wait(0)  # the last y or g has left\n",
+            "",
+            _COMPILED,
+        ),
+        (
+            "filters of the reduce under way overwritten",
+            "                sums = warpgroup_mma_wait(1, [sums])\n",
+            "                sums = warpgroup_mma_wait(2, [sums])\n",
+            _COMPILED,
+        ),
+        ("wide ReLU of h2 forgotten", "nan_relu(scaled(acc, norm, 0))", "scaled(acc, norm, 0)", _COMPILED),
+        ("wide residual forgotten", " + buffer.load(MMA).to(gl.float32)", "", _COMPILED),
+        ("pixels of a wide tail asked for before the wait", "    wait_for_input(PDL)\n", "", _COMPILED),
+        ("wide tail overwrites unasked", "y = other if overwrite else", "y = other if True else", _WIDE),
+    ],
     "kernels/tail_moves.py": [
         ("phase of both rings never turns", "        phase ^= 1\n", "        phase ^= 0\n", _COMPILED),
         ("tap of another channel block", "step % 9 * C + step // 9 * WIDTH", "step % 9 * C", _COMPILED),
         ("residual of the first chunk alone", "(step - TAPS) * other_desc", "0 * other_desc", _COMPILED),
-        ("wide reduce's first filters twice", "(part - 1) * (2 * WIDTH)", "0", _COMPILED),
+        ("wide reduce's first filters twice", "(part - 1) * C", "0", _COMPILED),
     ],
     "kernels/tail_ring.py": [
         (

@@ -1,4 +1,4 @@
-"""`expand_shift_ring`: the tails that it takes, what runs in their place elsewhere, and its compiled code for Hopper."""
+"""`expand_shift_ring`, `expand_shift_wide`: tails that they take, what runs elsewhere, and their code for Hopper."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from fused_resblock.kernels import tail_ring
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.ring import SHARED
 from fused_resblock.kernels.stage import candidates, choose_stage_tile
-from fused_resblock.kernels.tail_ring import by_boxes, channels_refusal, refusal, shared_of
+from fused_resblock.kernels.tail_ring import by_boxes, channels_refusal, is_wide, refusal, shared_of
 from fused_resblock.kernels.tiles import StageTile
 
 TILE = StageTile(128, 64, 64, 8, 5, 6, tma=True, ring=True)
+WIDE = {"block_n": 128, "block_k": 128, "tap_stages": 3, "chunk_stages": 3}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,16 @@ TILE = StageTile(128, 64, 64, 8, 5, 6, tma=True, ring=True)
         (512, 128, 0, {"block_n": 32}, "a tile"),
         (512, 128, 0, {"block_k": 32}, "a tile"),
         (512, 128, 0, {"num_warps": 4}, "a tile"),
+        (512, 128, 0, WIDE, None),
+        (512, 0, 0, WIDE, None),
+        (128, 0, 0, WIDE, None),
+        (512, 0, 0, {**WIDE, "tap_stages": 2, "chunk_stages": 4}, None),
+        (64, 128, 0, WIDE, "a tile"),
+        (512, 256, 0, WIDE, "more sums"),
+        (512, 128, 0, {**WIDE, "block_m": 256}, "a tile"),
+        (512, 128, 0, {**WIDE, "block_n": 64}, "a tile"),
+        (512, 128, 0, {**WIDE, "tap_stages": 4}, "does not fit"),
+        (512, 128, 256, WIDE, "branch"),
     ],
 )
 def test_channels_and_tiles_that_it_takes(outputs, reduced, second, changed, word):
@@ -85,39 +96,53 @@ def test_tails_that_it_takes(changed, dtype, capability, word, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "second", "pixels"),
-    [(128, 0, {128, 256}), (0, 0, {128, 256}), (256, 0, {128}), (128, 256, set()), (256, 256, set())],
+    ("outputs", "second", "sizes"),
+    [
+        (128, 0, {(128, 64), (256, 64), (128, 128)}),
+        (0, 0, {(128, 64), (256, 64), (128, 128)}),
+        (256, 0, {(128, 64)}),
+        (128, 256, set()),
+        (256, 256, set()),
+    ],
 )
-def test_tiles_that_are_tried(outputs, second, pixels):
+def test_tiles_that_are_tried(outputs, second, sizes):
     tiles = [tile for tile in candidates(128, outputs, 2, bool(second), Gpu(132, 90)) if tile.ring]
-    assert {tile.block_m for tile in tiles} == pixels
+    assert {(tile.block_m, tile.block_k) for tile in tiles} == sizes
     for tile in tiles:
         room = SHARED - 1024 - shared_of(tile, 512, outputs)
-        assert 0 <= room < 2 * 128 * 64 + 8 * tile.block_m * 64, "a deeper ring would fit"
+        step = 2 * 128 * tile.block_k
+        assert 0 <= room < (step if is_wide(tile) else step + 8 * tile.block_m * 64), "a deeper ring would fit"
     for other in (Gpu(108, 80), Gpu(148, 100)):
         assert not any(tile.ring for tile in candidates(128, outputs, 2, bool(second), other))
     assert not any(tile.ring for tile in candidates(128, outputs, 4, bool(second), Gpu(132, 90)))
 
 
-def test_it_is_chosen_for_many_images_of_128_channels():
+def test_it_is_chosen_for_many_images_of_128_channels_but_not_the_wide_one_that_no_gpu_has_timed():
     chosen = choose_stage_tile(TailShape("", 128, 28, outputs=128).build(128, FP16, "meta").gemms(), 2, Gpu(132, 90))
-    assert (chosen.ring, chosen.block_m) == (True, 256)
+    assert (chosen.ring, chosen.block_m, chosen.block_k) == (True, 256, 64)
     odd = TailShape("", 128, 28, 2, 192, 128).build(128, FP16, "meta").gemms()
     assert not choose_stage_tile(odd, 2, Gpu(132, 90)).ring
 
 
 def test_on_hopper_it_runs_though_the_kernel_with_boxes_is_not_right_there(monkeypatch):
-    from fused_resblock.kernels import expand_shift_ring, stage
+    from fused_resblock.kernels import expand_shift_ring, expand_shift_wide, stage
 
     hopper = Gpu(132, 90)
     assert not hopper.tail_tma
     monkeypatch.setattr(stage, "right_on", lambda device, right: right(hopper))
     monkeypatch.setattr(stage, "bind_expand_shift", lambda *args, **options: args[-1])
     monkeypatch.setattr(expand_shift_ring, "bind_expand_shift_ring", lambda *args, **options: "ring")
+    monkeypatch.setattr(expand_shift_wide, "bind_expand_shift_wide", lambda *args, **options: "wide")
     layers = conv_of(128, 128), conv_of(512, 128, 1), torch.empty(0), None, conv_of(128, 512, 1)
-    for dtype, bound in ((FP16, "ring"), (FP32, by_boxes(TILE))):
+    wide = replace(TILE, **WIDE)
+    for dtype, tile, bound in (
+        (FP16, TILE, "ring"),
+        (FP16, wide, "wide"),
+        (FP32, TILE, by_boxes(TILE)),
+        (FP32, wide, by_boxes(wide)),
+    ):
         h = torch.empty(1, 128, 8, 8, dtype=dtype)
-        assert stage.bind_stage(h, *layers, TILE) == bound
+        assert stage.bind_stage(h, *layers, tile) == bound
     strided = layers[0]._replace(stride=(2, 2))
     assert stage.bind_stage(torch.empty(1, 128, 8, 8, dtype=FP16), strided, *layers[1:], TILE) == by_boxes(TILE)
 
@@ -125,8 +150,8 @@ def test_on_hopper_it_runs_though_the_kernel_with_boxes_is_not_right_there(monke
 def test_in_the_interpreter_the_kernel_with_boxes_runs():
     require("triton", FP16)
     case = StageCase(width=128, expanded=512, outputs=128)
-    check(case.build(FP16), TILE, FP16)
-    check(case.build(FP16), by_boxes(TILE), FP16)
+    for tile in (TILE, by_boxes(TILE), replace(TILE, **WIDE)):
+        check(case.build(FP16), tile, FP16)
 
 
 ON_HOPPER = """
@@ -136,14 +161,16 @@ from benchmarks.gpu.tails import TailShape
 from fused_resblock.kernels.tiles import StageTile
 
 emulate.FEW = 1  # a program takes tile after tile
-for images, shape, pixels, stages in (
-    (6, TailShape("", 128, 7, outputs=128), 256, (3, 3)),
-    (3, TailShape("", 128, 7, outputs=256), 128, (5, 6)),
-    (3, TailShape("", 128, 7), 128, (2, 2)),
-)[:: 1 if sys.argv[1] == "fp16" else -3]:
+for images, shape, pixels, step, stages in (
+    (6, TailShape("", 128, 7, outputs=128), 256, 64, (3, 3)),
+    (3, TailShape("", 128, 7, outputs=256), 128, 64, (5, 6)),
+    (4, TailShape("", 128, 7, outputs=128), 128, 128, (2, 2)),
+    (3, TailShape("", 128, 7), 128, 64, (2, 2)),
+    (3, TailShape("", 128, 7), 128, 128, (3, 3)),
+)[:: 1 if sys.argv[1] == "fp16" else -2]:
     emulate.OTHERS = images
     emulate.IMAGES = {}
-    row = emulate.tail(90, sys.argv[1], shape, StageTile(pixels, 64, 64, 8, *stages, tma=True, ring=True))
+    row = emulate.tail(90, sys.argv[1], shape, StageTile(pixels, step, step, 8, *stages, tma=True, ring=True))
     assert row["status"] == "ok", (shape, row)
     assert row["wavefronts"] == row["ideal"], "bank conflicts"
 """
@@ -156,6 +183,7 @@ def test_compiled_kernel_is_right(dtype):
 
 
 SPECIAL = """
+import sys
 import torch
 from benchmarks import emulate
 from benchmarks.emulate import both_ways
@@ -165,7 +193,8 @@ from fused_resblock.kernels.stage import bind_stage
 from fused_resblock.kernels.tiles import StageTile
 
 emulate.FEW = 1
-tile = StageTile(128, 64, 64, 8, 5, 4, tma=True, ring=True)
+step, stages = (64, (5, 4)) if sys.argv[1] == "ring" else (128, (3, 3))
+tile = StageTile(128, step, step, 8, *stages, tma=True, ring=True)
 emulate.ORDERS = ((True, True), (True, False))
 asked = tails.TailShape("", 128, 5, outputs=128).build(6, torch.float16, "cpu")  # 150 pixels: the last tile is not full
 
@@ -201,6 +230,7 @@ with torch.no_grad():
 """
 
 
-def test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names():
-    result = run(SPECIAL)
+@pytest.mark.parametrize("kernel", ["ring", "wide"])
+def test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names(kernel):
+    result = run(SPECIAL, kernel)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]

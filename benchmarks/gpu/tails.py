@@ -16,7 +16,7 @@ from fused_resblock.backends.asked import Asked
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import bind_stage, candidates
 from fused_resblock.kernels.tables import stage_name
-from fused_resblock.kernels.tail_ring import channels_refusal
+from fused_resblock.kernels.tail_ring import channels_refusal, is_wide
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import BatchNorm, Conv, Epilogue
 from fused_resblock.tuning import MARGIN
@@ -104,8 +104,10 @@ def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
     if not found:
         return []
     rings = [tile for tile in found if tile.ring]
-    for stages in ((6, 5), (4, 7)):  # of both rings, in as much memory
+    for stages in ((6, 5), (4, 7), (4, 2), (2, 4)):  # of both rings, in as much memory
         for tile in (replace(ring, tap_stages=stages[0], chunk_stages=stages[1]) for ring in rings):
+            if is_wide(tile) != (sum(stages) < 7):
+                continue
             if channels_refusal(shape.width, 4 * shape.width, shape.outputs, shape.second, tile) is None:
                 found.append(tile)
     block_k = found[0].block_k
