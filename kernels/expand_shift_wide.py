@@ -1,8 +1,8 @@
 """`expand_shift` for 128 channels on Hopper in wide steps: a tap of all channels, and 128 expanded ones, at a time.
 
 The arithmetic and the two rings of `expand_shift_ring`, with half as many steps, each of which waits and asks for loads
-once, and with less to read in shared memory, which moves 128 bytes a clock: there 27,000 lines of them are read and
-written for 128 pixels, here 23,900 (`benchmarks.emulate`), of 38,600 clocks that an H100 took there. h2 and y are
+once, and with less traffic in shared memory. That moves a line of 128 bytes a clock: 27,200 lines for a tile of 128
+pixels are 15 of the 22 us that one took on an H100 there; here it is 23,900 (`benchmarks.emulate`). h2 and y are
 multiplied from the registers that they are in, and g leaves by the memory of the tile's last chunk. A slot of a ring is
 asked for again in the step behind the one that used it.
 """
