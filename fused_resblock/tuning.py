@@ -1,8 +1,9 @@
 """The fastest tile of every convolution of a model on this machine's GPU, searched offline: `tune`.
 
 For each distinct convolution that the fused model runs on an example, the tiles of least predicted time are compiled,
-held against PyTorch's result, and timed beside cuDNN and eager; the winners go into a table (`kernels.tables`). None of
-this happens unless it is asked for, and never inside of a CUDA graph's capture.
+held against PyTorch's result, and timed beside cuDNN and eager; then, for each tail of a block, all tiles of one kernel
+beside its convolutions one by one. The winners go into a table (`kernels.tables`). None of this happens unless it is
+asked for, and never inside of a CUDA graph's capture.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,15 +177,19 @@ def convolution_winner(found: Asked) -> dict[str, Any]:
 def tail_winner(found: Asked) -> dict[str, Any]:
     """Whether a tail is faster as one kernel than conv by conv, and the tile: a row besides its key."""
     h, other = found.inputs()
-    conv, expand = found.layers[:2]
-    layers = (h, conv, expand, other, found.epilogue.shortcut, found.reduce)
-    ways = {
-        "stage": lambda: backends.bind_expand_shift(*layers, backend="triton", force=True),  # type: ignore[arg-type]
-        "apart": lambda: backends.bind_apart(*layers),  # type: ignore[arg-type]
-    }
-    times = _times(found, ways, h, other)
+    assert other is not None
+    (conv, expand), shortcut, reduce = found.layers[:2], found.epilogue.shortcut, found.reduce
+    ways: dict[str, Callable[[], Any]] = {}
+    for tile in backends.triton.tail_tiles(h, conv, expand, shortcut, reduce):
+        ways[str(tile)] = partial(backends.triton.bind_tail, h, conv, expand, other, shortcut, reduce, tile)
+    ways["apart"] = lambda: backends.bind_apart(h, conv, expand, other, shortcut, reduce)
+    tiles = _times(found, ways, h, other)
+    times = {"apart": tiles.pop("apart")} if "apart" in tiles else {}
+    best = min(tiles, key=tiles.__getitem__, default=None)
+    if best is not None:
+        times["stage"] = tiles[best]
     faster = "stage" in times and times["stage"] < MARGIN * times.get("apart", float("inf"))
-    return {"faster": faster, "tile": None, "us": times}
+    return {"faster": faster, "tile": best, "us": times}
 
 
 def _times(found: Asked, ways: Ways, x: Tensor, other: Tensor | None) -> dict[str, float]:

@@ -104,14 +104,19 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     return tiles
 
 
+def fitting(gemms: TailGemms, itemsize: int, gpu: Gpu) -> list[StageTile]:
+    """The candidates whose kernels may take a tail; the refusals ask the rest."""
+    outputs = 0 if gemms.reduce is None else gemms.reduce.n
+    tiles = candidates(gemms.conv.n, outputs, itemsize, gemms.second is not None, gpu)
+    return [tile for tile in tiles if _fits(gemms, tile)]
+
+
 def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | None:
     """The candidate with the least predicted time, or None where there is none.
 
     None of `expand_shift_wide`, which no GPU has timed yet: it runs where a search found it the fastest.
     """
-    outputs = 0 if gemms.reduce is None else gemms.reduce.n
-    tiles = candidates(gemms.conv.n, outputs, itemsize, gemms.second is not None, gpu)
-    tiles = [tile for tile in tiles if _fits(gemms, tile) and not tail_ring.is_wide(tile)]
+    tiles = [tile for tile in fitting(gemms, itemsize, gpu) if not tail_ring.is_wide(tile)]
     chip = chip_of(gpu)
 
     def seconds(tile: StageTile) -> float:
@@ -121,7 +126,7 @@ def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | 
 
 
 def _fits(gemms: TailGemms, tile: StageTile) -> bool:
-    """Whether the kernel of a tile that was made for the width may take a tail; the refusals ask the rest."""
+    """Whether the kernel of a tile that was made for the width may take a tail."""
     conv, expand, second, _ = gemms
     branch = 0 if second is None else second.k
     same = (conv.taps, conv.k, expand.n) == (9, conv.n, 4 * conv.n)

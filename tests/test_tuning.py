@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 import fused_resblock as frb
 from fused_resblock import backends, on_cuda, tuning
 from fused_resblock.backends import tuned
-from fused_resblock.kernels import tables
+from fused_resblock.kernels import stage, tables
 from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.models import randomize_norms
 from fused_resblock.reference import Bottleneck
 
@@ -68,6 +69,22 @@ def test_every_distinct_operation_gets_a_row(tmp_path):
         assert row["us"].keys() == {"triton", "eager"}
         assert row["us"]["triton"] == min(row["us"].values())  # the clock ticks: who came first
     assert all(row["us"].keys() == {"stage", "apart"} and row["faster"] for row in rows(path, "stages").values())
+
+
+def test_the_fastest_tile_of_a_tail_is_in_the_table(tmp_path, monkeypatch):
+    tried, bind = [], backends.triton.bind_tail
+    several = [StageTile(16, 16, 16, 4, stages, 2) for stages in (3, 2, 1)]
+    monkeypatch.setattr(stage, "fitting", lambda gemms, itemsize, gpu: several)
+    monkeypatch.setattr(backends.triton, "bind_tail", lambda *args: tried.append(args[-1]) or bind(*args))
+    times = iter((3.0, 1.0, 2.0, 9.0) * len(TAILS))  # of three tiles, and conv by conv
+    monkeypatch.setattr(tuning, "convolution_winner", lambda found: {"backend": "eager", "tile": None, "us": {}})
+    monkeypatch.setattr(tuning, "median_us", lambda call: next(times))
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    assert tried == several * len(TAILS)
+    for row in rows(path, "stages").values():
+        assert (row["faster"], row["tile"], row["us"]) == (True, str(several[1]), {"stage": 1.0, "apart": 9.0})
+    entries = [entry for case in tables.read(path).stages.values() for entry in case]
+    assert [entry.tile for entry in entries] == [several[1]] * len(TAILS)
 
 
 def test_the_table_is_in_force_afterwards(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.gpu import gpu_of, tf32_allowed
 from ..kernels.tf32 import tf32_weight
+from ..kernels.tiles import StageTile
 from ..params import PLAIN, Affine, BatchNorm, Bound, BoundPair, Conv, Epilogue
 from . import tuned
 from .folding import TensorCache, bypassed, scale_shift
@@ -153,11 +154,11 @@ def bind_expand_shift(
     apart: Callable[..., BoundPair],
 ) -> BoundPair | None:
     """See `backends.bind_expand_shift`; `apart` binds the same conv by conv."""
-    from ..kernels.stage import bind_stage, choose_stage_tile, gemms_of, takes
+    from ..kernels.stage import choose_stage_tile, gemms_of, takes
     from ..kernels.tables import stage_name
 
-    if stage_refusal(conv, expand, shortcut, reduce) is not None or (h.dtype == torch.float32 and not tf32_allowed()):
-        return None  # no tile of fp32 products fits the registers
+    if not _has_tails(h, conv, expand, shortcut, reduce):
+        return None
     entry = tuned.lookup_stage(h, conv, stage_name(conv, expand, shortcut, reduce))
     if entry is not None and entry.tile and not takes(h, conv, expand, shortcut, reduce, entry.tile):
         entry = None  # what was measured is not what would run
@@ -169,11 +170,44 @@ def bind_expand_shift(
         tile = choose_stage_tile(gemms, h.element_size(), gpu_of(h.device))
     if tile is None:
         return None
-    layers = [None if layer is None else prepare(layer, h.dtype) for layer in (conv, expand, shortcut, reduce)]
-    run = bind_stage(h, *layers[:2], other, *layers[2:], tile, overwrite=overwrite)
+    run = bind_tail(h, conv, expand, other, shortcut, reduce, tile, overwrite)
     return _guarded(
         run, f"tile {tile} of a tail", lambda: apart(h, conv, expand, other, shortcut, reduce), "conv by conv"
     )
+
+
+def _has_tails(h: Tensor, conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> bool:
+    """Whether there are tiles for such a tail: of products in fp32 none fits the registers."""
+    if h.dtype == torch.float32 and not tf32_allowed():
+        return False
+    return stage_refusal(conv, expand, shortcut, reduce) is None
+
+
+def tail_tiles(h: Tensor, conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> list[StageTile]:
+    """The tiles that a search has to try for a tail."""
+    from ..kernels.stage import fitting, gemms_of, takes
+
+    if not _has_tails(h, conv, expand, shortcut, reduce):
+        return []
+    tiles = fitting(gemms_of(h.shape, conv, expand, shortcut, reduce), h.element_size(), gpu_of(h.device))
+    return [tile for tile in tiles if takes(h, conv, expand, shortcut, reduce, tile)]
+
+
+def bind_tail(
+    h: Tensor,
+    conv: Conv,
+    expand: Conv,
+    other: Tensor,
+    shortcut: Conv | None,
+    reduce: Conv | None,
+    tile: StageTile,
+    overwrite: bool = False,
+) -> BoundPair:
+    """See `bind_expand_shift`; with this tile."""
+    from ..kernels.stage import bind_stage
+
+    layers = [None if layer is None else prepare(layer, h.dtype) for layer in (conv, expand, shortcut, reduce)]
+    return bind_stage(h, *layers[:2], other, *layers[2:], tile, overwrite=overwrite)
 
 
 def packed_stem(x: Tensor, conv: Conv) -> Tensor:
