@@ -54,6 +54,25 @@ def test_counters_are_read_from_the_profilers_table(context):
     assert profile.parse("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
+def test_the_profiler_is_asked_for_what_it_knows():
+    listing = """Device NVIDIA H100 (GH100)
+
+smsp__issue_active                                           Counter         cycle           # of cycles
+smsp__average_warps_issue_stalled_barrier_per_issue_active   Ratio           warp            average
+"""
+    asked = profile.known(listing)
+    assert asked[: len(profile.METRICS)] == list(profile.METRICS.values())
+    reasons = {"issue_percent", "stall_barrier"}
+    assert set(asked[len(profile.METRICS) :]) == {profile.REASONS[reason] for reason in reasons}
+    assert profile.known("==ERROR== no such option") == list(profile.METRICS.values())
+    assert ",".join(asked) in profile.command("ncu", asked)
+    (launch,) = profile.parse(
+        '"ID","Kernel Name","Metric Name","Metric Value"\n'
+        f'"0","_conv_bn_act_kernel","{profile.REASONS["stall_barrier"]}","1.25"\n'
+    )
+    assert launch == {"kernel": "_conv_bn_act_kernel", "stall_barrier": "1.25"}
+
+
 def test_a_machine_without_ncu_is_told_so(context, monkeypatch):
     monkeypatch.setattr(profile.shutil, "which", lambda name: None)
     assert profile.run(context) == 0

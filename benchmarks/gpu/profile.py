@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 import sys
+from collections.abc import Sequence
 
 from .context import Context
 from .records import Records
@@ -22,7 +23,16 @@ METRICS = {
     "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "tensor_percent": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
 }
-COLUMNS = ("status", *METRICS, "note")
+_STALLS = ("barrier", "gmma", "long_scoreboard", "short_scoreboard", "mio_throttle", "membar", "wait")
+#: what a kernel waits for, of which each profiler knows its own: shared memory's banks, and cycles a warp was stalled
+REASONS = {
+    "clock_hz": "sm__cycles_elapsed.avg.per_second",
+    "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "shared_read_percent": "l1tex__data_bank_reads.avg.pct_of_peak_sustained_elapsed",
+    "shared_write_percent": "l1tex__data_bank_writes.avg.pct_of_peak_sustained_elapsed",
+    **{f"stall_{why}": f"smsp__average_warps_issue_stalled_{why}_per_issue_active.ratio" for why in _STALLS},
+}
+COLUMNS = ("status", *METRICS, *REASONS, "note")
 KERNELS = "regex:^_(conv|expand_shift|pack|stem|bn_act).*_kernel$"
 
 
@@ -31,10 +41,19 @@ def records(context: Context) -> Records:
     return context.records("profile.csv", KEY, COLUMNS)
 
 
-def command(tool: str) -> list[str]:
+def known(listing: str) -> list[str]:
+    """Of METRICS and REASONS what to ask for: all of the former, and those that `ncu --query-metrics` lists.
+
+    One name that it does not know, and it measures nothing.
+    """
+    listed = {line.split()[0] for line in listing.splitlines() if line.strip()}
+    return [*METRICS.values(), *(name for name in REASONS.values() if name.split(".")[0] in listed)]
+
+
+def command(tool: str, metrics: Sequence[str]) -> list[str]:
     """How ncu is called: own clocks, base units, our kernels alone."""
     profiler = [tool, "--csv", "--clock-control", "none", "--print-units", "base", "--kernel-name", KERNELS]
-    return [*profiler, "--metrics", ",".join(METRICS.values()), sys.executable, "-m", "benchmarks.gpu.launch_each"]
+    return [*profiler, "--metrics", ",".join(metrics), sys.executable, "-m", "benchmarks.gpu.launch_each"]
 
 
 def parse(text: str) -> list[dict[str, str]]:
@@ -44,7 +63,7 @@ def parse(text: str) -> list[dict[str, str]]:
     if start is None:
         return []
     found: dict[int, dict[str, str]] = {}
-    ours = {name: column for column, name in METRICS.items()}
+    ours = {name: column for column, name in (METRICS | REASONS).items()}
     for row in csv.DictReader(io.StringIO("\n".join(line for line in lines[start:] if line.startswith('"')))):
         launch = found.setdefault(int(row["ID"]), {"kernel": row["Kernel Name"]})
         column, value = ours.get(row["Metric Name"]), row["Metric Value"].replace(",", "")
@@ -78,7 +97,8 @@ def run(context: Context) -> int:
     if tool is None:
         context.log("profile: ncu is not installed; no counters are read")
         return 0
-    status, said = command_output(command(tool), context.deadline.left())
+    _, listing = command_output([tool, "--query-metrics"], context.deadline.left())
+    status, said = command_output(command(tool, known(listing)), context.deadline.left())
     names, launches = launched(said), parse(said)
     record(names, launches, table)
     errors = [line for line in said.splitlines() if line.startswith("==ERROR==")]
