@@ -114,9 +114,9 @@ def fitting(gemms: TailGemms, itemsize: int, gpu: Gpu) -> list[StageTile]:
 def choose_stage_tile(gemms: TailGemms, itemsize: int, gpu: Gpu) -> StageTile | None:
     """The candidate with the least predicted time, or None where there is none.
 
-    None of `expand_shift_wide`, which no GPU has timed yet: it runs where a search found it the fastest.
+    What no GPU has timed yet runs where a search found it the fastest.
     """
-    tiles = [tile for tile in fitting(gemms, itemsize, gpu) if not tail_ring.is_wide(tile)]
+    tiles = [tile for tile in fitting(gemms, itemsize, gpu) if tail_ring.is_timed(tile)]
     chip = chip_of(gpu)
 
     def seconds(tile: StageTile) -> float:

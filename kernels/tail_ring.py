@@ -6,17 +6,25 @@ from dataclasses import replace
 
 import torch
 
-from .gpu import gpu_of
+from .gpu import gpu_of, triton_release
 from .ring import SHARED, WIDTH
 from .tiles import StageTile
 
-#: pixels of a program of `expand_shift_ring`, which has eight warps; of 256 the registers hold no more than 128 sums
-PIXELS = (128, 256)
+#: pixels and warps of a program of `expand_shift_ring`, and how many boxes of pixels and blocks of filters then fit; of
+#: 256 pixels the registers hold no more than 128 sums each
+RINGS = {(128, 8): (5, 6), (256, 8): (3, 3), (256, 16): (3, 3)}
+#: likewise of `expand_shift_wide`, which has 128 pixels and 8 warps
+WIDE_RING = (3, 3)
 
 
 def is_wide(tile: StageTile) -> bool:
     """Whether a tile is one of `expand_shift_wide`, whose steps take all 128 channels."""
     return tile.ring and tile.block_k == 2 * WIDTH
+
+
+def is_timed(tile: StageTile) -> bool:
+    """Whether a GPU has timed such tiles: neither those of `expand_shift_wide` yet, nor any of 16 warps."""
+    return not tile.ring or (tile.block_k == WIDTH and tile.num_warps == 8)
 
 
 def shared_of(tile: StageTile, outputs: int, reduced: int) -> int:
@@ -36,9 +44,8 @@ def shared_of(tile: StageTile, outputs: int, reduced: int) -> int:
 
 def tiles_for(width: int, outputs: int, reduced: int, second: int) -> list[StageTile]:
     """The tiles of both kernels for these channels, with as deep rings as fit; see `channels_refusal`."""
-    stages = {128: (5, 6), 256: (3, 3)}
-    found = [StageTile(m, WIDTH, WIDTH, 8, *stages[m], tma=True, ring=True) for m in PIXELS]
-    found.append(StageTile(PIXELS[0], 2 * WIDTH, 2 * WIDTH, 8, 3, 3, tma=True, ring=True))
+    found = [StageTile(m, WIDTH, WIDTH, warps, *stages, tma=True, ring=True) for (m, warps), stages in RINGS.items()]
+    found.append(StageTile(128, 2 * WIDTH, 2 * WIDTH, 8, *WIDE_RING, tma=True, ring=True))
     return [tile for tile in found if channels_refusal(width, outputs, reduced, second, tile) is None]
 
 
@@ -56,13 +63,13 @@ def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: 
     if reduced not in (0, 2 * WIDTH, 4 * WIDTH):
         return f"a next reduce whose channels do not make blocks of {2 * WIDTH}"
     wide = is_wide(tile)
-    step = 2 * WIDTH if wide else WIDTH
-    if wide and reduced > 2 * WIDTH:
+    step, size = 2 * WIDTH if wide else WIDTH, (tile.block_m, tile.num_warps)
+    if size not in ([(128, 8)] if wide else RINGS) or (tile.block_n, tile.block_k) != (step, step) or outputs % step:
+        return f"a tile {tile}"
+    if reduced > 2 * WIDTH and (wide or tile.block_m > 128):
         return f"a tile {tile} with more sums than the registers hold"
-    if tile.block_m not in PIXELS[: 1 if wide or reduced > 2 * WIDTH else 2]:
-        return f"a tile {tile}"
-    if (tile.block_n, tile.block_k, tile.num_warps) != (step, step, 8) or outputs % step:
-        return f"a tile {tile}"
+    if reduced and tile.num_warps > 8 and triton_release() >= (3, 9):
+        return f"a tile {tile} that spills in this release of Triton"
     if tile.tap_stages < 2 or tile.chunk_stages < max(2, 1 + reduced // (2 * WIDTH)):
         return f"a tile {tile} with too short rings"
     if shared_of(tile, outputs, reduced) > SHARED - 1024:

@@ -5,12 +5,10 @@ from __future__ import annotations
 _COMPILED = "tests/test_tail_ring.py::test_compiled_kernel_is_right[fp16]"
 _SPECIAL = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names[ring]"
 _WIDE = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names[wide]"
-_CHOSEN = (
-    "tests/test_tail_ring.py::"
-    "test_it_is_chosen_for_many_images_of_128_channels_but_not_the_wide_one_that_no_gpu_has_timed"
-)
 _TAKES = "tests/test_tail_ring.py::test_tails_that_it_takes"
 _CHANNELS = "tests/test_tail_ring.py::test_channels_and_tiles_that_it_takes"
+_CHOSEN = "tests/test_tail_ring.py::test_it_is_chosen_for_many_images_of_128_channels_with_a_tile_that_a_gpu_has_timed"
+_SPILLS = "tests/test_tail_ring.py::test_sixteen_warps_are_not_asked_to_spill"
 
 #: (name, old text, new text, killers) by file.
 TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
@@ -82,6 +80,8 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
             "tile.chunk_stages < 2",
             _CHANNELS,
         ),
+        ("tiles that no GPU has timed are chosen", "tile.block_k == WIDTH and ", "", _CHOSEN),
+        ("sixteen warps that spill", "triton_release() >= (3, 9)", "False", _SPILLS),
         ("a branch is not looked at", '    if second:\n        return "a downsample branch"\n', "", _CHANNELS),
         ("more shared memory than there is", "> SHARED - 1024", "> 2 * SHARED", _CHANNELS),
         (

@@ -19,10 +19,11 @@ from fused_resblock.kernels import tail_ring
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.ring import SHARED
 from fused_resblock.kernels.stage import candidates, choose_stage_tile
-from fused_resblock.kernels.tail_ring import by_boxes, channels_refusal, is_wide, refusal, shared_of
+from fused_resblock.kernels.tail_ring import by_boxes, channels_refusal, is_timed, is_wide, refusal, shared_of
 from fused_resblock.kernels.tiles import StageTile
 
 TILE = StageTile(128, 64, 64, 8, 5, 6, tma=True, ring=True)
+LARGE = {"block_m": 256, "num_warps": 16, "tap_stages": 3, "chunk_stages": 3}
 WIDE = {"block_n": 128, "block_k": 128, "tap_stages": 3, "chunk_stages": 3}
 
 
@@ -51,6 +52,10 @@ WIDE = {"block_n": 128, "block_k": 128, "tap_stages": 3, "chunk_stages": 3}
         (512, 128, 0, {"block_n": 32}, "a tile"),
         (512, 128, 0, {"block_k": 32}, "a tile"),
         (512, 128, 0, {"num_warps": 4}, "a tile"),
+        (512, 128, 0, LARGE, None),
+        (512, 0, 0, LARGE, None),
+        (512, 128, 0, {**LARGE, "block_m": 128}, "a tile"),
+        (512, 256, 0, LARGE, "more sums"),
         (512, 128, 0, WIDE, None),
         (512, 0, 0, WIDE, None),
         (128, 0, 0, WIDE, None),
@@ -63,10 +68,18 @@ WIDE = {"block_n": 128, "block_k": 128, "tap_stages": 3, "chunk_stages": 3}
         (512, 128, 256, WIDE, "branch"),
     ],
 )
-def test_channels_and_tiles_that_it_takes(outputs, reduced, second, changed, word):
+def test_channels_and_tiles_that_it_takes(outputs, reduced, second, changed, word, monkeypatch):
+    monkeypatch.setattr(tail_ring, "triton_release", lambda: (3, 7))
     refused = channels_refusal(128, outputs, reduced, second, replace(TILE, **changed))
     assert refused is None if word is None else word in refused
     assert "not 128" in channels_refusal(64, outputs, reduced, second, TILE)
+
+
+def test_sixteen_warps_are_not_asked_to_spill(monkeypatch):
+    for release, refused in (((3, 8), False), ((3, 9), True)):
+        monkeypatch.setattr(tail_ring, "triton_release", lambda release=release: release)
+        assert ("spills" in (channels_refusal(128, 512, 128, 0, replace(TILE, **LARGE)) or "")) == refused
+        assert channels_refusal(128, 512, 0, 0, replace(TILE, **LARGE)) is None
 
 
 @pytest.mark.parametrize(
@@ -98,16 +111,17 @@ def test_tails_that_it_takes(changed, dtype, capability, word, monkeypatch):
 @pytest.mark.parametrize(
     ("outputs", "second", "sizes"),
     [
-        (128, 0, {(128, 64), (256, 64), (128, 128)}),
-        (0, 0, {(128, 64), (256, 64), (128, 128)}),
-        (256, 0, {(128, 64)}),
+        (128, 0, {(128, 64, 8), (256, 64, 8), (256, 64, 16), (128, 128, 8)}),
+        (0, 0, {(128, 64, 8), (256, 64, 8), (256, 64, 16), (128, 128, 8)}),
+        (256, 0, {(128, 64, 8)}),
         (128, 256, set()),
         (256, 256, set()),
     ],
 )
-def test_tiles_that_are_tried(outputs, second, sizes):
+def test_tiles_that_are_tried(outputs, second, sizes, monkeypatch):
+    monkeypatch.setattr(tail_ring, "triton_release", lambda: (3, 7))
     tiles = [tile for tile in candidates(128, outputs, 2, bool(second), Gpu(132, 90)) if tile.ring]
-    assert {(tile.block_m, tile.block_k) for tile in tiles} == sizes
+    assert {(tile.block_m, tile.block_k, tile.num_warps) for tile in tiles} == sizes
     for tile in tiles:
         room = SHARED - 1024 - shared_of(tile, 512, outputs)
         step = 2 * 128 * tile.block_k
@@ -117,9 +131,11 @@ def test_tiles_that_are_tried(outputs, second, sizes):
     assert not any(tile.ring for tile in candidates(128, outputs, 4, bool(second), Gpu(132, 90)))
 
 
-def test_it_is_chosen_for_many_images_of_128_channels_but_not_the_wide_one_that_no_gpu_has_timed():
+def test_it_is_chosen_for_many_images_of_128_channels_with_a_tile_that_a_gpu_has_timed():
     chosen = choose_stage_tile(TailShape("", 128, 28, outputs=128).build(128, FP16, "meta").gemms(), 2, Gpu(132, 90))
-    assert (chosen.ring, chosen.block_m, chosen.block_k) == (True, 256, 64)
+    assert (chosen.ring, chosen.block_m, chosen.block_k, chosen.num_warps) == (True, 256, 64, 8)
+    assert all(map(is_timed, (chosen, TILE, by_boxes(TILE))))
+    assert not any(is_timed(replace(TILE, **changed)) for changed in (WIDE, LARGE))
     odd = TailShape("", 128, 28, 2, 192, 128).build(128, FP16, "meta").gemms()
     assert not choose_stage_tile(odd, 2, Gpu(132, 90)).ring
 
@@ -161,16 +177,17 @@ from benchmarks.gpu.tails import TailShape
 from fused_resblock.kernels.tiles import StageTile
 
 emulate.FEW = 1  # a program takes tile after tile
-for images, shape, pixels, step, stages in (
-    (6, TailShape("", 128, 7, outputs=128), 256, 64, (3, 3)),
-    (3, TailShape("", 128, 7, outputs=256), 128, 64, (5, 6)),
-    (4, TailShape("", 128, 7, outputs=128), 128, 128, (2, 2)),
-    (3, TailShape("", 128, 7), 128, 64, (2, 2)),
-    (3, TailShape("", 128, 7), 128, 128, (3, 3)),
-)[:: 1 if sys.argv[1] == "fp16" else -2]:
+for images, shape, tile in (
+    (6, TailShape("", 128, 7, outputs=128), "256x64x64.w8.s3.c3.t1.r1"),
+    (3, TailShape("", 128, 7, outputs=256), "128x64x64.w8.s5.c6.t1.r1"),
+    (4, TailShape("", 128, 7, outputs=128), "128x128x128.w8.s2.c2.t1.r1"),
+    (6, TailShape("", 128, 7), "256x64x64.w16.s3.c3.t1.r1"),
+    (3, TailShape("", 128, 7), "128x64x64.w8.s2.c2.t1.r1"),
+    (3, TailShape("", 128, 7), "128x128x128.w8.s3.c3.t1.r1"),
+)[:: 1 if sys.argv[1] == "fp16" else -3]:
     emulate.OTHERS = images
     emulate.IMAGES = {}
-    row = emulate.tail(90, sys.argv[1], shape, StageTile(pixels, step, step, 8, *stages, tma=True, ring=True))
+    row = emulate.tail(90, sys.argv[1], shape, StageTile.parse(tile))
     assert row["status"] == "ok", (shape, row)
     assert row["wavefronts"] == row["ideal"], "bank conflicts"
 """
