@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 from fused_resblock.backends import triton as backend
 from fused_resblock.kernels import (
+    by_rings,
     conv_halo,
     conv_pair,
     conv_ring,
     conv_tma,
     expand_shift_halo,
-    expand_shift_ring,
-    expand_shift_wide,
     halo,
     ring,
     tail_ring,
@@ -63,10 +62,7 @@ OTHERS = 5
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
 #: modules that ask for them
-PLACED = (
-    *(conv_halo, conv_pair, conv_ring, conv_tma, halo, ring, tail_ring),
-    *(expand_shift_halo, expand_shift_ring, expand_shift_wide),
-)
+PLACED = (by_rings, conv_halo, conv_pair, conv_ring, conv_tma, expand_shift_halo, halo, ring, tail_ring)
 #: how work lands: late or not, products apart from the rest or not (see `ptx.grid`); the first one is counted
 ORDERS = ((False, True), (True, False))
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")

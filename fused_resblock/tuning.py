@@ -1,9 +1,9 @@
 """The fastest tile of every convolution of a model on this machine's GPU, searched offline: `tune`.
 
 For each distinct convolution that the fused model runs on an example, the tiles of least predicted time are compiled,
-held against PyTorch's result, and timed beside cuDNN and eager; then, for each tail of a block, all tiles of one kernel
-beside its convolutions one by one. The winners go into a table (`kernels.tables`). None of this happens unless it is
-asked for, and never inside of a CUDA graph's capture.
+held against PyTorch's result, and timed beside cuDNN and eager; then each tail of a block as one kernel, with every
+tile, beside its convolutions one by one. The winners go into a table (`kernels.tables`). None of this happens unless it
+is asked for, and never inside of a CUDA graph's capture.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ through shared memory; the norms are formed once a program.
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,17 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .boxes import Descriptors, choose_box, tiles_of, unaligned
+from .by_rings import bind_by_rings
 from .dependent import wait_for_input
-from .epilogue import eps_of, layer_vectors, nan_relu
-from .expand_shift_tma import bind_expand_shift_tma
-from .gpu import gpu_of
+from .epilogue import nan_relu
 from .kept_norms import keep_norm, norm_vectors, scaled
-from .launch import Launch, interpreted
-from .ring import WIDTH
 from .tail_moves import load_filters, load_pixels, store_reduced, turned_slot
-from .tail_ring import by_boxes
-from .taps import columns, matrix_box, strided_box, strided_box_of, tma_store, view
+from .taps import columns, strided_box_of, tma_store, view
 from .tiles import StageTile
 
 
@@ -201,52 +195,6 @@ def _expand_shift_ring_kernel(
 
 
 def bind_expand_shift_ring(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
-    """Prepare `_expand_shift_ring_kernel`; arguments and result are those of `bind_expand_shift`.
-
-    A call with an activation that is no multiple of 16 bytes into its memory, and one in the interpreter, which knows
-    no Gluon, runs `expand_shift_tma`.
-
-    Args:
-        h, conv, expand, other, shortcut, reduce: see `bind_expand_shift`; `tail_ring.refusal` must be None.
-        tile: `tap_stages` boxes of pixels and `chunk_stages` blocks of filters are in the rings.
-        overwrite: see `bind_expand_shift`.
-    """
-    boxes = by_boxes(tile)
-    stand_in = bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, boxes, overwrite=overwrite)
-    if interpreted():
-        return stand_in
-    n, c, p, q = h.shape
-    k, outputs = expand.weight.shape[0], 0 if reduce is None else reduce.weight.shape[0]
-    box = choose_box(tile.block_m, n, p, q)
-    count = tiles_of(box, n, p, q)
-    programs = min(count, gpu_of(h.device).multiprocessors)
-    layers = (conv, expand, reduce)
-    launch = Launch(
-        _expand_shift_ring_kernel,
-        (programs,),
-        (
-            matrix_box(conv.weight, c, 9 * c, (2 * WIDTH, WIDTH)),
-            matrix_box(expand.weight, k, c, (WIDTH, WIDTH)),
-            None if reduce is None else matrix_box(reduce.weight, outputs, k, (2 * WIDTH, WIDTH)),
-            *(v for layer in layers for v in layer_vectors(layer)),
-            *(count, -(-p // box.rows), -(-q // box.columns)),
-            *(c, k, outputs),
-            *(0.0 if layer is None else eps_of(layer.norm) for layer in layers),
-            *(tile.tap_stages, tile.chunk_stages, programs),
-        ),
-        h.device,
-        num_warps=tile.num_warps,
-    )
-    sizes = ((n, p, q, channels) for channels in (c, k, k, outputs))
-    of_h, of_other, of_y, of_g = (Descriptors(strided_box, size, 1, box) for size in sizes)
-    empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
-
-    def run(h, other):
-        if unaligned(h, other):
-            return stand_in(h, other)
-        y = other if overwrite else torch.empty((n, k, p, q), **empty)
-        g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
-        launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
-        return y, g
-
-    return run
+    """Prepare `_expand_shift_ring_kernel`; see `bind_by_rings`."""
+    layers = h, conv, expand, other, shortcut, reduce
+    return bind_by_rings(_expand_shift_ring_kernel, *layers, tile, overwrite)

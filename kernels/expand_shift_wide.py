@@ -1,15 +1,14 @@
 """`expand_shift` for 128 channels on Hopper in wide steps: a tap of all channels, and 128 expanded ones, at a time.
 
-The arithmetic and the two rings of `expand_shift_ring`, with half as many steps, each of which waits and asks for loads
-once, and with less traffic in shared memory. That moves a line of 128 bytes a clock: 27,200 lines for a tile of 128
-pixels are 15 of the 22 us that one took on an H100 there; here it is 23,900 (`benchmarks.emulate`). h2 and y are
-multiplied from the registers that they are in, and g leaves by the memory of the tile's last chunk. A slot of a ring is
-asked for again in the step behind the one that used it.
+The arithmetic and the two rings of `expand_shift_ring`. With as many pixels that has twice the steps, each of which
+waits and asks for loads once, and an eighth more traffic in shared memory, which moves 128 bytes a clock: 27,200 lines
+of them for a tile of 128 pixels, here 23,900 (`benchmarks.emulate`). h2, and up to Triton 3.8 y, are multiplied from
+the registers that they are in, and g leaves by the memory of the tile's last chunk. A slot of a ring is asked for again
+in the step behind the one that used it.
 """
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,16 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .boxes import Descriptors, choose_box, tiles_of, unaligned
+from .by_rings import bind_by_rings
 from .dependent import wait_for_input
-from .epilogue import eps_of, layer_vectors, nan_relu
-from .expand_shift_tma import bind_expand_shift_tma
-from .gpu import gpu_of, triton_release
+from .epilogue import nan_relu
+from .gpu import triton_release
 from .kept_norms import keep_norm, norm_vectors, scaled
-from .launch import Launch, interpreted
 from .tail_moves import load_filters, load_pixels, turned_slot
-from .tail_ring import by_boxes
-from .taps import matrix_box, strided_box, strided_box_of, tma_store, view
+from .taps import strided_box_of, tma_store, view
 from .tiles import StageTile
 
 
@@ -71,7 +67,7 @@ def _expand_shift_wide_kernel(
     TILES_Q,
     C: gl.constexpr,
     K: gl.constexpr,
-    REDUCES: gl.constexpr,  # 1 with a next reduce, else 0
+    G: gl.constexpr,  # C, or 0 without a next reduce
     EPS: gl.constexpr,
     EPS3: gl.constexpr,
     EPS1: gl.constexpr,
@@ -87,6 +83,7 @@ def _expand_shift_wide_kernel(
     """
     BLOCK_M: gl.constexpr = h_desc.block_shape[0] * h_desc.block_shape[1] * h_desc.block_shape[3]
     CHUNKS: gl.constexpr = K // C
+    REDUCES: gl.constexpr = G // C
     dtype: gl.constexpr = h_desc.dtype
     MATRIX: gl.constexpr = w_desc.layout
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, C, 16])
@@ -157,9 +154,7 @@ def _expand_shift_wide_kernel(
             e = warpgroup_mma_wait(0, [e])
             z = scaled(e, norm3, j) + buffer.load(MMA).to(gl.float32)
             y = nan_relu(z).to(dtype)
-            buffer.store(y)
-            fence_async_shared()
-            tma_store(y_desc, [n, p, 0, q, j * C], view(buffer, y_desc.block_shape, y_desc.layout))
+            _leave(y_desc, buffer, y, n, p, q, j * C)
             if REDUCES:
                 block = load_filters(weights, ring, block, TILES, C, 9, CHUNKS, REDUCES, PROGRAMS)
                 mbarrier.wait(filter_bars.index(at), turned)
@@ -178,44 +173,7 @@ def _expand_shift_wide_kernel(
 
 
 def bind_expand_shift_wide(h, conv, expand, other, shortcut, reduce, tile: StageTile, *, overwrite: bool = False):
-    """Prepare `_expand_shift_wide_kernel`; arguments and result are those of `bind_expand_shift_ring`."""
-    boxes = by_boxes(tile)
-    stand_in = bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, boxes, overwrite=overwrite)
-    if interpreted():
-        return stand_in
-    n, c, p, q = h.shape
-    k, outputs = expand.weight.shape[0], 0 if reduce is None else reduce.weight.shape[0]
-    box = choose_box(tile.block_m, n, p, q)
-    count = tiles_of(box, n, p, q)
-    programs = min(count, gpu_of(h.device).multiprocessors)
-    layers = (conv, expand, reduce)
-    launch = Launch(
-        _expand_shift_wide_kernel,
-        (programs,),
-        (
-            matrix_box(conv.weight, c, 9 * c, (c, c)),
-            matrix_box(expand.weight, k, c, (c, c)),
-            None if reduce is None else matrix_box(reduce.weight, outputs, k, (c, c)),
-            *(v for layer in layers for v in layer_vectors(layer)),
-            *(count, -(-p // box.rows), -(-q // box.columns)),
-            *(c, k, int(reduce is not None)),
-            *(0.0 if layer is None else eps_of(layer.norm) for layer in layers),
-            *(tile.tap_stages, tile.chunk_stages, programs),
-            triton_release() < (3, 9),  # whose products would be waited for one by one
-        ),
-        h.device,
-        num_warps=tile.num_warps,
-    )
-    sizes = ((n, p, q, channels) for channels in (c, k, k, outputs))
-    of_h, of_other, of_y, of_g = (Descriptors(strided_box, size, 1, box, c) for size in sizes)
-    empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
-
-    def run(h, other):
-        if unaligned(h, other):
-            return stand_in(h, other)
-        y = other if overwrite else torch.empty((n, k, p, q), **empty)
-        g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
-        launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
-        return y, g
-
-    return run
+    """Prepare `_expand_shift_wide_kernel`; see `bind_by_rings`."""
+    layers = h, conv, expand, other, shortcut, reduce
+    in_registers = triton_release() < (3, 9)  # from there on such products are waited for one by one
+    return bind_by_rings(_expand_shift_wide_kernel, *layers, tile, overwrite, (in_registers,))

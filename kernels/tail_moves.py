@@ -1,4 +1,4 @@
-"""What `expand_shift_ring` moves by TMA: the next box of pixels, the next block of filters, and g at the end.
+"""What `expand_shift_ring` and `expand_shift_wide` move by TMA: the next box of pixels and block of filters, and g.
 
 Loads come in the order of their use: the taps of a tile, its chunks, and on to the program's next tile.
 """
@@ -36,7 +36,7 @@ def turned_slot(slot, phase, STAGES: gl.constexpr):
 @gluon.jit
 def load_pixels(
     images,  # descriptors of h and of the residual
-    ring,  # pixels [STAGES, BLOCK_M, 64] and barriers
+    ring,  # pixels [STAGES, BLOCK_M, WIDTH] and barriers
     coming,  # what is loaded next: slot, step, tile and the tile's n, p, q
     sizes,  # TILES, TILES_P, TILES_Q
     TAPS: gl.constexpr,  # steps of the 3x3
@@ -68,7 +68,7 @@ def load_pixels(
 @gluon.jit
 def load_filters(
     weights,  # descriptors of the three layers
-    ring,  # filters [STAGES, 128, 64] and barriers
+    ring,  # filters [STAGES, C, WIDTH] and barriers
     coming,  # what is loaded next: slot, step and tile
     TILES,
     C: gl.constexpr,

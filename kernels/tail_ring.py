@@ -50,7 +50,7 @@ def tiles_for(width: int, outputs: int, reduced: int, second: int) -> list[Stage
 
 
 def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: StageTile) -> str | None:
-    """Why neither kernel has a tile for these channels; None when one does.
+    """Why the kernel of the tile does not take these channels; None when it does.
 
     `second` are the channels of a downsample branch's input: its kernel was slower on an H100 than layer by layer, 214
     against 192 us at batch 128. See `shared_of` for the others. The filters of a chunk are needed together, so that
@@ -78,7 +78,7 @@ def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: 
 
 
 def refusal(h, conv, expand, shortcut, reduce, tile: StageTile) -> str | None:
-    """Why neither kernel can run a tail that `expand_shift_tma` can; None when that of the tile can."""
+    """Why the kernel of the tile cannot run a tail that `expand_shift_tma` can; None when it can."""
     if h.dtype not in (torch.float16, torch.bfloat16):
         return f"{h.dtype}: only 16 bits"
     if not gpu_of(h.device).halo:

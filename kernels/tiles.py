@@ -70,7 +70,7 @@ class StageTile:
     `block_k` channels a step of the 3x3; its loop and that over the chunks have so many stages; `tma` moves the tiles
     (`expand_shift_tma`), and with `halo` the taps come from shared memory, too (`expand_shift_halo`). With `held` a
     downsample branch's input is loaded once and not for every chunk (`expand_shift_tma`). With `ring` so many boxes of
-    pixels and blocks of filters are in two rings (`expand_shift_ring`).
+    pixels and blocks of filters are in two rings (`expand_shift_ring`, and with 128 for `block_k` `expand_shift_wide`).
     """
 
     block_m: int

@@ -155,6 +155,12 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "kernels/stage.py": [
         (
+            "tiles that no GPU has timed are chosen",
+            " if tail_ring.is_timed(tile)]",
+            "]",
+            "tests/test_tail_ring.py::test_none_is_chosen_that_no_gpu_has_timed",
+        ),
+        (
             "odd image not noticed",
             "bind_expand_shift_tma if tile.tma and boxes",
             "bind_expand_shift_tma if tile.tma",

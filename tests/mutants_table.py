@@ -185,6 +185,20 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_graphs.py::test_what_a_graph_reads_stays_in_memory",
         ),
     ],
+    "fused_resblock/backends/few_images.py": [
+        (
+            "rows above a window are not pooled",
+            "    torch.maximum(above[:, :, 1:], x[:, :, 1:-1:2], out=above[:, :, 1:])\n",
+            "",
+            "tests/test_few_images.py::test_the_pool_is_torchs_to_the_bit_and_keeps_nan",
+        ),
+        (
+            "a stem of one image is pooled by torch",
+            "p % 2 or q % 2 or k == 1",
+            "p % 2 or q % 2 or k == 1 or n == 1",
+            "tests/test_few_images.py::test_one_image_is_pooled_likewise",
+        ),
+    ],
     "fused_resblock/tuning.py": [
         (
             "slowest tile of a tail wins",

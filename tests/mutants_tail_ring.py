@@ -7,7 +7,6 @@ _SPECIAL = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and
 _WIDE = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names[wide]"
 _TAKES = "tests/test_tail_ring.py::test_tails_that_it_takes"
 _CHANNELS = "tests/test_tail_ring.py::test_channels_and_tiles_that_it_takes"
-_CHOSEN = "tests/test_tail_ring.py::test_it_is_chosen_for_many_images_of_128_channels_with_a_tile_that_a_gpu_has_timed"
 _SPILLS = "tests/test_tail_ring.py::test_sixteen_warps_are_not_asked_to_spill"
 
 #: (name, old text, new text, killers) by file.
@@ -29,7 +28,6 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
         ("g that leaves is overwritten by h2", "        tma.store_wait(0)  # the last g has left\n", "", _COMPILED),
         ("pixels of a tail asked for before the wait", "    wait_for_input(PDL)\n", "", _COMPILED),
         ("ReLU of h2 forgotten", "h2.index(piece).store(nan_relu(z)", "h2.index(piece).store((z)", _COMPILED),
-        ("tail overwrites unasked", "y = other if overwrite else", "y = other if shortcut is None else", _SPECIAL),
     ],
     "kernels/expand_shift_wide.py": [
         (
@@ -65,13 +63,15 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
         ("wide ReLU of h2 forgotten", "nan_relu(scaled(acc, norm, 0))", "scaled(acc, norm, 0)", _COMPILED),
         ("wide residual forgotten", " + buffer.load(MMA).to(gl.float32)", "", _COMPILED),
         ("pixels of a wide tail asked for before the wait", "    wait_for_input(PDL)\n", "", _COMPILED),
-        ("wide tail overwrites unasked", "y = other if overwrite else", "y = other if True else", _WIDE),
     ],
     "kernels/tail_moves.py": [
         ("phase of both rings never turns", "        phase ^= 1\n", "        phase ^= 0\n", _COMPILED),
         ("tap of another channel block", "step % 9 * C + step // 9 * WIDTH", "step % 9 * C", _COMPILED),
         ("residual of the first chunk alone", "(step - TAPS) * other_desc", "0 * other_desc", _COMPILED),
         ("wide reduce's first filters twice", "(part - 1) * C", "0", _COMPILED),
+    ],
+    "kernels/by_rings.py": [
+        ("tail overwrites unasked", "y = other if overwrite else", "y = other if shortcut is None else", _SPECIAL),
     ],
     "kernels/tail_ring.py": [
         (
@@ -80,7 +80,6 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
             "tile.chunk_stages < 2",
             _CHANNELS,
         ),
-        ("tiles that no GPU has timed are chosen", "tile.block_k == WIDTH and ", "", _CHOSEN),
         ("sixteen warps that spill", "triton_release() >= (3, 9)", "False", _SPILLS),
         ("a branch is not looked at", '    if second:\n        return "a downsample branch"\n', "", _CHANNELS),
         ("more shared memory than there is", "> SHARED - 1024", "> 2 * SHARED", _CHANNELS),

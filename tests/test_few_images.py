@@ -19,7 +19,7 @@ from fused_resblock.params import Conv
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch):
     """Two images' worth of 8 channels of 12x10 in fp32."""
-    monkeypatch.setattr(few_images, "CACHED", 2 * 8 * 12 * 10 * 4 // torch.get_num_threads())
+    monkeypatch.setattr(few_images, "CACHED", -(-2 * 8 * 12 * 10 * 4 // torch.get_num_threads()))
 
 
 @pytest.fixture
@@ -93,6 +93,11 @@ def test_the_pool_is_torchs_to_the_bit_and_keeps_nan():
 def test_where_it_does_not_apply(x, layer, pool):
     require("onednn")
     assert few_images.bind_stem(x, layer, True, pool) is None
+
+
+def test_one_image_is_pooled_likewise():
+    require("onednn")
+    assert few_images.bind_stem(image(1), conv(), True, POOL) is not None
 
 
 def test_other_backends_do_not_use_it():

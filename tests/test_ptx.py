@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,3 +246,15 @@ def test_kernels_that_start_early_wait(steps, settled, fault):
     for early in (True, False):
         with pytest.raises(Fault, match=fault) if early and fault else nullcontext():
             assert (executed(body, np.arange(64), early=early, settled=settled) == np.arange(64)).all()
+
+
+def test_a_tensor_map_begins_and_steps_by_16_bytes():
+    pytest.importorskip("triton")
+    from benchmarks.ptx.driver import _descriptor, _Memory
+
+    meta = {"block_size": [8, 8], "swizzle": 0}
+    for first, stride, fault in ((0, 8, False), (1, 8, True), (0, 9, True)):
+        base = torch.zeros(128, dtype=torch.float16)[first:]
+        value = SimpleNamespace(base=base, shape=[8, 8], strides=[stride, 1])
+        with pytest.raises(Fault, match="16 bytes") if fault else nullcontext():
+            _descriptor(value, meta, _Memory(), settled=True)

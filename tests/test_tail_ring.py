@@ -15,7 +15,7 @@ from test_halo import conv_of
 pytest.importorskip("triton")
 
 from benchmarks.gpu.tails import TailShape
-from fused_resblock.kernels import tail_ring
+from fused_resblock.kernels import stage, tail_ring
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.ring import SHARED
 from fused_resblock.kernels.stage import candidates, choose_stage_tile
@@ -140,8 +140,14 @@ def test_it_is_chosen_for_many_images_of_128_channels_with_a_tile_that_a_gpu_has
     assert not choose_stage_tile(odd, 2, Gpu(132, 90)).ring
 
 
+def test_none_is_chosen_that_no_gpu_has_timed(monkeypatch):
+    gemms = TailShape("", 128, 28, outputs=128).build(128, FP16, "meta").gemms()
+    monkeypatch.setattr(stage, "predicted_seconds", lambda gemms, itemsize, tile, chip: is_timed(tile))
+    assert is_timed(choose_stage_tile(gemms, 2, Gpu(132, 90)))
+
+
 def test_on_hopper_it_runs_though_the_kernel_with_boxes_is_not_right_there(monkeypatch):
-    from fused_resblock.kernels import expand_shift_ring, expand_shift_wide, stage
+    from fused_resblock.kernels import expand_shift_ring, expand_shift_wide
 
     hopper = Gpu(132, 90)
     assert not hopper.tail_tma

@@ -104,10 +104,10 @@ def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
     if not found:
         return []
     rings = [tile for tile in found if tile.ring]
-    for stages in ((6, 5), (4, 7), (4, 2), (2, 4)):  # of both rings, in as much memory
-        for tile in (replace(ring, tap_stages=stages[0], chunk_stages=stages[1]) for ring in rings):
-            if is_wide(tile) != (sum(stages) < 7):
-                continue
+    depths = {False: ((6, 5), (4, 7)), True: ((4, 2), (2, 4))}  # of both rings, in as much memory
+    for ring in rings:
+        for tap_stages, chunk_stages in depths[is_wide(ring)]:
+            tile = replace(ring, tap_stages=tap_stages, chunk_stages=chunk_stages)
             if channels_refusal(shape.width, 4 * shape.width, shape.outputs, shape.second, tile) is None:
                 found.append(tile)
     block_k = found[0].block_k

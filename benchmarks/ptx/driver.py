@@ -146,6 +146,8 @@ def _values(
 
 def _descriptor(value: Any, meta: dict[str, Any], memory: _Memory, settled: bool) -> Descriptor:
     itemsize = value.base.element_size()
+    if value.base.data_ptr() % 16 or any(itemsize * stride % 16 for stride in value.strides[:-1]):
+        raise Fault("a tensor map whose address or strides are no multiples of 16 bytes")
     return Descriptor(
         memory.address(value.base, settled),
         list(value.shape)[::-1],

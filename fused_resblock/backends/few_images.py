@@ -19,7 +19,7 @@ CACHED = 2 << 20
 
 
 def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...]) -> Bound | None:
-    """See `backends.bind_stem`; None also where the pool is not 3x3 of stride 2, or height or width are odd."""
+    """See `backends.bind_stem`; None also for one channel, another pool than 3x3 of stride 2, odd outputs."""
     n, k, p, q = conv.output_shape(x)
     if not is_stem_pool(pool) or p % 2 or q % 2 or k == 1:
         return None
