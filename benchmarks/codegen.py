@@ -23,9 +23,8 @@ import triton
 from fused_resblock.kernels.bn_act import bn_act
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.kernels.stage import bind_stage, candidates
+from fused_resblock.kernels.stage import bind_stage, candidates, kernel_of
 from fused_resblock.kernels.stem import bind_stem, pack_weight
-from fused_resblock.kernels.tail_ring import is_wide
 from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 from fused_resblock.params import Affine, Conv
 
@@ -114,12 +113,6 @@ def convolution_of(tile: Tile, shape: ConvShape) -> str:
     if tile.ring:
         return "conv_pair" if shape.shortcut else "conv_ring"
     return "conv_halo" if tile.halo else "conv_tma" if tile.persistent else "conv_bn_act"
-
-
-def kernel_of(tile: StageTile) -> str:
-    """The stage kernel that a tile is for."""
-    ring = "_wide" if is_wide(tile) else "_ring"
-    return "expand_shift" + (ring if tile.ring else "_halo" if tile.halo else "_tma" if tile.tma else "")
 
 
 def stem_kernel(capability: int, dtype: str) -> str:

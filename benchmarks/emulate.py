@@ -35,11 +35,11 @@ from fused_resblock.kernels import (
     tail_ring,
 )
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.stage import candidates
+from fused_resblock.kernels.stage import candidates, kernel_of
 from fused_resblock.kernels.stem import bind_stem
 from fused_resblock.kernels.tiles import StageTile, Tile
 
-from .codegen import convolution_of, kernel_of, shipped, stem_kernel, stem_tile
+from .codegen import convolution_of, shipped, stem_kernel, stem_tile
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, own, poisoned, precision

@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -166,11 +166,7 @@ def convolution_winner(found: Asked) -> dict[str, Any]:
         if module.unavailable() is None:
             ways[name] = lambda m=module: m.bind_conv_bn_act(x, conv, other, found.epilogue, False)  # type: ignore[misc]
     times = _times(found, ways, x, other)
-    tiles = {name: us for name, us in times.items() if name not in backends.BACKENDS}
-    best = {name: us for name, us in times.items() if name in backends.BACKENDS}
-    tile = min(tiles, key=tiles.__getitem__, default=None)
-    if tile is not None:
-        best["triton"] = tiles[tile]
+    tile, best = _fastest(times, "triton", backends.BACKENDS)
     return {"backend": min(best, key=best.__getitem__, default="eager"), "tile": tile, "us": best}
 
 
@@ -183,13 +179,19 @@ def tail_winner(found: Asked) -> dict[str, Any]:
     for tile in backends.triton.tail_tiles(h, conv, expand, shortcut, reduce):
         ways[str(tile)] = partial(backends.triton.bind_tail, h, conv, expand, other, shortcut, reduce, tile)
     ways["apart"] = lambda: backends.bind_apart(h, conv, expand, other, shortcut, reduce)
-    tiles = _times(found, ways, h, other)
-    times = {"apart": tiles.pop("apart")} if "apart" in tiles else {}
-    best = min(tiles, key=tiles.__getitem__, default=None)
-    if best is not None:
-        times["stage"] = tiles[best]
-    faster = "stage" in times and times["stage"] < MARGIN * times.get("apart", float("inf"))
-    return {"faster": faster, "tile": best, "us": times}
+    tile_name, best = _fastest(_times(found, ways, h, other), "stage", ("apart",))
+    faster = "stage" in best and best["stage"] < MARGIN * best.get("apart", float("inf"))
+    return {"faster": faster, "tile": tile_name, "us": best}
+
+
+def _fastest(times: Mapping[str, float], kind: str, others: Collection[str]) -> tuple[str | None, dict[str, float]]:
+    """The fastest tile, None where there is none, and times by what a table names: those of `others`, its as `kind`."""
+    tiles = {name: us for name, us in times.items() if name not in others}
+    best = {name: us for name, us in times.items() if name in others}
+    tile = min(tiles, key=tiles.__getitem__, default=None)
+    if tile is not None:
+        best[kind] = tiles[tile]
+    return tile, best
 
 
 def _times(found: Asked, ways: Ways, x: Tensor, other: Tensor | None) -> dict[str, float]:

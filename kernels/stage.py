@@ -199,6 +199,12 @@ def _boxes_hold(x, conv) -> bool:
     return conv.stride == (1, 1) or (conv.stride == (2, 2) and x.shape[2] % 2 == x.shape[3] % 2 == 0)
 
 
+def kernel_of(tile: StageTile) -> str:
+    """The kernel that a tile is for."""
+    ring = "_wide" if tail_ring.is_wide(tile) else "_ring"
+    return "expand_shift" + (ring if tile.ring else "_halo" if tile.halo else "_tma" if tile.tma else "")
+
+
 def takes(h, conv, expand, shortcut, reduce, tile: StageTile) -> bool:
     """Whether the kernel that a tile is for runs a tail; else `bind_stage` has another one stand in."""
     if tile.halo:

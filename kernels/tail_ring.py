@@ -10,11 +10,9 @@ from .gpu import gpu_of, triton_release
 from .ring import SHARED, WIDTH
 from .tiles import StageTile
 
-#: pixels and warps of a program of `expand_shift_ring`, and how many boxes of pixels and blocks of filters then fit; of
-#: 256 pixels the registers hold no more than 128 sums each
-RINGS = {(128, 8): (5, 6), (256, 8): (3, 3), (256, 16): (3, 3)}
-#: likewise of `expand_shift_wide`, which has 128 pixels and 8 warps
-WIDE_RING = (3, 3)
+#: pixels, channels of a step and warps of a program, and how many boxes of pixels and blocks of filters then fit; with
+#: steps of 128 channels it is one of `expand_shift_wide`; of 256 pixels the registers hold no more than 128 sums each
+RINGS = {(128, 64, 8): (5, 6), (256, 64, 8): (3, 3), (256, 64, 16): (3, 3), (128, 128, 8): (3, 3)}
 
 
 def is_wide(tile: StageTile) -> bool:
@@ -44,8 +42,8 @@ def shared_of(tile: StageTile, outputs: int, reduced: int) -> int:
 
 def tiles_for(width: int, outputs: int, reduced: int, second: int) -> list[StageTile]:
     """The tiles of both kernels for these channels, with as deep rings as fit; see `channels_refusal`."""
-    found = [StageTile(m, WIDTH, WIDTH, warps, *stages, tma=True, ring=True) for (m, warps), stages in RINGS.items()]
-    found.append(StageTile(128, 2 * WIDTH, 2 * WIDTH, 8, *WIDE_RING, tma=True, ring=True))
+    sizes = ((m, step, step, warps, *stages) for (m, step, warps), stages in RINGS.items())
+    found = [StageTile(*size, tma=True, ring=True) for size in sizes]
     return [tile for tile in found if channels_refusal(width, outputs, reduced, second, tile) is None]
 
 
@@ -62,11 +60,10 @@ def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: 
         return "a downsample branch"
     if reduced not in (0, 2 * WIDTH, 4 * WIDTH):
         return f"a next reduce whose channels do not make blocks of {2 * WIDTH}"
-    wide = is_wide(tile)
-    step, size = 2 * WIDTH if wide else WIDTH, (tile.block_m, tile.num_warps)
-    if size not in ([(128, 8)] if wide else RINGS) or (tile.block_n, tile.block_k) != (step, step) or outputs % step:
+    known = (tile.block_m, tile.block_k, tile.num_warps) in RINGS and tile.block_n == tile.block_k
+    if not known or outputs % tile.block_n:
         return f"a tile {tile}"
-    if reduced > 2 * WIDTH and (wide or tile.block_m > 128):
+    if reduced > 2 * WIDTH and (is_wide(tile) or tile.block_m > 128):
         return f"a tile {tile} with more sums than the registers hold"
     if reduced and tile.num_warps > 8 and triton_release() >= (3, 9):
         return f"a tile {tile} that spills in this release of Triton"

@@ -202,8 +202,8 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/tuning.py": [
         (
             "slowest tile of a tail wins",
-            "best = min(tiles",
-            "best = max(tiles",
+            "tile = min(tiles",
+            "tile = max(tiles",
             "tests/test_tuning.py::test_the_fastest_tile_of_a_tail_is_in_the_table",
         ),
         (
