@@ -12,7 +12,16 @@ from .flat import know
 from .frozen import Freezable
 from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
-from .network import FusedNetwork, find_networks, find_stems, fuse_network, fuse_stem, know_blocks, unfuse_stem
+from .network import (
+    FusedNetwork,
+    find_networks,
+    find_stems,
+    fuse_network,
+    fuse_stem,
+    know_blocks,
+    know_stages,
+    unfuse_stem,
+)
 from .per_module import forget
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
@@ -117,6 +126,7 @@ def fuse(
             fuse_network(network)
         if isinstance(network, FusedNetwork):
             know_blocks(network, [path.removeprefix(prefix) for path, _, _ in found if path.startswith(prefix)])
+            know_stages(network, traced.graph)
         know(network, traced if frozen else None)
     for module in model.modules():
         if isinstance(module, Freezable):
@@ -158,6 +168,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         forget(module)
         if undo(FusedStage, module):
             module.__dict__.pop("_fused_kernel", None)
+            module.__dict__.pop("_fused_waits", None)
         unfuse_stem(module)
         unfuse_head(module)
         if undo(FusedBlock, module):

@@ -24,6 +24,7 @@ from .recorder import Recorder
 from .tracing import Traced
 
 Call = Callable[[Any], Any]
+Emptying = Callable[[list[Any]], Any]  # takes its argument out of a list, so that this dies when it has been read
 _UNKNOWN = "its graph is not known until it is fused again"  # that of a copy, or of one that could not be traced again
 
 
@@ -31,8 +32,8 @@ class Ran(NamedTuple):
     """What a forward ran in place of some of the network's modules."""
 
     modules: tuple[nn.Module, ...]  # as the graph of the network calls them
-    made_of: object  # another one where the call would compute something else
-    call: Call
+    made_of: tuple[object, ...]  # others where the call would compute something else
+    call: Emptying
 
 
 _tape: Recorder[Ran] = Recorder("ran")
@@ -40,7 +41,7 @@ _tape: Recorder[Ran] = Recorder("ran")
 recording = _tape.active
 
 
-def note(modules: tuple[nn.Module, ...], made_of: object, call: Call) -> None:
+def note(modules: tuple[nn.Module, ...], made_of: tuple[object, ...], call: Emptying) -> None:
     """Note what is run in place of modules, if this is a forward that asks for it; see `Ran`."""
     if recording():
         _tape.note(Ran(modules, made_of, call))
@@ -137,7 +138,9 @@ def _current(network: nn.Module) -> _Flat | None:
 
 
 def _same(a: Sequence[Ran], b: Sequence[Ran]) -> bool:
-    return len(a) == len(b) and all(one.made_of is other.made_of for one, other in zip(a, b, strict=True))
+    """Whether two forwards ran the very same; both are at hand, so identities tell."""
+    one, other = ([tuple(map(id, ran.made_of)) for ran in tape] for tape in (a, b))
+    return one == other
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -168,18 +171,47 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
     graph = copy.deepcopy(found.graph)
     modules = dict(network.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
-    for number, ran in enumerate(tape):
-        places = [i for i, node in enumerate(nodes) if modules[str(node.target)] is ran.modules[0]]
-        run = nodes[places[0] : places[0] + len(ran.modules)] if places else []
-        if not _stands_for(run, [modules[str(node.target)] for node in run], ran.modules):
-            raise Unsupported("it did not run what its graph shows")
-        del nodes[: places[0] + len(run)]
+    called = [modules[str(node.target)] for node in nodes]
+    for number, (start, end, calls) in enumerate(_runs(tape, nodes, called)):
+        run = nodes[start:end]
         with graph.inserting_before(run[0]):
-            joined = graph.call_function(_named(ran.call, number), run[0].args)
+            joined = graph.call_function(_named(calls, number), run[0].args)
         run[-1].replace_all_uses_with(joined)
         for node in reversed(run):
             graph.erase_node(node)
     return fx.GraphModule(network, graph).forward
+
+
+def _runs(
+    tape: Sequence[Ran], nodes: Sequence[fx.Node], called: Sequence[nn.Module]
+) -> list[tuple[int, int, list[Emptying]]]:
+    """What a forward ran, put together where one thing reads the result of another and nothing else reads that.
+
+    Args:
+        tape: what it ran.
+        nodes: the calls of modules in its graph.
+        called: these modules.
+
+    Returns:
+        The first node, the one behind the last, and what was run in place of them.
+
+    Raises:
+        Unsupported: if the graph shows something else.
+    """
+    runs: list[tuple[int, int, list[Emptying]]] = []
+    start = end = 0
+    for ran in tape:
+        after = end + len(ran.modules)
+        if runs and _stands_for(nodes[start:after], called[start:after], [*called[start:end], *ran.modules]):
+            runs[-1] = start, after, [*runs[-1][2], ran.call]
+        else:
+            start = called.index(ran.modules[0], end) if ran.modules[0] in called[end:] else len(called)
+            after = start + len(ran.modules)
+            if not _stands_for(nodes[start:after], called[start:after], ran.modules):
+                raise Unsupported("it did not run what its graph shows")
+            runs.append((start, after, [ran.call]))
+        end = after
+    return runs
 
 
 def _stands_for(run: Sequence[fx.Node], called: Sequence[nn.Module], modules: Sequence[nn.Module]) -> bool:
@@ -189,11 +221,15 @@ def _stands_for(run: Sequence[fx.Node], called: Sequence[nn.Module], modules: Se
     return len(run) > 0 and list(called) == list(modules) and alone and joined
 
 
-def _named(call: Call, number: int) -> Call:
-    """A call as a function with a name of its own, which the code of a graph needs."""
+def _named(calls: Sequence[Emptying], number: int) -> Call:
+    """Calls, each on the result of the one before, as a function with a name of its own, which a graph's code needs."""
 
     def program(x: Any) -> Any:
-        return call(x)
+        held = [x]
+        del x
+        for call in calls:
+            held = [call(held)]
+        return held[0]
 
     program.__name__ = program.__qualname__ = f"program_{number}"
     return program

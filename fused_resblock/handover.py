@@ -111,9 +111,15 @@ def note(stage: nn.Module, y: Tensor, program: Program) -> None:
         _thread.last = weakref.ref(stage), weakref.ref(y)
 
 
-def run(stage: nn.Module, program: Program, x: Tensor) -> Tensor:
-    """The program's result, with the head that waits for the chain, and leaving the next chain its head."""
-    head = _claim(stage, program, x) if _thread.waiting else None
+def run(stage: nn.Module, program: Program, x: list[Tensor]) -> Tensor:
+    """The program's result, with the head that waits for the chain, and leaving the next chain its head.
+
+    Args:
+        stage: the chain.
+        program: one of its programs.
+        x: holds the input, and is emptied: so that dies when it is read for the last time, if nobody else has it.
+    """
+    head = _claim(stage, program, x[0]) if _thread.waiting else None
     if program.ends.ahead is None:
         y, _ = program.run(x, head)
         note(stage, y, program)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from . import backends, dispatch, flat
 from .backends import onednn
 from .frozen import Freezable
+from .pending import settled
 from .swap import intact, own_class, swapped_class, undo
 
 
@@ -34,6 +35,7 @@ class Head(Freezable):
     WHY: ClassVar[str]  # what makes it fast, in words
 
     def forward(self, input: Tensor) -> Tensor:
+        input = settled(input)
         y = self._fast(input)
         return super().forward(input) if y is None else y
 
@@ -49,8 +51,9 @@ class Head(Freezable):
         bound = self._bind(x) if fits else None
         if bound is None:
             return None
-        flat.note((self,), *bound)
-        return bound[1](x)
+        made_of, call = bound
+        flat.note((self,), (made_of,), lambda x: call(x[0]))
+        return call(x)
 
     def applies(self, example: Tensor) -> bool:
         """Whether the module may be fast on tensors of this device and dtype."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import dispatch, flat, reference
 from .frozen import Freezable
+from .pending import settled
 from .per_module import PerModule
 from .plan import Plan, Unsupported
 from .programs import Programs
@@ -127,6 +128,7 @@ class FusedBlock(Freezable):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         known = len(args) == 1 and not kwargs  # else only its own forward knows the further arguments, or the name
+        args = tuple(map(settled, args))
         y = self._run(args[0]) if known else None
         if y is not None:
             return y
@@ -151,7 +153,7 @@ class FusedBlock(Freezable):
             program = state.programs.find(x, self.unasked())
             if program is not None:
                 if type(self).forward is FusedBlock.forward:  # else a forward around this one does more
-                    flat.note((self,), program, program)
+                    flat.note((self,), (program,), lambda x: program.run(x)[0])
                 return program(x)
         runner = self.runner()
         if runner is None or runner.unbatched(x):

@@ -15,9 +15,11 @@ from . import dispatch, flat, leaves
 from .frozen import Freezable
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
+from .stage import FusedStage
 from .stem import StemConv, StemFollower, changed, hooked
 from .swap import Swapped, base_class, swapped_class, undo
 from .tracing import Traced, traced
+from .waiting import is_only_reader
 
 
 class FusedNetwork(Freezable):
@@ -81,6 +83,7 @@ class FusedNetwork(Freezable):
             if first in modules:
                 unfuse_stem(modules[first])
         self.__dict__["_fused_stems"] = kept
+        know_stages(self, None if found is None else found.graph)
         flat.know(self, found if self._fused_frozen else None)
 
 
@@ -174,6 +177,14 @@ def fuse_network(network: nn.Module) -> None:
 def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
     """Note the names of the blocks in a network, whose graph was looked at just now."""
     network.__dict__.update(_fused_stops=tuple(blocks), _fused_looks=0, _fused_stale=False)
+
+
+def know_stages(network: nn.Module, graph: fx.Graph | None) -> None:
+    """Note which chains of blocks may wait in the forward of a network with this graph: none where it is not known."""
+    modules = dict(network.named_modules())
+    for module in modules.values():
+        if isinstance(module, FusedStage):
+            module.__dict__["_fused_waits"] = graph is not None and is_only_reader(module, modules, graph)
 
 
 def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:

@@ -1,8 +1,8 @@
 """Work that was asked for and is not done yet, so that what comes next can be done in the same pass.
 
-`Pending` stands for the output of a convolution, and of the norm and the ReLU behind it. Whatever touches it, but for
-the modules that join it (`stem`), gets the values: no use of it can be wrong, only slower. It lives within the forward
-of one network (`scope`), so neither its input nor a weight can change before it is computed.
+`Pending` stands for what a convolution gives (`stem`), or a chain of blocks (`waiting`). Whatever touches it, but for
+the modules that join it, gets the values: no use of it can be wrong, only slower. It lives within the forward of one
+network (`scope`), so neither its input nor a weight can change before it is computed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
-
-from . import dispatch
-from .swap import own_class
 
 _made: ContextVar[list[weakref.ref[Pending]] | None] = ContextVar("made", default=None)
 
@@ -48,53 +45,74 @@ def allowed() -> bool:
     return _made.get() is not None
 
 
+def settled(x: Any) -> Any:
+    """The values of what is pending; anything else as it is."""
+    return x.value() if isinstance(x, Pending) else x
+
+
+def _stream(device: torch.device) -> Any:
+    """The stream on which work is done now; None on a CPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+class Source:
+    """The tensor that pending work begins with, which must stay as it is until that is done."""
+
+    def __init__(self, x: Tensor, reader: object) -> None:
+        self._x, self._reader = [x], type(reader).__name__
+        self._seen = None if x.is_inference() else x._version
+
+    def read(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: if it has been changed in place since, or if it was taken and what it was taken for failed.
+        """
+        if not self._x or (self._seen is not None and self._x[0]._version != self._seen):
+            raise RuntimeError(
+                f"the input of {self._reader} must stay as it is until its output has been used, got "
+                + ("a change in place: fuse with stems=False" if self._x else "an error while it was used")
+            )
+        return self._x[0]
+
+    def take(self) -> list[Tensor]:
+        """The tensor alone in a list, and forgotten here."""
+        taken = [self.read()]
+        self._x.clear()
+        return taken
+
+
 class Pending(Tensor):
-    """What a chain of modules gives for x, `[N, C, H, W]` channels_last, before anybody has asked for the values."""
+    """A tensor `[N, C, H, W]`, channels_last, before anybody has asked for its values."""
 
     @staticmethod
-    def __new__(cls, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> Pending:
+    def __new__(cls, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         _, c, h, w = size
-        return torch.Tensor._make_wrapper_subclass(
-            cls, size, (c * h * w, 1, c * w, c), dtype=dispatch.autocast_dtype(x) or x.dtype, device=x.device
-        )
+        return torch.Tensor._make_wrapper_subclass(cls, size, (c * h * w, 1, c * w, c), dtype=dtype, device=device)
 
-    def __init__(self, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> None:
-        self._x, self.chain, self.extent = x, chain, size
-        self._seen = None if x.is_inference() else x._version
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.computed: Tensor | None = None
+        self._device, self._stream = device, _stream(device)
         made = _made.get()
         assert made is not None
         made.append(weakref.ref(self))
 
-    def behind(self, module: nn.Module) -> Pending:
-        """What is pending once a module that changes neither shape nor dtype has joined: this, if it works in place."""
-        if getattr(module, "inplace", False):
-            self.chain = (*self.chain, module)
-            return self
-        return Pending(self.source(), (*self.chain, module), self.extent)
-
-    def source(self) -> Tensor:
-        """The x that the chain begins with.
-
-        Raises:
-            RuntimeError: if it has been changed in place since.
-        """
-        if self._seen is not None and self._x._version != self._seen:
-            raise RuntimeError(
-                f"the input of {type(self.chain[0]).__name__} must stay as it is until its output has been used, got a "
-                "change in place: fuse with stems=False"
-            )
-        return self._x
-
     @torch.no_grad()
     def value(self) -> Tensor:
-        """The values, computed module by module."""
+        """The values, computed on the stream on which they were asked for, which the present one waits for."""
         if self.computed is None:
-            y = self.source()
-            for module in self.chain:
-                y = own_class(module).forward(module, y)
-            self.computed = y
+            now = _stream(self._device)
+            if now == self._stream:
+                self.computed = self._compute()
+            else:
+                with torch.cuda.stream(self._stream):
+                    self.computed = self._compute()
+                now.wait_stream(self._stream)
+                self.computed.record_stream(now)
         return self.computed
+
+    def _compute(self) -> Tensor:
+        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:

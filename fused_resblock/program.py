@@ -41,6 +41,8 @@ class Ends(NamedTuple):
     first: BoundStep | None = None  # what the first operation computes, if that is one step of the first block
     ahead: BoundStep | None = None  # the next chain's first step where this program computes it, as value result + 1
     tail: bool = False  # whether a kernel for the last block's tail could compute that step
+    size: tuple[int, ...] = ()  # of the output, where it is known
+    dtype: torch.dtype | None = None  # likewise
 
 
 class Program:
@@ -54,21 +56,22 @@ class Program:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output, channels_last and without autograd."""
-        return self.run(x)[0]
+        return self.run([x])[0]
 
-    def run(self, x: Tensor, head: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    def run(self, x: list[Tensor], head: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """The output, and what the next chain's first step makes of it where the program computes that.
 
+        Both lists are emptied, so that what they hold dies when it is read for the last time.
+
         Args:
-            x: the input.
-            head: holds the first operation's result where it is known already, and is emptied: so it dies when it is
-                read for the last time.
+            x: holds the input.
+            head: holds the first operation's result where it is known already.
         """
         operations = self._operations
         keep(operations)
         if self._dtype is not None:
-            x = x.to(self._dtype)
-        values: list[Any] = [x.contiguous(memory_format=torch.channels_last), *self._slots]
+            x = [x.pop().to(self._dtype)]
+        values: list[Any] = [x.pop().contiguous(memory_format=torch.channels_last), *self._slots]
         if head:
             values[1], operations = head.pop(), operations[1:]
         for run, main, other, out, dead in operations:
@@ -129,22 +132,24 @@ class _Chain:
         self._taken: set[int] = set()  # the first step of each tail that is one kernel
 
     def _dies(self, value: int) -> bool:
-        """Whether nothing reads a value after the next operation; x itself belongs to others."""
-        return value > 0 and self._last_read[value] == len(self.operations)
+        """Whether nothing reads a value after the next operation."""
+        return self._last_read.get(value) == len(self.operations)
 
-    def _append(self, run: Bound, main: int, other: int, result: Any, also: int = 0) -> None:
+    def _append(self, run: Bound, main: int, other: int, result: Any, also: int = -1) -> None:
         dead = tuple(value for value in {main, other, also} if self._dies(value))
         self.operations.append(Operation(run, main, other, len(self.values), dead))
         self.values.append(result)
         for value in dead:
-            self.values[value] = None
+            if value > 0:  # x is here to tell what device this is for
+                self.values[value] = None
 
     def program(self, backend: str) -> Program:
         """The operations so far; `backend` is the last block's."""
         ahead = self._following if len(self.operations) > self._result else None
         first = None if 0 in self._taken else self._first
-        tail = self._result - 2 in self._tails and backends.may_be_triton(backend, self.values[0].device)
-        return Program(self.dtype, self.operations, Ends(self._result, first, ahead, tail))
+        y = self.values[self._result]
+        tail = self._result - 2 in self._tails and backends.may_be_triton(backend, y.device)
+        return Program(self.dtype, self.operations, Ends(self._result, first, ahead, tail, tuple(y.shape), y.dtype))
 
     def step(self, step: BoundStep, base: int, backend: str) -> bool:
         """Bind and run a step of the block whose input is value number `base`; False as `bind` gives None."""
@@ -163,8 +168,9 @@ class _Chain:
         arguments = step.arguments(self.values[base:], self.dtype is not None)
         if arguments is None:
             return None
-        overwrite = step.step.residual is not None and step.step.residual_stride == 1 and other != main
-        return arguments.bind(backend, overwrite and self._dies(other))
+        residual = step.step.residual is not None and step.step.residual_stride == 1
+        overwrite = residual and other not in (0, main) and self._dies(other)  # x belongs to others
+        return arguments.bind(backend, overwrite)
 
     def tail(self, base: int, backend: str) -> int:
         """Bind and run a tail that begins with the next step, if one does; how many steps that is."""

@@ -232,7 +232,7 @@ def test_a_head_dies_when_it_was_read_for_the_last_time():
     ]
     heads = [head]
     del head
-    y, _ = Program(None, steps).run(torch.zeros(1, 1, 2, 2), heads)
+    y, _ = Program(None, steps).run([torch.zeros(1, 1, 2, 2)], heads)
     assert (y == 2).all()
     assert alive == [False]
     assert not heads

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import fused_resblock as frb
 from fused_resblock import pending
 from fused_resblock.models import randomize_norms
-from fused_resblock.pending import Pending, scope
+from fused_resblock.pending import scope
+from fused_resblock.stem import PendingStem
 
 
 class Network(nn.Module):
@@ -116,7 +117,7 @@ def test_what_leaves_the_network_is_computed():
         x = torch.randn(1, 3, 6, 6)
         (y,) = fused(x)["y"]
         assert type(y) is Tensor
-        assert isinstance(kept[0], Pending)
+        assert isinstance(kept[0], PendingStem)
         assert kept[0].computed is not None
         copies = [y.clone(), kept[0].clone()]
         x.zero_(), fused.conv1.weight.zero_()
@@ -185,7 +186,7 @@ def test_metadata_without_values():
     conv = nn.Conv2d(3, 8, 3, 2, 1)
     x = torch.randn(2, 3, 7, 9)
     with scope(), torch.no_grad():
-        y = Pending(x, (conv,), (2, 8, 4, 5))
+        y = PendingStem(x, (conv,), (2, 8, 4, 5))
         assert (y.shape, y.dtype, y.device, y.dim(), y.size(1)) == ((2, 8, 4, 5), x.dtype, x.device, 4, 8)
         assert y.stride() == (8 * 20, 1, 40, 8)
         assert y.computed is None
