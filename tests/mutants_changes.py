@@ -231,6 +231,18 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             _FLAT + "explain_tells_why_it_runs_its_own_forward[Asking-another result]",
         ),
         (
+            "what lies between the parts of a function held",
+            "            held = [call(held)]\n        return held[0]",
+            "            held.append(call(held[-1:]))\n        return held[-1]",
+            "tests/test_waiting.py::test_a_forward_takes_less_memory",
+        ),
+        (
+            "parts put together although others read what lies between",
+            "len(a.users) == 1 for a, b in pairwise(run)",
+            "True for a, b in pairwise(run)",
+            _FLAT + "networks_that_become_a_function[Features]",
+        ),
+        (
             "function of a network with hooks",
             " or any(map(leaves.hooked, list(network.modules())[1:])):",
             ":",

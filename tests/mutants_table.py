@@ -9,6 +9,7 @@ from mutants_kernels import KERNELS
 from mutants_ring import RING
 from mutants_stages import STAGES
 from mutants_users import USERS
+from mutants_waiting import WAITING
 
 
 def _epilogue(case: str, backend: str = "triton") -> str:
@@ -28,6 +29,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **HALO,
     **RING,
     **USERS,
+    **WAITING,
     "fused_resblock/head.py": [
         (
             "heads in fp32",
@@ -75,6 +77,18 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "tail.other not in (0, main)",
             "tail.other > 0",
             "tests/test_overwrite.py::test_output_over_a_residual_that_nobody_reads_any_more[the 3x3's input]",
+        ),
+        (
+            "a program's input kept to the end",
+            "x.pop().contiguous(",
+            "x[0].contiguous(",
+            "tests/test_waiting.py::test_an_input_dies_when_it_was_read_for_the_last_time",
+        ),
+        (
+            "a program's input let go while it is read",
+            "return self._last_read.get(value) == len(self.operations)",
+            "return value == 0 or self._last_read.get(value) == len(self.operations)",
+            "tests/test_waiting_uses.py::test_use[usual-no_grad-False]",
         ),
         (
             "a head kept to the end",

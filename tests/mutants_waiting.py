@@ -1,0 +1,98 @@
+"""Faults in chains that wait, and in what they are made of."""
+
+_USES = "tests/test_waiting_uses.py::test_use"
+_WAITING = "tests/test_waiting.py::test_"
+
+#: (name, old text, new text, killers) by file.
+WAITING: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/waiting.py": [
+        (
+            "what two chains begin with taken by the first",
+            "[self._source.read()] if self.followed else self._source.take()",
+            "self._source.take()",
+            _USES + "[first first-no_grad-False]",
+        ),
+        (
+            "what a chain began with held to the end",
+            "[self._source.read()] if self.followed else self._source.take()",
+            "[self._source.read()]",
+            _WAITING + "an_input_dies_when_it_was_read_for_the_last_time",
+        ),
+        (
+            "a result between not given to who has it",
+            "if between is not None and between.computed is None:",
+            "if False:",
+            _USES + "[last first-no_grad-False]",
+        ),
+        (
+            "an edited result between replaced",
+            "if between is not None and between.computed is None:",
+            "if between is not None:",
+            _USES + "[edited after the next chain-no_grad-False]",
+        ),
+        (
+            "a chain joins behind values that were edited",
+            "x.computed is None and not x.followed",
+            "not x.followed",
+            _USES + "[edited before the next chain-no_grad-False]",
+        ),
+        (
+            "a chain waits although others read its input",
+            "isinstance(x, torch.fx.Node) and len(x.users) == 1 for x in read",
+            "isinstance(x, torch.fx.Node) for x in read",
+            _WAITING + "a_chain_whose_input_others_read_does_not_wait",
+        ),
+        (
+            "a chain with hooks waits",
+            " or not allowed() or hooked(stage):",
+            " or not allowed():",
+            _WAITING + "hooks_see_values[layer1]",
+        ),
+        (
+            "a chain waits outside of its network",
+            " or not allowed() or hooked(stage):",
+            " or hooked(stage):",
+            _WAITING + "outside_of_the_network_nothing_waits",
+        ),
+        (
+            "small inputs wait",
+            "isinstance(x, Pending) or x.numel() * x.element_size() >= WORTH",
+            "True",
+            _WAITING + "small_inputs_do_not_wait",
+        ),
+    ],
+    "fused_resblock/pending.py": [
+        (
+            "an edit of what pending work begins with not noticed",
+            "if not self._x or (self._seen is not None and self._x[0]._version != self._seen):",
+            "if not self._x:",
+            _WAITING + "input_changed_before_the_output_was_used",
+        ),
+        (
+            "pending work done on whatever stream",
+            "if now == self._stream:",
+            "if True:",
+            _WAITING + "work_stays_on_the_stream_on_which_it_was_asked_for",
+        ),
+        (
+            "a stream does not wait for pending work",
+            "                now.wait_stream(self._stream)\n",
+            "",
+            _WAITING + "work_stays_on_the_stream_on_which_it_was_asked_for",
+        ),
+        (
+            "memory of pending work free before the other stream is done",
+            "                self.computed.record_stream(now)\n",
+            "",
+            _WAITING + "work_stays_on_the_stream_on_which_it_was_asked_for",
+        ),
+    ],
+    "fused_resblock/network.py": [
+        (
+            "chains wait by the graph of before",
+            "        know_stages(self, None if found is None else found.graph)\n",
+            "",
+            _WAITING + "a_graph_that_changed_is_asked_again",
+        ),
+    ],
+}
