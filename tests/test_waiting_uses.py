@@ -32,7 +32,7 @@ def read_and_dropped(net: Network, x: Tensor) -> Tensor:
 def edited_after(net: Network, x: Tensor) -> Tensor:
     a = net.layer1(net.stem(x))
     b = net.layer2(a)
-    a += 1
+    a.add_(1)
     return b, a, net.layer2(a)
 
 
