@@ -7,7 +7,7 @@ CONSTRAINTS = $(if $(RELEASE),tests/releases/torch-$(RELEASE).txt,constraints.tx
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help venv demo test lint format bench-cpu readme plots codegen emulate roofline mutants clean
+.PHONY: help venv demo test lint format bench-cpu readme plots codegen emulate roofline activations mutants clean
 .PHONY: gpu gpu-check gpu-suite gpu-tune gpu-bench gpu-profile gpu-install
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test       run the tests (ARGS='-k conv'; RELEASE=2.11 or 2.15: with the oldest or the newest torch)"
 	@echo "make lint       ruff and mypy; make format repairs what ruff can"
 	@echo "make codegen    compile every kernel for six chips without a GPU; make roofline predicts their time"
+	@echo "make activations  count the memory that a forward takes on a GPU, without one"
 	@echo "make emulate    run the compiled kernels without a GPU (ARGS='--capability 90 --dtype fp16'; some minutes each)"
 	@echo "make mutants    put faults into copies of the library, one by one: the tests must notice each"
 	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md, make plots draws them"
@@ -80,3 +81,6 @@ emulate: $(STAMP)
 
 roofline: $(STAMP)
 	$(PY) -m benchmarks.roofline $(ARGS)
+
+activations: $(STAMP)
+	KINETO_LOG_LEVEL=6 $(PY) -m benchmarks.activations $(ARGS)  # else torch's profiler says when it starts

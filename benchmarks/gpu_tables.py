@@ -31,6 +31,20 @@ def roofline(rows: Rows) -> str:
     return f"{told}\n\n{markdown(headers, lines, numbers=8)}"
 
 
+def activations(rows: Rows) -> str:
+    """What a forward holds besides weights and images, counted, eager and fused."""
+    if not rows:
+        return NOT_MEASURED
+    headers = ["network", "batch", "eager MiB", "fused MiB", "of that between calls", "fused / eager"]
+    lines = []
+    for row in rows:
+        ratio = float(row["fused_mib"]) / float(row["eager_mib"])
+        lines.append([row[name] for name in ("network", "batch", "eager_mib", "fused_mib", "held_mib")])
+        lines[-1].append(f"{ratio:.2f}x")
+    told = f"{rows[0]['dtype']}, with the table of winners of an {rows[0]['table']}."
+    return f"{told}\n\n{markdown(headers, lines, numbers=5)}"
+
+
 def _largest(rows: Iterable[Mapping[str, str]], column: str) -> int:
     return max(int(row[column]) for row in rows)
 

@@ -2,9 +2,10 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is one of `TABLES`. The figures come
 from files in `benchmarks/results/`: `cpu*.csv` (`python -m benchmarks.bench_cpu`), `demo.json` (`python -m
-fused_resblock demo --json FILE`), `roofline.csv` (`python -m benchmarks.roofline`), `codegen.csv` (`python -m
-benchmarks.codegen`), `emulate*.csv` (`python -m benchmarks.emulate`) and `*/bench.csv`, `check.csv` and `profile.csv`
-(`make gpu`). What none of them holds reads "not measured".
+fused_resblock demo --json FILE`), `roofline.csv` (`python -m benchmarks.roofline`), `activations.csv` (`python -m
+benchmarks.activations`), `codegen.csv` (`python -m benchmarks.codegen`), `emulate*.csv` (`python -m
+benchmarks.emulate`) and `*/bench.csv`, `check.csv` and `profile.csv` (`make gpu`). What none of them holds reads "not
+measured".
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Sources(NamedTuple):
     rows: list[Row]
     demo: dict[str, Any]
     roofline: list[dict[str, str]]
+    activations: list[dict[str, str]]
     codegen: list[dict[str, str]]
     emulate: list[dict[str, str]]
     gpu: list[dict[str, str]]
@@ -45,6 +47,7 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "demo": lambda s: tables.demo(s.demo),
     "digits": lambda s: tables.digits(s.demo),
     "roofline": lambda s: gpu_tables.roofline(s.roofline),
+    "activations": lambda s: gpu_tables.activations(s.activations),
     "codegen": lambda s: gpu_tables.codegen(s.codegen),
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
     "gpu": lambda s: gpu_tables.networks(s.gpu),
@@ -70,6 +73,7 @@ def load(folder: Path) -> Sources:
         rows,
         json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {},
         _csv(folder / "roofline.csv"),
+        _csv(folder / "activations.csv"),
         _csv(folder / "codegen.csv"),
         [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],
         *([row for file in sorted(folder.glob(f"*/{name}.csv")) for row in _csv(file)] for name in GPU_FILES),

@@ -105,14 +105,15 @@ def known() -> list[tuple[Table, bool]]:
 
 
 def _of_gpu(device: torch.device) -> Iterator[Table]:
-    """The tables of a device's GPU, those that go first in front."""
-    gpu = gpu_of(device)
-    return (table for table in _tables() if table.gpu == gpu)
+    """The tables of a device's GPU, those that go first in front; none for a CPU."""
+    if device.type == "cuda":
+        gpu = gpu_of(device)
+        yield from (table for table in _tables() if table.gpu == gpu)
 
 
 def measured(device: torch.device) -> bool:
     """Whether a table of this GPU is in force."""
-    return device.type == "cuda" and any(_of_gpu(device))
+    return any(_of_gpu(device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -127,8 +128,6 @@ def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, suff
 
     `suffix` tells a convolution apart that something else follows, such as ".pool".
     """
-    if not x.is_cuda:
-        return None
     n, _, p, q = conv.output_shape(x)
     key = dtype_name(x.dtype), case_name(conv, other, epilogue) + suffix
     return _first(x, "convolutions", key, n * p * q)
@@ -137,7 +136,7 @@ def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, suff
 def lookup_stage(h: Tensor, conv: Conv, case: str) -> StageEntry | None:
     """What was measured for a block's tail and the next one's head as one kernel, by the case that names them."""
     n, _, p, q = conv.output_shape(h)
-    return _first(h, "stages", (dtype_name(h.dtype), case), n * p * q) if h.is_cuda else None
+    return _first(h, "stages", (dtype_name(h.dtype), case), n * p * q)
 
 
 def _first(x: Tensor, kind: str, key: tuple[str, str], pixels: int) -> Any:

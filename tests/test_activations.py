@@ -1,0 +1,75 @@
+"""What a forward holds on a GPU, counted on a machine without one."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from compiling import run
+
+from benchmarks import activations
+from benchmarks.results import FOLDER
+from fused_resblock import backends
+from fused_resblock.backends import cudnn, triton
+
+
+def kept() -> list[dict[str, str]]:
+    with activations.RESULTS.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_kept_table_is_what_is_counted(tmp_path):
+    """It covers every network; a few of its lines are counted again."""
+    assert {(row["network"], row["batch"]) for row in kept()} == {
+        (network, str(batch)) for network in activations.ARCHITECTURES for batch in activations.BATCHES
+    }
+    out = tmp_path / "again.csv"
+    arguments = ["--networks", "resnet18", "resnet50", "--batches", "1", "32", "--out", str(out)]
+    done = run(f"from benchmarks.activations import main; main({arguments})")  # kernels as they are when compiled
+    assert done.returncode == 0, done.stderr
+    with out.open(newline="", encoding="utf-8") as file:
+        again = list(csv.DictReader(file))
+    assert len(again) == 4
+    assert [row for row in again if row not in kept()] == []
+
+
+def test_eager_is_counted_as_it_was_measured():
+    """From batch 32 on; below, a GPU's allocator and cuDNN's workspaces count for something."""
+    counted = {(row["network"], row["batch"]): float(row["eager_mib"]) for row in kept()}
+    measured = 0
+    for path in sorted(FOLDER.glob("*/bench.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                case = row["network"], row["batch"]
+                told = (row["part"], row["group"], row["provider"]) == ("whole", "main", "eager") and row["extra_mib"]
+                if told and case in counted and int(row["batch"]) >= 32:
+                    measured += 1
+                    assert counted[case] == pytest.approx(float(row["extra_mib"]), rel=0.03), case
+    assert measured >= 10
+
+
+def test_a_fused_forward_holds_at_most_seven_tenths():
+    """From batch 32 on; ResNet-152 keeps 38 MiB of folded weights there, too many for that."""
+    large = [row for row in kept() if int(row["batch"]) >= 32]
+    ratios = {(row["network"], row["batch"]): float(row["fused_mib"]) / float(row["eager_mib"]) for row in large}
+    assert ratios.pop(("resnet152", "32")) < 0.75
+    assert len(ratios) >= 13
+    assert [(case, ratio) for case, ratio in ratios.items() if ratio > 0.7] == []
+
+
+def test_everything_is_computed_again_behind_it():
+    x = torch.ones(1, 1, 2, 2)
+    with activations.nothing_computed():
+        assert backends.may_be_triton("auto", x.device)
+        assert torch.nn.functional.conv2d(x, x, None, (1, 1), (0, 0), (1, 1), 1).shape == (1, 1, 1, 1)
+        assert (triton.unavailable(), cudnn.unavailable()) == (None, None)
+    assert torch.nn.functional.conv2d(x, x).item() == 4
+    assert not backends.may_be_triton("auto", x.device)
+    assert cudnn.unavailable() is not None or torch.cuda.is_available()
+
+
+def test_bad_batches_are_told(capsys):
+    with pytest.raises(SystemExit):
+        activations.main(["--batches", "0"])
+    assert "batches must be at least 1, got 0" in capsys.readouterr().err
