@@ -19,7 +19,7 @@ from .network import (
     fuse_network,
     fuse_stem,
     know_blocks,
-    know_stages,
+    know_lines,
     unfuse_stem,
 )
 from .per_module import forget
@@ -97,13 +97,13 @@ def fuse(
     networks = list(find_networks(model, {module for _, module, _ in found})) if stems or heads or frozen else []
     left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)
     if not inplace:
-        model = copy.deepcopy(model)
-    for name, (graph, _) in networks:
+        model = _copied(model)
+    for name, traced in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
-        for path in find_heads(network, graph) if heads else ():
+        for path in find_heads(network, traced.graph) if heads else ():
             if prefix + path not in left_out:
                 fuse_head(network.get_submodule(path), backend)
-        for stem in find_stems(network, graph) if stems else ():
+        for stem in find_stems(network, traced.graph) if stems else ():
             if prefix + stem[0] not in left_out:
                 fuse_stem(network, stem, backend)
     for name, _, outcome in found:
@@ -126,12 +126,23 @@ def fuse(
             fuse_network(network)
         if isinstance(network, FusedNetwork):
             know_blocks(network, [path.removeprefix(prefix) for path, _, _ in found if path.startswith(prefix)])
-            know_stages(network, traced.graph)
+            know_lines(network, traced)
         know(network, traced if frozen else None)
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(frozen)
     return model
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy in the same modes: torchvision's graph modules copy themselves into train mode."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    copied = copy.deepcopy(model)
+    if copied.training != model.training:
+        copied.train(model.training)
+        for name, module in copied.named_modules():
+            module.training = modes.get(name, module.training)
+    return copied
 
 
 def _left_out(
@@ -143,10 +154,10 @@ def _left_out(
 ) -> set[str]:
     """The names of the pools, the classifiers and the stems' convolutions that `filter_fn` leaves alone."""
     found = set()
-    for name, (graph, _) in networks:
+    for name, traced in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
-        paths = find_heads(network, graph) if heads else []
-        paths += [stem[0] for stem in find_stems(network, graph)] if stems else []
+        paths = find_heads(network, traced.graph) if heads else []
+        paths += [stem[0] for stem in find_stems(network, traced.graph)] if stems else []
         found |= {prefix + path for path in paths if not filter_fn(prefix + path, network.get_submodule(path))}
     return found
 
@@ -168,7 +179,6 @@ def unfuse(model: nn.Module) -> nn.Module:
         forget(module)
         if undo(FusedStage, module):
             module.__dict__.pop("_fused_kernel", None)
-            module.__dict__.pop("_fused_waits", None)
         unfuse_stem(module)
         unfuse_head(module)
         if undo(FusedBlock, module):

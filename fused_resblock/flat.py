@@ -202,19 +202,19 @@ def _runs(
     start = end = 0
     for ran in tape:
         after = end + len(ran.modules)
-        if runs and _stands_for(nodes[start:after], called[start:after], [*called[start:end], *ran.modules]):
+        if runs and stands_for(nodes[start:after], called[start:after], [*called[start:end], *ran.modules]):
             runs[-1] = start, after, [*runs[-1][2], ran.call]
         else:
             start = called.index(ran.modules[0], end) if ran.modules[0] in called[end:] else len(called)
             after = start + len(ran.modules)
-            if not _stands_for(nodes[start:after], called[start:after], ran.modules):
+            if not stands_for(nodes[start:after], called[start:after], ran.modules):
                 raise Unsupported("it did not run what its graph shows")
             runs.append((start, after, [ran.call]))
         end = after
     return runs
 
 
-def _stands_for(run: Sequence[fx.Node], called: Sequence[nn.Module], modules: Sequence[nn.Module]) -> bool:
+def stands_for(run: Sequence[fx.Node], called: Sequence[nn.Module | None], modules: Sequence[nn.Module | None]) -> bool:
     """Whether nodes call these modules, each on the result of the one before, which nothing else reads."""
     alone = all(len(node.args) == 1 and not node.kwargs for node in run)
     joined = all(b.args[0] is a and len(a.users) == 1 for a, b in pairwise(run))

@@ -13,13 +13,12 @@ from torch.utils import _pytree as pytree
 
 from . import dispatch, flat, leaves
 from .frozen import Freezable
+from .lines import Lines, find_lines
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
-from .stage import FusedStage
 from .stem import StemConv, StemFollower, changed, hooked
 from .swap import Swapped, base_class, swapped_class, undo
 from .tracing import Traced, traced
-from .waiting import is_only_reader
 
 
 class FusedNetwork(Freezable):
@@ -32,6 +31,7 @@ class FusedNetwork(Freezable):
 
     _fused_stems: tuple[tuple[str, ...], ...] = ()
     _fused_stops: tuple[str, ...] = ()  # the names of the blocks
+    _fused_lines: Lines = {}  # noqa: RUF012  # never changed, each network sets its own
     _fused_looks = 0
     _fused_stale = False
 
@@ -44,7 +44,8 @@ class FusedNetwork(Freezable):
         def scoped(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
             if allowed():
                 return own(self, *args, **kwargs)
-            with scope():
+            alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # as its graph has it
+            with scope(self._fused_lines if alone else None):
                 y = own(self, *args, **kwargs)
                 return y if type(y) is Tensor else _computed(y)
 
@@ -83,7 +84,7 @@ class FusedNetwork(Freezable):
             if first in modules:
                 unfuse_stem(modules[first])
         self.__dict__["_fused_stems"] = kept
-        know_stages(self, None if found is None else found.graph)
+        know_lines(self, found)
         flat.know(self, found if self._fused_frozen else None)
 
 
@@ -179,12 +180,9 @@ def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
     network.__dict__.update(_fused_stops=tuple(blocks), _fused_looks=0, _fused_stale=False)
 
 
-def know_stages(network: nn.Module, graph: fx.Graph | None) -> None:
-    """Note which chains of blocks may wait in the forward of a network with this graph: none where it is not known."""
-    modules = dict(network.named_modules())
-    for module in modules.values():
-        if isinstance(module, FusedStage):
-            module.__dict__["_fused_waits"] = graph is not None and is_only_reader(module, modules, graph)
+def know_lines(network: FusedNetwork, found: Traced | None) -> None:
+    """Note which chains of blocks may wait in a network's forward, of which this is known."""
+    network.__dict__["_fused_lines"] = find_lines(network, found, network._fused_stems)
 
 
 def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:

@@ -1,37 +1,47 @@
 """Work that was asked for and is not done yet, so that what comes next can be done in the same pass.
 
 `Pending` stands for what a convolution gives (`stem`), or a chain of blocks (`waiting`). Whatever touches it, but for
-the modules that join it, gets the values: no use of it can be wrong, only slower. It lives within the forward of one
-network (`scope`), so neither its input nor a weight can change before it is computed.
+the modules that join it, gets the values. It lives within the forward of one network (`scope`), whose graph shows that
+nothing comes between that could tell it from a tensor, or change what it is computed from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_made: ContextVar[list[weakref.ref[Pending]] | None] = ContextVar("made", default=None)
+
+class _Scope(NamedTuple):
+    made: list[weakref.ref[Pending]]
+    lines: Mapping[nn.Module, Sequence[nn.Module]]
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
 
 
 @contextmanager
-def scope() -> Iterator[None]:
-    """Work may be left pending in here; what is still pending at the end is done then."""
+def scope(lines: Mapping[nn.Module, Sequence[nn.Module]] | None = None) -> Iterator[None]:
+    """Work may be left pending in here; what is still pending at the end is done then.
+
+    Args:
+        lines: the chains that may wait, each with the modules that read the result; see `lines`.
+    """
     made: list[weakref.ref[Pending]] = []
-    token = _made.set(made)
+    token = _scope.set(_Scope(made, lines or {}))
     failed = True
     try:
         yield
         failed = False
     finally:
-        _made.reset(token)
+        _scope.reset(token)
         errors = contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext()  # the first is to be seen
         for reference in made:
             pending = reference()
@@ -42,7 +52,13 @@ def scope() -> Iterator[None]:
 
 def allowed() -> bool:
     """Whether this is within a `scope`."""
-    return _made.get() is not None
+    return _scope.get() is not None
+
+
+def readers(chain: nn.Module) -> Sequence[nn.Module] | None:
+    """The modules that read what a chain gives, if it may wait in this scope."""
+    scope = _scope.get()
+    return None if scope is None else scope.lines.get(chain)
 
 
 def settled(x: Any) -> Any:
@@ -56,10 +72,16 @@ def _stream(device: torch.device) -> Any:
 
 
 class Source:
-    """The tensor that pending work begins with, which must stay as it is until that is done."""
+    """The tensor that pending work begins with, which must stay as it is until that is done.
 
-    def __init__(self, x: Tensor, reader: object) -> None:
-        self._x, self._reader = [x], type(reader).__name__
+    Args:
+        x: the tensor.
+        reader: the module that was called with it.
+        option: the option of `fuse` that has work left pending there.
+    """
+
+    def __init__(self, x: Tensor, reader: object, option: str) -> None:
+        self._x, self._reader, self._option = [x], type(reader).__name__, option
         self._seen = None if x.is_inference() else x._version
 
     def read(self) -> Tensor:
@@ -71,7 +93,7 @@ class Source:
         if not self._x or (self._seen is not None and self._x[0]._version != self._seen):
             raise RuntimeError(
                 f"the input of {self._reader} must stay as it is until its output has been used, got "
-                + ("a change in place: fuse with stems=False" if self._x else "an error while it was used")
+                + (f"a change in place: fuse with {self._option}=False" if self._x else "an error while it was used")
             )
         return self._x[0]
 
@@ -90,25 +112,26 @@ class Pending(Tensor):
         _, c, h, w = size
         return torch.Tensor._make_wrapper_subclass(cls, size, (c * h * w, 1, c * w, c), dtype=dtype, device=device)
 
-    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.computed: Tensor | None = None
         self._device, self._stream = device, _stream(device)
-        made = _made.get()
-        assert made is not None
-        made.append(weakref.ref(self))
+        self._inference = torch.is_inference_mode_enabled()
+        scope = _scope.get()
+        assert scope is not None
+        scope.made.append(weakref.ref(self))
 
-    @torch.no_grad()
     def value(self) -> Tensor:
         """The values, computed on the stream on which they were asked for, which the present one waits for."""
         if self.computed is None:
             now = _stream(self._device)
-            if now == self._stream:
-                self.computed = self._compute()
-            else:
-                with torch.cuda.stream(self._stream):
+            with torch.inference_mode(self._inference), torch.no_grad():
+                if now == self._stream:
                     self.computed = self._compute()
-                now.wait_stream(self._stream)
-                self.computed.record_stream(now)
+                else:
+                    with torch.cuda.stream(self._stream):
+                        self.computed = self._compute()
+                    now.wait_stream(self._stream)
+                    self.computed.record_stream(now)
         return self.computed
 
     def _compute(self) -> Tensor:
@@ -116,10 +139,11 @@ class Pending(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
-        args, kwargs = pytree.tree_map_only(Pending, Pending.value, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        known = func in _METADATA and args[0].computed is None  # later an edit in place may have changed the shape
+        if not known:
+            args, kwargs = pytree.tree_map_only(Pending, Pending.value, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():  # some may be in a container that is not looked into
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

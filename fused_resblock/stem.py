@@ -32,8 +32,8 @@ class PendingStem(Pending):
         return Pending.__new__(cls, size, dispatch.autocast_dtype(x) or x.dtype, x.device)
 
     def __init__(self, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> None:
-        super().__init__(size, x.dtype, x.device)
-        self.source, self.chain, self.extent = Source(x, chain[0]), chain, size
+        super().__init__(x.device)
+        self.source, self.chain, self.extent = Source(x, chain[0], "stems"), chain, size
 
     def behind(self, module: nn.Module) -> PendingStem:
         """What is pending once a module that changes neither shape nor dtype has joined: this, if it works in place."""

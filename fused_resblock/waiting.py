@@ -2,7 +2,7 @@
 
 A network such as `x = self.layer1(x); x = self.layer2(x)` holds each chain's input for as long as the chain runs: in a
 ResNet-50 in fp16 at batch 128 that is 73 of 432 MiB. Here a call of a chain gives a `PendingChain`, the next one joins
-it, and whatever reads the last one (a pool, say) runs them all, each on what nobody else has any more.
+it, and the pool that reads the last one (`lines`) runs them all, each on what nobody else has any more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import flat, handover
-from .pending import Pending, Source, allowed
+from . import flat, handover, leaves
+from .pending import Pending, Source, readers
 from .program import Program
 from .stem import hooked
 
@@ -35,10 +35,12 @@ class PendingChain(Pending):
 
     @staticmethod
     def __new__(cls, x: Tensor, stage: nn.Module, program: Program) -> Any:
-        return Pending.__new__(cls, *_of_result(x, program))
+        size, dtype = program.ends.size, program.ends.dtype
+        assert dtype is not None
+        return Pending.__new__(cls, size, dtype, _device(x))
 
     def __init__(self, x: Tensor, stage: nn.Module, program: Program) -> None:
-        super().__init__(*_of_result(x, program))
+        super().__init__(_device(x))
         self.followed = False  # whether another chain has joined
         self._source, before = _begin(x, stage)
         self._calls = (*before, Call(stage, program, weakref.ref(self)))
@@ -56,17 +58,14 @@ class PendingChain(Pending):
         return x[0]
 
 
-def _of_result(x: Tensor, program: Program) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-    """Size, dtype and device of what a program makes of x."""
-    ends, device = program.ends, x._device if isinstance(x, Pending) else x.device
-    assert ends.dtype is not None
-    return ends.size, ends.dtype, device
+def _device(x: Tensor) -> torch.device:
+    return x._device if isinstance(x, Pending) else x.device
 
 
 def _begin(x: Tensor, stage: nn.Module) -> tuple[Source, tuple[Call, ...]]:
     """What a chain's work begins with, and the calls before its own."""
     if not isinstance(x, PendingChain):
-        return Source(x, stage), ()
+        return Source(x, stage, "stages"), ()
     x.followed = True
     return x._source, x._calls
 
@@ -77,21 +76,13 @@ def may_join(x: object) -> bool:
 
 
 def may_wait(stage: nn.Module, x: Tensor) -> bool:
-    """Whether a chain, called with x, may wait: within its network, where nothing else reads x."""
-    if not stage.__dict__.get("_fused_waits") or not allowed() or hooked(stage):
+    """Whether a chain, called with x, may wait: in a line of its network's graph, for readers without hooks."""
+    behind = readers(stage)
+    if behind is None or hooked(stage) or any(map(_watched, behind)):
         return False
     return isinstance(x, Pending) or x.numel() * x.element_size() >= WORTH
 
 
-def is_only_reader(stage: nn.Module, modules: dict[str, nn.Module], graph: torch.fx.Graph) -> bool:
-    """Whether a chain is called in a network's graph, and nothing else there reads what it is called with.
-
-    Args:
-        stage: the chain.
-        modules: the network's, by name.
-        graph: that of its forward, with blocks as single calls.
-    """
-    first = next(stage.children())
-    calls = [node for node in graph.nodes if node.op == "call_module" and modules.get(str(node.target)) is first]
-    read = [node.args[0] if len(node.args) == 1 and not node.kwargs else None for node in calls]
-    return len(calls) > 0 and all(isinstance(x, torch.fx.Node) and len(x.users) == 1 for x in read)
+def _watched(module: nn.Module) -> bool:
+    """Whether something besides the forward sees what a module is called with: hooks, or a compiler."""
+    return leaves.hooked(module) or module._compiled_call_impl is not None

@@ -1,7 +1,9 @@
 """Faults in programs, in chains that wait, and in what they are made of."""
 
 _USES = "tests/test_waiting_uses.py::test_use"
+_PENDING = "tests/test_pending.py::test_"
 _WAITING = "tests/test_waiting.py::test_"
+_LINES = "tests/test_lines.py::test_"
 
 #: (name, old text, new text, killers) by file.
 WAITING: dict[str, list[tuple[str, str, str, str]]] = {
@@ -37,22 +39,22 @@ WAITING: dict[str, list[tuple[str, str, str, str]]] = {
             _USES + "[edited before the next chain-no_grad-False]",
         ),
         (
-            "a chain waits although others read its input",
-            "isinstance(x, torch.fx.Node) and len(x.users) == 1 for x in read",
-            "isinstance(x, torch.fx.Node) for x in read",
-            _WAITING + "a_chain_whose_input_others_read_does_not_wait",
-        ),
-        (
             "a chain with hooks waits",
-            " or not allowed() or hooked(stage):",
-            " or not allowed():",
+            " or hooked(stage) or any(",
+            " or any(",
             _WAITING + "hooks_see_values[layer1]",
         ),
         (
-            "a chain waits outside of its network",
-            " or not allowed() or hooked(stage):",
-            " or hooked(stage):",
-            _WAITING + "outside_of_the_network_nothing_waits",
+            "a chain waits for a pool with hooks",
+            "return leaves.hooked(module) or module",
+            "return module",
+            _WAITING + "who_looks_at_the_pool_s_input_sees_values[False]",
+        ),
+        (
+            "a chain waits for a compiled pool",
+            "return leaves.hooked(module) or module._compiled_call_impl is not None",
+            "return leaves.hooked(module)",
+            _WAITING + "who_looks_at_the_pool_s_input_sees_values[True]",
         ),
         (
             "small inputs wait",
@@ -99,7 +101,51 @@ WAITING: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_handover.py::test_a_head_dies_when_it_was_read_for_the_last_time",
         ),
     ],
+    "fused_resblock/lines.py": [
+        (
+            "chains wait although somebody asks for types",
+            "found.doubt is not None or found.unseen is not None",
+            "found.doubt is not None",
+            _LINES + "where_anything_comes_between_nothing_waits[asked_for_its_type]",
+        ),
+        (
+            "chains wait although others read their input",
+            'x.op != "call_module" or len(x.users) != 1',
+            'x.op != "call_module"',
+            _LINES + "where_anything_comes_between_nothing_waits[input_edited]",
+        ),
+        (
+            "chains wait on a tensor that somebody else has",
+            'x.op != "call_module" or len(x.users) != 1:',
+            "len(x.users) != 1:\n        return False\n    if str(x.target) not in modules:\n        return True\n    if False:",
+            _LINES + "where_anything_comes_between_nothing_waits[view_edited]",
+        ),
+        (
+            "a chain that is called twice waits",
+            "before >= 0 and called.count(blocks[0]) == 1",
+            "before >= 0",
+            _LINES + "where_anything_comes_between_nothing_waits[called_twice]",
+        ),
+    ],
     "fused_resblock/pending.py": [
+        (
+            "a reader's inference mode",
+            "with torch.inference_mode(self._inference), torch.no_grad():",
+            "with torch.no_grad():",
+            _WAITING + "results_are_of_the_mode_of_the_call",
+        ),
+        (
+            "the shape of before an edit",
+            "func in _METADATA and args[0].computed is None",
+            "func in _METADATA",
+            _PENDING + "shape_behind_an_edit_in_place",
+        ),
+        (
+            "what hides in a list is asked again and again",
+            "with torch._C.DisableTorchFunctionSubclass():  # some",
+            "with contextlib.nullcontext():  # some",
+            _PENDING + "list_of_a_class_of_its_own",
+        ),
         (
             "an edit of what pending work begins with not noticed",
             "if not self._x or (self._seen is not None and self._x[0]._version != self._seen):",
@@ -128,9 +174,15 @@ WAITING: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/network.py": [
         (
             "chains wait by the graph of before",
-            "        know_stages(self, None if found is None else found.graph)\n",
+            "        know_lines(self, found)\n",
             "",
-            _WAITING + "a_graph_that_changed_is_asked_again",
+            _LINES + "a_graph_that_changed_is_asked_again",
+        ),
+        (
+            "chains wait whatever a network is called with",
+            "scope(self._fused_lines if alone else None)",
+            "scope(self._fused_lines)",
+            _LINES + "arguments_that_the_graph_does_not_have",
         ),
     ],
 }

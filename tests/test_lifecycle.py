@@ -269,14 +269,19 @@ def test_call_with_other_parameters_in_between(fresh):
         close(fused(x), reference(x))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_feature_extractor_is_joined(pair, frozen):
-    """It has no modules for its blocks: convolution, norm and ReLU in a row are one operation each."""
+def test_a_feature_extractor_is_joined(pair, frozen, inplace):
+    """It has no modules for its blocks: convolution, norm and ReLU in a row are one operation each.
+
+    A copy of it comes in train mode, unless somebody sees to it.
+    """
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     reference, _, x = pair
     theirs = extraction.create_feature_extractor(reference, {"0.bn1": "a", "2": "b"}).eval()
     ours = extraction.create_feature_extractor(copy.deepcopy(reference), {"0.bn1": "a", "2": "b"}).eval()
-    frb.fuse(ours, inplace=True, frozen=frozen)
+    ours = frb.fuse(ours, inplace=inplace, frozen=frozen)
+    assert [m.training for m in ours.modules()] == [m.training for m in theirs.modules()]
     parts = [part for part in frb.explain(ours).parts if part.fused and part.modules.startswith("Conv2d + ")]
     assert len(parts) >= 4
     with torch.no_grad():

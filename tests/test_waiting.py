@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from waiting_networks import Network, both, equal, images, stage, usual
+from waiting_networks import Network, both, count, equal, images, stage, usual
 
 import fused_resblock as frb
 from fused_resblock import handover, pending, waiting
-from fused_resblock.models import randomize_norms
 from fused_resblock.reference import BasicBlock
 from fused_resblock.waiting import PendingChain
 
@@ -22,14 +21,6 @@ from fused_resblock.waiting import PendingChain
 @pytest.fixture(autouse=True)
 def _even_small_ones(monkeypatch):
     monkeypatch.setattr(waiting, "WORTH", 0)
-
-
-def count(monkeypatch) -> list[PendingChain]:
-    """Every pending chain that is made from now on, weakly."""
-    made = []
-    begin = waiting._begin
-    monkeypatch.setattr(waiting, "_begin", lambda x, stage: (made.append(stage), begin(x, stage))[1])
-    return made
 
 
 def test_chains_wait(monkeypatch):
@@ -104,31 +95,6 @@ def test_small_inputs_do_not_wait(monkeypatch):
     assert made == [fused.layer1, fused.layer2, fused.layer3]
 
 
-def features(net: Network, x: Tensor):
-    a = net.layer1(net.stem(x))
-    b = net.layer2(a)
-    return b.mean((2, 3)), a.mean((2, 3)), net.layer3(b)
-
-
-def test_a_chain_whose_input_others_read_does_not_wait(monkeypatch):
-    fused = frb.fuse(randomize_norms(Network(features)).eval())
-    made = count(monkeypatch)
-    with torch.no_grad():
-        for _ in range(2):
-            fused(images())
-    assert set(made) == {fused.layer1}
-
-
-def test_a_graph_that_changed_is_asked_again(monkeypatch):
-    reference, fused = both()
-    for network in (reference, fused):
-        network.use = features
-    made = count(monkeypatch)
-    with torch.no_grad():
-        equal(fused(images()), reference(images()), rtol=1e-4, atol=1e-4)
-    assert set(made) == {fused.layer1}
-
-
 def test_outside_of_the_network_nothing_waits():
     _, fused = both()
     with torch.no_grad():
@@ -141,7 +107,7 @@ def test_outside_of_the_network_nothing_waits():
 
 @pytest.mark.parametrize("where", ["layer1", "layer2", "everywhere"])
 def test_hooks_see_values(where):
-    """A chain with hooks does not wait."""
+    """A chain with hooks does not wait, and nothing does for a pool with hooks."""
     reference, fused = both()
     seen: list[list[Tensor]] = []
     for network in (reference, fused):
@@ -161,6 +127,21 @@ def test_hooks_see_values(where):
             network(images())
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
     assert len(seen[1]) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_who_looks_at_the_pool_s_input_sees_values(monkeypatch, compiled):
+    _, fused = both()
+    seen: list[Tensor] = []
+    if compiled:
+        fused.pool.compile(backend=lambda graph, inputs: graph)
+    else:
+        fused.pool.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    made = count(monkeypatch)
+    with torch.no_grad():
+        fused(images())
+    assert made == []
+    assert [type(x) for x in seen] == [Tensor] * (not compiled)
 
 
 def test_what_leaves_the_network_is_computed():
@@ -236,9 +217,23 @@ def test_a_chain_in_train_mode_behind_one_that_waits():
     equal(fused.layer2.state_dict(), reference.layer2.state_dict(), rtol=1e-4, atol=1e-4)
 
 
+def test_results_are_of_the_mode_of_the_call():
+    def use(net: Network, x: Tensor) -> Tensor:
+        y = net.layer1(net.stem(x))
+        with torch.inference_mode():
+            y.sum()
+        return y
+
+    _, fused = both(use)
+    with torch.no_grad():
+        assert not fused(images()).is_inference()
+    with torch.inference_mode():
+        assert fused(images()).is_inference()
+
+
 def test_unfuse_forgets_it():
     _, fused = both()
-    assert fused.layer1.__dict__["_fused_waits"]
+    assert fused._fused_lines
     frb.unfuse(fused)
     assert not [name for module in fused.modules() for name in module.__dict__ if name.startswith("_fused_")]
 

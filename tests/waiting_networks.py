@@ -1,4 +1,4 @@
-"""A network with a stem and three chains whose forward can be replaced behind the back of whoever traced it."""
+"""A network with a stem, three chains and a pool whose forward can be replaced behind the back of whoever traced it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resblock as frb
+from fused_resblock import waiting
 from fused_resblock.models import randomize_norms
 from fused_resblock.reference import BasicBlock
 
@@ -16,13 +17,14 @@ def stage(channels: int, out: int, stride: int) -> nn.Sequential:
 
 
 class Network(nn.Module):
-    """A stem and three chains; computes whatever `use` says."""
+    """A stem, three chains and a pool; computes whatever `use` says."""
 
     def __init__(self, use) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
         self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         self.layer1, self.layer2, self.layer3 = stage(8, 8, 1), stage(8, 16, 2), stage(16, 16, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.replace(use)
 
     def replace(self, use) -> None:
@@ -42,7 +44,7 @@ def usual(net: Network, x: Tensor) -> Tensor:
     x = net.layer1(x)
     x = net.layer2(x)
     x = net.layer3(x)
-    return x.mean((2, 3))
+    return net.pool(x)
 
 
 def both(use=usual, **options) -> tuple[Network, Network]:
@@ -66,3 +68,11 @@ def equal(ours, theirs, **tolerances) -> None:
     torch.testing.assert_close(
         torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(theirs), **tolerances
     )
+
+
+def count(monkeypatch) -> list[nn.Module]:
+    """The chains that wait from now on, each time that one does."""
+    made = []
+    begin = waiting._begin
+    monkeypatch.setattr(waiting, "_begin", lambda x, stage: (made.append(stage), begin(x, stage))[1])
+    return made
