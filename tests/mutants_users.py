@@ -100,10 +100,16 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "filter asked after the first change",
             "    left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)\n"
-            "    if not inplace:\n        model = copy.deepcopy(model)\n",
-            "    if not inplace:\n        model = copy.deepcopy(model)\n"
+            "    if not inplace:\n        model = _copied(model)\n",
+            "    if not inplace:\n        model = _copied(model)\n"
             "    left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)\n",
             _FILTER + "filter_fn_is_given_the_modules_of_the_model_and_not_of_its_copy",
+        ),
+        (
+            "a copy in the mode in which it comes",
+            "        copied.train(model.training)\n",
+            "        pass\n",
+            "tests/test_lifecycle.py::test_a_feature_extractor_is_joined[False-False]",
         ),
         (
             "heads left out are fused",

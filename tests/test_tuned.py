@@ -49,7 +49,7 @@ def h100(monkeypatch, tmp_path):
 
 def on_gpu(images: int = 1, dtype: torch.dtype = FP16) -> SimpleNamespace:
     """What `lookup` looks at of a tensor on a GPU."""
-    return SimpleNamespace(is_cuda=True, device="cuda:0", dtype=dtype, shape=(images, 64, 56, 56))
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=dtype, shape=(images, 64, 56, 56))
 
 
 def backend_of(images: int = 1) -> str | None:
