@@ -182,7 +182,7 @@ def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
 
 def know_lines(network: FusedNetwork, found: Traced | None) -> None:
     """Note which chains of blocks may wait in a network's forward, of which this is known."""
-    network.__dict__["_fused_lines"] = find_lines(network, found, network._fused_stems)
+    network.__dict__["_fused_lines"] = find_lines(network, found)
 
 
 def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:

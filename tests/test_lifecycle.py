@@ -282,6 +282,8 @@ def test_a_feature_extractor_is_joined(pair, frozen, inplace):
     ours = extraction.create_feature_extractor(copy.deepcopy(reference), {"0.bn1": "a", "2": "b"}).eval()
     ours = frb.fuse(ours, inplace=inplace, frozen=frozen)
     assert [m.training for m in ours.modules()] == [m.training for m in theirs.modules()]
+    assert str(ours.graph) == str(ours.eval_graph)
+    assert ours.graph is ours.eval_graph
     parts = [part for part in frb.explain(ours).parts if part.fused and part.modules.startswith("Conv2d + ")]
     assert len(parts) >= 4
     with torch.no_grad():
