@@ -140,14 +140,14 @@ def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
 
 
 def _is_stem(graph: fx.Graph, stem: Sequence[str]) -> bool:
-    """Whether each module of a stem reads the one before it, and nothing else does, wherever the graph calls them."""
+    """Whether each module of a stem directly follows the one before it and alone reads it, wherever they are called."""
     for node in graph.nodes:
         end = node
         for following in stem[1:] if node.op == "call_module" and node.target == stem[0] else ():
             readers = list(end.users)
-            if len(readers) != 1 or readers[0].target != following:
+            if readers != [end.next] or end.next.target != following:
                 return False
-            end = readers[0]
+            end = end.next
     return True
 
 

@@ -167,6 +167,12 @@ WAITING: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/network.py": [
         (
+            "a stem with something between",
+            "readers != [end.next] or end.next.target != following:\n                return False\n            end = end.next",
+            "len(readers) != 1 or readers[0].target != following:\n                return False\n            end = readers[0]",
+            "tests/test_stem_recognition.py::test_an_edit_of_the_image_that_comes_later[inference_mode]",
+        ),
+        (
             "chains wait by the graph of before",
             "        know_lines(self, found)\n",
             "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from stem_networks import Network, network, parts
 from torch import Tensor, nn
@@ -111,3 +112,32 @@ def test_explain_says_that_a_stem_is_parametrized():
     torch.nn.utils.parametrizations.weight_norm(fused.conv1)
     part = frb.explain(fused).parts[0]
     assert (part.fused, part.reason) == (False, "conv1: its class was changed")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_edit_of_the_image_that_comes_later(mode):
+    """The convolution may not wait for the norm any more once the forward does something between them."""
+
+    class Editing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1, self.relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+            self.block, self.edits = frb.reference.BasicBlock(8, 8), False
+
+        def forward(self, x):
+            y = self.conv1(x)
+            if self.edits:
+                x.mul_(2)
+            return self.block(self.relu(self.bn1(y)))
+
+    reference = randomize_norms(Editing()).eval()
+    fused = frb.fuse(reference, strict=True)
+    assert fused._fused_stems
+    with mode():
+        for edits in (False, True):
+            for network in (reference, fused):
+                network.edits = edits
+            x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+            for _ in range(2):
+                torch.testing.assert_close(fused(x.clone()), reference(x.clone()), rtol=1e-4, atol=1e-5)
+    assert not fused._fused_stems
