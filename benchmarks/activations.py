@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import fused_resblock as frb
-from fused_resblock import backends
+from fused_resblock import backends, flat
 from fused_resblock.backends import Problem, cudnn, triton, tuned
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.launch import Launch
@@ -39,10 +39,10 @@ from fused_resblock.table import format_table
 from .results import FOLDER
 
 RESULTS = FOLDER / "activations.csv"
-HEADERS = ("table", "network", "dtype", "batch", "eager_mib", "fused_mib", "held_mib")
+HEADERS = ("table", "network", "dtype", "batch", "eager_mib", "fused_mib", "frozen_mib", "held_mib")
 BATCHES = (1, 32, 128)
 SIZE = 224
-WARM_UP = 4  # calls until everything is bound, the next chain's first convolution too
+WARM_UP = 6  # calls until everything is bound, and a frozen network is one function
 
 
 def _convolved(x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
@@ -68,6 +68,7 @@ def nothing_computed() -> Iterator[None]:
         (F, "conv2d", lambda x, w, b, *geometry: _convolved(x, w, *geometry[:3])),
         (F, "batch_norm", lambda x, *parameters: torch.empty_like(x)),
         (F, "relu", lambda x, inplace: x if inplace else torch.empty_like(x)),
+        (flat, "_equal", lambda function_s, forward_s: True),
     ]
     with ExitStack() as stack:
         backends.resolve.cache_clear()
@@ -90,8 +91,11 @@ def allocated(call: Callable[[], object]) -> tuple[int, int]:
     return now, most
 
 
-def count(network: str, batch: int, dtype: torch.dtype = torch.float16, *, fused: bool) -> tuple[float, float]:
-    """MiB that a network's forward takes at its peak besides weights and images, and those held between calls."""
+def count(network: str, batch: int, kind: str, dtype: torch.dtype = torch.float16) -> tuple[float, float]:
+    """MiB that a network's forward takes at its peak besides weights and images, and those held between calls.
+
+    `kind` is "eager", "fused" or "frozen".
+    """
     with torch.device("meta"):
         model = build(network).eval().to(dtype)
     backends.clear_caches()
@@ -99,8 +103,8 @@ def count(network: str, batch: int, dtype: torch.dtype = torch.float16, *, fused
     model = model.to_empty(device="cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.empty(batch, 3, SIZE, SIZE, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with nothing_computed(), torch.no_grad():
-        if fused:
-            model = frb.fuse(model, inplace=True)
+        if kind != "eager":
+            model = frb.fuse(model, inplace=True, frozen=kind == "frozen")
 
         def warm_up() -> None:
             for _ in range(WARM_UP):
@@ -116,9 +120,10 @@ def rows(networks: Sequence[str], batches: Sequence[int]) -> Iterator[list[objec
     table = next(table.name for table, _ in tuned.known() if table.gpu == Gpu())
     for network in networks:
         for batch in batches:
-            eager, _ = count(network, batch, fused=False)
-            fused, held = count(network, batch, fused=True)
-            yield [table, network, "float16", batch, *(f"{mib:.1f}" for mib in (eager, fused, held))]
+            eager, _ = count(network, batch, "eager")
+            fused, held = count(network, batch, "fused")
+            frozen, _ = count(network, batch, "frozen")
+            yield [table, network, "float16", batch, *(f"{mib:.1f}" for mib in (eager, fused, frozen, held))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,17 +32,17 @@ def roofline(rows: Rows) -> str:
 
 
 def activations(rows: Rows) -> str:
-    """What a forward holds besides weights and images, counted, eager and fused."""
+    """What a forward holds besides weights and images, counted: eager, fused and frozen."""
     if not rows:
         return NOT_MEASURED
-    headers = ["network", "batch", "eager MiB", "fused MiB", "of that between calls", "fused / eager"]
+    headers = ["network", "batch", "eager MiB", "fused MiB", "frozen MiB", "of that between calls"]
+    headers += ["fused / eager", "frozen / eager"]
     lines = []
     for row in rows:
-        ratio = float(row["fused_mib"]) / float(row["eager_mib"])
-        lines.append([row[name] for name in ("network", "batch", "eager_mib", "fused_mib", "held_mib")])
-        lines[-1].append(f"{ratio:.2f}x")
+        lines.append([row[name] for name in ("network", "batch", "eager_mib", "fused_mib", "frozen_mib", "held_mib")])
+        lines[-1] += [f"{float(row[name]) / float(row['eager_mib']):.2f}x" for name in ("fused_mib", "frozen_mib")]
     told = f"{rows[0]['dtype']}, with the table of winners of an {rows[0]['table']}."
-    return f"{told}\n\n{markdown(headers, lines, numbers=5)}"
+    return f"{told}\n\n{markdown(headers, lines, numbers=7)}"
 
 
 def _largest(rows: Iterable[Mapping[str, str]], column: str) -> int:

@@ -12,16 +12,7 @@ from .flat import know
 from .frozen import Freezable
 from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
-from .network import (
-    FusedNetwork,
-    find_networks,
-    find_stems,
-    fuse_network,
-    fuse_stem,
-    know_blocks,
-    know_lines,
-    unfuse_stem,
-)
+from .network import FusedNetwork, find_networks, find_stems, fuse_network, fuse_stem, know_blocks, unfuse_stem
 from .per_module import forget
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
@@ -98,12 +89,12 @@ def fuse(
     left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)
     if not inplace:
         model = _copied(model)
-    for name, traced in networks:
+    for name, (graph, _) in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
-        for path in find_heads(network, traced.graph) if heads else ():
+        for path in find_heads(network, graph) if heads else ():
             if prefix + path not in left_out:
                 fuse_head(network.get_submodule(path), backend)
-        for stem in find_stems(network, traced.graph) if stems else ():
+        for stem in find_stems(network, graph) if stems else ():
             if prefix + stem[0] not in left_out:
                 fuse_stem(network, stem, backend)
     for name, _, outcome in found:
@@ -126,7 +117,6 @@ def fuse(
             fuse_network(network)
         if isinstance(network, FusedNetwork):
             know_blocks(network, [path.removeprefix(prefix) for path, _, _ in found if path.startswith(prefix)])
-            know_lines(network, traced)
         know(network, traced if frozen else None)
     for module in model.modules():
         if isinstance(module, Freezable):
@@ -154,10 +144,10 @@ def _left_out(
 ) -> set[str]:
     """The names of the pools, the classifiers and the stems' convolutions that `filter_fn` leaves alone."""
     found = set()
-    for name, traced in networks:
+    for name, (graph, _) in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
-        paths = find_heads(network, traced.graph) if heads else []
-        paths += [stem[0] for stem in find_stems(network, traced.graph)] if stems else []
+        paths = find_heads(network, graph) if heads else []
+        paths += [stem[0] for stem in find_stems(network, graph)] if stems else []
         found |= {prefix + path for path in paths if not filter_fn(prefix + path, network.get_submodule(path))}
     return found
 

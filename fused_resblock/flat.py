@@ -32,7 +32,7 @@ class Ran(NamedTuple):
     """What a forward ran in place of some of the network's modules."""
 
     modules: tuple[nn.Module, ...]  # as the graph of the network calls them
-    made_of: tuple[object, ...]  # others where the call would compute something else
+    made_of: object  # another one where the call would compute something else
     call: Emptying
 
 
@@ -41,7 +41,7 @@ _tape: Recorder[Ran] = Recorder("ran")
 recording = _tape.active
 
 
-def note(modules: tuple[nn.Module, ...], made_of: tuple[object, ...], call: Emptying) -> None:
+def note(modules: tuple[nn.Module, ...], made_of: object, call: Emptying) -> None:
     """Note what is run in place of modules, if this is a forward that asks for it; see `Ran`."""
     if recording():
         _tape.note(Ran(modules, made_of, call))
@@ -138,9 +138,7 @@ def _current(network: nn.Module) -> _Flat | None:
 
 
 def _same(a: Sequence[Ran], b: Sequence[Ran]) -> bool:
-    """Whether two forwards ran the very same; both are at hand, so identities tell."""
-    one, other = ([tuple(map(id, ran.made_of)) for ran in tape] for tape in (a, b))
-    return one == other
+    return len(a) == len(b) and all(one.made_of is other.made_of for one, other in zip(a, b, strict=True))
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -202,19 +200,21 @@ def _runs(
     start = end = 0
     for ran in tape:
         after = end + len(ran.modules)
-        if runs and stands_for(nodes[start:after], called[start:after], [*called[start:end], *ran.modules]):
+        if runs and _stands_for(nodes[start:after], called[start:after], [*called[start:end], *ran.modules]):
             runs[-1] = start, after, [*runs[-1][2], ran.call]
         else:
             start = called.index(ran.modules[0], end) if ran.modules[0] in called[end:] else len(called)
             after = start + len(ran.modules)
-            if not stands_for(nodes[start:after], called[start:after], ran.modules):
+            if not _stands_for(nodes[start:after], called[start:after], ran.modules):
                 raise Unsupported("it did not run what its graph shows")
             runs.append((start, after, [ran.call]))
         end = after
     return runs
 
 
-def stands_for(run: Sequence[fx.Node], called: Sequence[nn.Module | None], modules: Sequence[nn.Module | None]) -> bool:
+def _stands_for(
+    run: Sequence[fx.Node], called: Sequence[nn.Module | None], modules: Sequence[nn.Module | None]
+) -> bool:
     """Whether nodes call these modules, each on the result of the one before, which nothing else reads."""
     alone = all(len(node.args) == 1 and not node.kwargs for node in run)
     joined = all(b.args[0] is a and len(a.users) == 1 for a, b in pairwise(run))

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from . import backends, dispatch, flat
 from .backends import onednn
 from .frozen import Freezable
-from .pending import settled
 from .swap import intact, own_class, swapped_class, undo
 
 
@@ -35,7 +34,6 @@ class Head(Freezable):
     WHY: ClassVar[str]  # what makes it fast, in words
 
     def forward(self, input: Tensor) -> Tensor:
-        input = settled(input)
         y = self._fast(input)
         return super().forward(input) if y is None else y
 
@@ -52,7 +50,7 @@ class Head(Freezable):
         if bound is None:
             return None
         made_of, call = bound
-        flat.note((self,), (made_of,), lambda x: call(x[0]))
+        flat.note((self,), made_of, lambda x: call(x[0]))
         return call(x)
 
     def applies(self, example: Tensor) -> bool:

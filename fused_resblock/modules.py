@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from . import dispatch, flat, reference
 from .frozen import Freezable
-from .pending import settled
 from .per_module import PerModule
 from .plan import Plan, Unsupported
 from .programs import Programs
@@ -128,7 +127,6 @@ class FusedBlock(Freezable):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         known = len(args) == 1 and not kwargs  # else only its own forward knows the further arguments, or the name
-        args = tuple(map(settled, args))
         y = self._run(args[0]) if known else None
         if y is not None:
             return y
@@ -153,7 +151,7 @@ class FusedBlock(Freezable):
             program = state.programs.find(x, self.unasked())
             if program is not None:
                 if type(self).forward is FusedBlock.forward:  # else a forward around this one does more
-                    flat.note((self,), (program,), lambda x: program.run(x)[0])
+                    flat.note((self,), program, lambda x: program.run(x)[0])
                 return program(x)
         runner = self.runner()
         if runner is None or runner.unbatched(x):

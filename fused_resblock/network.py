@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from . import dispatch, flat, leaves
 from .frozen import Freezable
-from .lines import Lines, find_lines
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, hooked
@@ -31,7 +30,6 @@ class FusedNetwork(Freezable):
 
     _fused_stems: tuple[tuple[str, ...], ...] = ()
     _fused_stops: tuple[str, ...] = ()  # the names of the blocks
-    _fused_lines: Lines = {}  # noqa: RUF012  # never changed, each network sets its own
     _fused_looks = 0
     _fused_stale = False
 
@@ -44,8 +42,7 @@ class FusedNetwork(Freezable):
         def scoped(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
             if allowed():
                 return own(self, *args, **kwargs)
-            alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # as its graph has it
-            with scope(self._fused_lines if alone else None):
+            with scope():
                 y = own(self, *args, **kwargs)
                 return y if type(y) is Tensor else _computed(y)
 
@@ -84,7 +81,6 @@ class FusedNetwork(Freezable):
             if first in modules:
                 unfuse_stem(modules[first])
         self.__dict__["_fused_stems"] = kept
-        know_lines(self, found)
         flat.know(self, found if self._fused_frozen else None)
 
 
@@ -144,8 +140,7 @@ def _is_stem(graph: fx.Graph, stem: Sequence[str]) -> bool:
     for node in graph.nodes:
         end = node
         for following in stem[1:] if node.op == "call_module" and node.target == stem[0] else ():
-            readers = list(end.users)
-            if readers != [end.next] or end.next.target != following:
+            if list(end.users) != [end.next] or end.next.target != following:
                 return False
             end = end.next
     return True
@@ -178,11 +173,6 @@ def fuse_network(network: nn.Module) -> None:
 def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
     """Note the names of the blocks in a network, whose graph was looked at just now."""
     network.__dict__.update(_fused_stops=tuple(blocks), _fused_looks=0, _fused_stale=False)
-
-
-def know_lines(network: FusedNetwork, found: Traced | None) -> None:
-    """Note which chains of blocks may wait in a network's forward, of which this is known."""
-    network.__dict__["_fused_lines"] = find_lines(network, found)
 
 
 def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:

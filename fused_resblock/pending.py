@@ -1,47 +1,40 @@
 """Work that was asked for and is not done yet, so that what comes next can be done in the same pass.
 
-`Pending` stands for what a convolution gives (`stem`), or a chain of blocks (`waiting`). Whatever touches it, but for
-the modules that join it, gets the values. It lives within the forward of one network (`scope`), whose graph shows that
-nothing comes between that could tell it from a tensor, or change what it is computed from.
+`Pending` stands for the output of a convolution, and of the norm and the ReLU behind it. Whatever touches it, but for
+the modules that join it (`stem`), gets the values: no use of it can be wrong, only slower. It lives within the forward
+of one network (`scope`), so neither its input nor a weight can change before it is computed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from . import dispatch
+from .swap import own_class
 
-class _Scope(NamedTuple):
-    made: list[weakref.ref[Pending]]
-    lines: Mapping[nn.Module, Sequence[nn.Module]]
-
-
-_scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
+_made: ContextVar[list[weakref.ref[Pending]] | None] = ContextVar("made", default=None)
 
 
 @contextmanager
-def scope(lines: Mapping[nn.Module, Sequence[nn.Module]] | None = None) -> Iterator[None]:
-    """Work may be left pending in here; what is still pending at the end is done then.
-
-    Args:
-        lines: the chains that may wait, each with the modules that read the result; see `lines`.
-    """
+def scope() -> Iterator[None]:
+    """Work may be left pending in here; what is still pending at the end is done then."""
     made: list[weakref.ref[Pending]] = []
-    token = _scope.set(_Scope(made, lines or {}))
+    token = _made.set(made)
     failed = True
     try:
         yield
         failed = False
     finally:
-        _scope.reset(token)
+        _made.reset(token)
         errors = contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext()  # the first is to be seen
         for reference in made:
             pending = reference()
@@ -52,90 +45,57 @@ def scope(lines: Mapping[nn.Module, Sequence[nn.Module]] | None = None) -> Itera
 
 def allowed() -> bool:
     """Whether this is within a `scope`."""
-    return _scope.get() is not None
-
-
-def readers(chain: nn.Module) -> Sequence[nn.Module] | None:
-    """The modules that read what a chain gives, if it may wait in this scope."""
-    scope = _scope.get()
-    return None if scope is None else scope.lines.get(chain)
-
-
-def settled(x: Any) -> Any:
-    """The values of what is pending; anything else as it is."""
-    return x.value() if isinstance(x, Pending) else x
-
-
-def _stream(device: torch.device) -> Any:
-    """The stream on which work is done now; None on a CPU."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-class Source:
-    """The tensor that pending work begins with, which must stay as it is until that is done.
-
-    Args:
-        x: the tensor.
-        reader: the module that was called with it.
-        option: the option of `fuse` that has work left pending there.
-    """
-
-    def __init__(self, x: Tensor, reader: object, option: str) -> None:
-        self._x, self._reader, self._option = [x], type(reader).__name__, option
-        self._seen = None if x.is_inference() else x._version
-
-    def read(self) -> Tensor:
-        """The tensor.
-
-        Raises:
-            RuntimeError: if it has been changed in place since, or if it was taken and what it was taken for failed.
-        """
-        if not self._x or (self._seen is not None and self._x[0]._version != self._seen):
-            raise RuntimeError(
-                f"the input of {self._reader} must stay as it is until its output has been used, got "
-                + (f"a change in place: fuse with {self._option}=False" if self._x else "an error while it was used")
-            )
-        return self._x[0]
-
-    def take(self) -> list[Tensor]:
-        """The tensor alone in a list, and forgotten here."""
-        taken = [self.read()]
-        self._x.clear()
-        return taken
+    return _made.get() is not None
 
 
 class Pending(Tensor):
-    """A tensor `[N, C, H, W]`, channels_last, before anybody has asked for its values."""
+    """What a chain of modules gives for x, `[N, C, H, W]` channels_last, before anybody has asked for the values."""
 
     @staticmethod
-    def __new__(cls, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    def __new__(cls, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> Pending:
         _, c, h, w = size
-        return torch.Tensor._make_wrapper_subclass(cls, size, (c * h * w, 1, c * w, c), dtype=dtype, device=device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, size, (c * h * w, 1, c * w, c), dtype=dispatch.autocast_dtype(x) or x.dtype, device=x.device
+        )
 
-    def __init__(self, device: torch.device) -> None:
-        self.computed: Tensor | None = None
-        self._device, self._stream = device, _stream(device)
+    def __init__(self, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> None:
+        self._x, self.chain, self.extent = x, chain, size
+        self._seen = None if x.is_inference() else x._version
         self._inference = torch.is_inference_mode_enabled()
-        scope = _scope.get()
-        assert scope is not None
-        scope.made.append(weakref.ref(self))
+        self.computed: Tensor | None = None
+        made = _made.get()
+        assert made is not None
+        made.append(weakref.ref(self))
+
+    def behind(self, module: nn.Module) -> Pending:
+        """What is pending once a module that changes neither shape nor dtype has joined: this, if it works in place."""
+        if getattr(module, "inplace", False):
+            self.chain = (*self.chain, module)
+            return self
+        return Pending(self.source(), (*self.chain, module), self.extent)
+
+    def source(self) -> Tensor:
+        """The x that the chain begins with.
+
+        Raises:
+            RuntimeError: if it has been changed in place since.
+        """
+        if self._seen is not None and self._x._version != self._seen:
+            raise RuntimeError(
+                f"the input of {type(self.chain[0]).__name__} must stay as it is until its output has been used, got a "
+                "change in place: fuse with stems=False"
+            )
+        return self._x
 
     def value(self) -> Tensor:
-        """The values, computed on the stream on which they were asked for, which the present one waits for."""
+        """The values, computed module by module, in the inference mode of the call."""
         if self.computed is None:
-            now = _stream(self._device)
             with torch.inference_mode(self._inference), torch.no_grad():
-                if now == self._stream:
-                    self.computed = self._compute()
-                else:
-                    with torch.cuda.stream(self._stream):
-                        self.computed = self._compute()
-                    now.wait_stream(self._stream)
-                    self.computed.record_stream(now)
+                y = self.source()
+                for module in self.chain:
+                    y = own_class(module).forward(module, y)
+            self.computed = y
         return self.computed
-
-    def _compute(self) -> Tensor:
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -41,8 +41,6 @@ class Ends(NamedTuple):
     first: BoundStep | None = None  # what the first operation computes, if that is one step of the first block
     ahead: BoundStep | None = None  # the next chain's first step where this program computes it, as value result + 1
     tail: bool = False  # whether a kernel for the last block's tail could compute that step
-    size: tuple[int, ...] = ()  # of the output, where it is known
-    dtype: torch.dtype | None = None  # likewise
 
 
 class Program:
@@ -147,9 +145,8 @@ class _Chain:
         """The operations so far; `backend` is the last block's."""
         ahead = self._following if len(self.operations) > self._result else None
         first = None if 0 in self._taken else self._first
-        y = self.values[self._result]
-        tail = self._result - 2 in self._tails and backends.may_be_triton(backend, y.device)
-        return Program(self.dtype, self.operations, Ends(self._result, first, ahead, tail, tuple(y.shape), y.dtype))
+        tail = self._result - 2 in self._tails and backends.may_be_triton(backend, self.values[0].device)
+        return Program(self.dtype, self.operations, Ends(self._result, first, ahead, tail))
 
     def step(self, step: BoundStep, base: int, backend: str) -> bool:
         """Bind and run a step of the block whose input is value number `base`; False as `bind` gives None."""

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, dispatch, flat, handover, leaves, waiting
+from . import backends, dispatch, flat, handover, leaves
 from .frozen import Freezable
 from .handover import programs as _programs
 from .modules import FusedBlock
-from .pending import settled
-from .program import Program, last_reads
+from .program import last_reads
 from .programs import Programs
 from .swap import register
 from .tail import Tail, find_tails
@@ -57,29 +56,18 @@ class FusedStage(Freezable):
         if torch.is_grad_enabled():
             self.look_again(x)
             return None
-        joins = waiting.may_join(x)
-        x = x if joins else settled(x)
-        if not isinstance(x, Tensor) or not dispatch.plain(() if joins else (x,)):
+        if not isinstance(x, Tensor) or not dispatch.plain((x,)):
             return None
         programs = _programs.get(self)
         if programs is not None:
-            with torch._C.DisableTorchFunctionSubclass():  # what is asked of x is known before its values
-                program = programs.find(x, self.unasked())
+            program = programs.find(x, self.unasked())
             if program is not None:
                 if handover.fits(self, program):
-                    return self._run_or_wait(program, x)
+                    if flat.recording() and type(self).forward is FusedStage.forward:
+                        flat.note(tuple(self.children()), program, partial(handover.run, self, program))
+                    return handover.run(self, program, [x])
                 _programs.pop(self)
-        return self._bind(settled(x))
-
-    def _run_or_wait(self, program: Program, x: Tensor) -> Tensor:
-        alone = type(self).forward is FusedStage.forward  # else a forward around this one does more
-        if alone and waiting.may_wait(self, x):
-            return waiting.PendingChain(x, self, program)
-        if isinstance(x, waiting.PendingChain):
-            x = x.value()
-        if flat.recording() and alone:
-            flat.note(tuple(self.children()), (program,), partial(handover.run, self, program))
-        return handover.run(self, program, [x])
+        return self._bind(x)
 
     def _bind(self, x: Tensor) -> Tensor | None:
         """Bind a program and give its result; None as `_run` gives it."""

@@ -1,6 +1,6 @@
 """A convolution, its norm, its ReLU and a max-pool that are modules of their own, run as one operation: a stem.
 
-Each of these modules stays where it is and is called as ever. The convolution returns a `PendingStem` instead of
+Each of these modules stays where it is and is called as ever. The convolution returns a `Pending` tensor instead of
 computing; those behind it add themselves to what is pending, and the last one computes all of it at once.
 """
 
@@ -14,40 +14,14 @@ from torch import Tensor, nn
 from . import backends, dispatch, flat, leaves
 from .frozen import Freezable
 from .params import BatchNorm, Conv, Epilogue
-from .pending import Pending, Source, allowed, settled
+from .pending import Pending, allowed
 from .per_module import PerModule
 from .plan import Unsupported
 from .program import Operation, Program
 from .programs import Before, Programs
-from .swap import Swapped, intact, own_class
+from .swap import Swapped, intact
 from .touched import touch_statistics
 from .watch import Guard
-
-
-class PendingStem(Pending):
-    """What a chain of modules gives for x, before anybody has asked for the values."""
-
-    @staticmethod
-    def __new__(cls, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> Any:
-        return Pending.__new__(cls, size, dispatch.autocast_dtype(x) or x.dtype, x.device)
-
-    def __init__(self, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> None:
-        super().__init__(x.device)
-        self.source, self.chain, self.extent = Source(x, chain[0], "stems"), chain, size
-
-    def behind(self, module: nn.Module) -> PendingStem:
-        """What is pending once a module that changes neither shape nor dtype has joined: this, if it works in place."""
-        if getattr(module, "inplace", False):
-            self.chain = (*self.chain, module)
-            return self
-        return PendingStem(self.source.read(), (*self.chain, module), self.extent)
-
-    def _compute(self) -> Tensor:
-        """The values, module by module."""
-        y = self.source.read()
-        for module in self.chain:
-            y = own_class(module).forward(module, y)
-        return y
 
 
 class StemConv(Freezable):
@@ -59,7 +33,7 @@ class StemConv(Freezable):
 
     def forward(self, input: Tensor) -> Tensor:
         size = self._deferred(input)
-        return super().forward(input) if size is None else PendingStem(input, (self,), size)
+        return super().forward(input) if size is None else Pending(input, (self,), size)
 
     def _deferred(self, x: Tensor) -> tuple[int, ...] | None:
         """The output's shape if the work may be left to others, else None."""
@@ -82,14 +56,14 @@ class StemFollower(Swapped):
     """Mixin of a norm, ReLU or max-pool of a stem: joins what is pending, and computes it if it is the last one."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, PendingStem):
+        if type(input) is not Pending:
             return self._alone(input)
         if input.computed is not None or hooked(self) or not _joins(self, input.chain):
             return self._alone(input.value())
         chain = (*input.chain, self)
         if len(chain) < chain[0].__dict__["_fused_length"] and not isinstance(self, nn.MaxPool2d):
             return input.behind(self)
-        y = _run(input.source.read(), chain)
+        y = _run(input.source(), chain)
         if y is None:
             return super().forward(input.value())
         if getattr(self, "inplace", False):  # whoever holds the input sees what became of it
@@ -97,7 +71,7 @@ class StemFollower(Swapped):
         return y
 
     def _alone(self, x: Tensor) -> Tensor:
-        y = super().forward(settled(x))
+        y = super().forward(x)
         if self.training and not torch.compiler.is_compiling():
             touch_statistics([self])
         return y
@@ -155,7 +129,7 @@ def _run(x: Tensor, chain: tuple[nn.Module, ...]) -> Tensor | None:
         before = Before(chain[::-1], tensors)
         program = _bind(x, chain, conv, relu)
         programs.keep(x, program, before, lambda: Guard(chain[::-1], tensors, all_modes=False))
-    flat.note(chain, (program,), lambda x: program.run(x)[0])
+    flat.note(chain, program, lambda x: program.run(x)[0])
     return program(x)
 
 

@@ -74,7 +74,6 @@ class _Tracer(fx.Tracer):
         self._modes = self._current_modes()
         self._thread = threading.get_ident()
         self.reason: str | None = None  # why the graph may not be all
-        self.unseen: str | None = None  # a function that the forward may call, and that no proxy can answer
         self._proxies: list[weakref.ref[fx.Proxy]] = []
 
     @staticmethod
@@ -178,9 +177,10 @@ class _Tracer(fx.Tracer):
             self.refuse(MODES)
         if kind == "call_function" and getattr(target, "__name__", "").startswith("is_"):
             self.doubt(KIND)
-        self.unseen = self.unseen or unseen_call(sys._getframe(1), _Tracer.trace.__code__)
-        if self._strict and self.unseen is not None:
-            self.refuse(f"its forward calls {self.unseen}")
+        if self._strict:
+            unseen = unseen_call(sys._getframe(1), _Tracer.trace.__code__)
+            if unseen is not None:
+                self.refuse(f"its forward calls {unseen}")
         return super().create_node(kind, target, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -200,14 +200,10 @@ class _Tracer(fx.Tracer):
 
 
 class Traced(NamedTuple):
-    """The graph of a forward; why the forward may do something else with other inputs, None where it does not.
-
-    `unseen` is a function that it may call and that tells what takes a tensor's place from one, such as `type`.
-    """
+    """The graph of a forward, and why the forward may do something else with other inputs; None where it does not."""
 
     graph: fx.Graph
     doubt: str | None
-    unseen: str | None
 
 
 def graph_of(block: nn.Module, training: bool) -> fx.Graph:
@@ -247,7 +243,7 @@ def _traced(module: nn.Module, training: bool, stops: Collection[nn.Module], str
     try:
         with _one_at_a_time:
             tracer = _Tracer({twin.get_submodule(path) for path in paths}, strict)
-            return Traced(tracer.trace(twin), tracer.reason, tracer.unseen)
+            return Traced(tracer.trace(twin), tracer.reason)
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy

@@ -9,7 +9,6 @@ from mutants_kernels import KERNELS
 from mutants_ring import RING
 from mutants_stages import STAGES
 from mutants_users import USERS
-from mutants_waiting import WAITING
 
 
 def _epilogue(case: str, backend: str = "triton") -> str:
@@ -29,7 +28,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **HALO,
     **RING,
     **USERS,
-    **WAITING,
     "fused_resblock/head.py": [
         (
             "heads in fp32",

@@ -12,7 +12,7 @@ from cases import BF16, FP16, FP32, require
 from handover_cases import Body, Counted, X, agree, body
 from parity import assert_parity
 from test_stage_kernel import merged
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_resblock as frb
 from fused_resblock import handover
@@ -22,6 +22,7 @@ from fused_resblock.kernels.tables import StageEntry
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.models import randomize_norms
 from fused_resblock.program import Operation, Program
+from fused_resblock.reference import BasicBlock
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
@@ -215,6 +216,29 @@ def test_tune_asks_for_heads_and_a_table_decides(monkeypatch):
     assert any(weight is fused.layer2[0].conv1.weight for weight in reduces)
     # what ends the last chain has no next; what ends the other has, from the second forward on
     assert [merged(layer) for layer in (fused.layer1, fused.layer2)] == [2, 1]
+
+
+def test_an_input_dies_when_it_was_read_for_the_last_time():
+    """Where nobody but the list has it; with identity and projection, and a chain of more blocks."""
+    shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    blocks = [BasicBlock(8, 8), BasicBlock(8, 16, 2, shortcut)]
+    chain = frb.fuse(randomize_norms(nn.Sequential(*blocks)).eval(), inplace=True)
+    x = torch.randn(1, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = chain(x)
+    (program,) = handover.programs[chain]
+    *first, last = program._operations
+    held, seen, alive = [x], weakref.ref(x), []
+    del x
+
+    def watched(a, b):
+        alive.append(seen() is not None)
+        return last.run(a, b)
+
+    y, _ = Program(None, [*first, last._replace(run=watched)]).run(held)
+    assert torch.equal(y, expected)
+    assert alive == [False]
+    assert not held
 
 
 def test_a_head_dies_when_it_was_read_for_the_last_time():

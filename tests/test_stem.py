@@ -243,4 +243,4 @@ def test_global_hook_sees_every_module():
     called = []
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(lambda m, a, y: called.append(type(y))):
         fused(torch.randn(1, 3, 19, 22))
-    assert stems.PendingStem not in called
+    assert stems.Pending not in called
