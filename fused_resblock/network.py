@@ -192,9 +192,16 @@ def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:
     network.__dict__["_fused_stems"] = (*network._fused_stems, tuple(stem))
     first.__class__ = swapped_class(StemConv, type(first))
     first.__dict__["_fused_length"] = len(stem)
+    first.__dict__["_fused_around"] = [network.get_submodule(path) for path in _around(stem)]
     for module in rest:
         if not isinstance(module, StemFollower):  # a ReLU may serve several stems
             module.__class__ = swapped_class(StemFollower, type(module))
+
+
+def _around(stem: Sequence[str]) -> list[str]:
+    """The names of the modules within a network that a stem's are in."""
+    parts = [path.split(".") for path in stem]
+    return list(dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names))))
 
 
 def unfuse_stem(module: nn.Module) -> None:
@@ -208,6 +215,9 @@ def unfuse_stem(module: nn.Module) -> None:
 def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:
     """Why the modules of a stem would compute one by one if they were called now; None when they would not."""
     modules = dict(network.named_modules())
+    for path in _around(stem):
+        if path in modules and hooked(modules[path]):
+            return f"hooks on {path}"
     for path in stem:
         module = modules.get(path)
         if not isinstance(module, (StemConv, StemFollower)):

@@ -27,8 +27,8 @@ from .watch import Guard
 class StemConv(Freezable):
     """Mixin of a convolution that begins a stem: it leaves its work to the last module of the stem.
 
-    It computes as ever outside of its network, under autograd, with hooks, while it is traced, and on an input that
-    does not fit it.
+    It computes as ever outside of its network, under autograd, with hooks on it or on what a module of the stem is in,
+    while it is traced, and on an input that does not fit it.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -43,7 +43,9 @@ class StemConv(Freezable):
         if not isinstance(x, Tensor) or not dispatch.plain((x,)) or not allowed():
             return None
         weight: Any = self.weight
-        if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device or hooked(self):
+        if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device:
+            return None
+        if hooked(self) or any(map(hooked, self.__dict__["_fused_around"])):
             return None
         if (x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None) or changed(self) is not None:
             return None

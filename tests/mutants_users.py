@@ -125,6 +125,40 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             "if False:",
             "tests/test_stem_recognition.py::test_explain_says_that_a_stem_is_parametrized",
         ),
+        (
+            "hooks on what a stem is in",
+            ' or any(map(hooked, self.__dict__["_fused_around"])):',
+            ":",
+            "tests/test_stem_recognition.py::test_hooks_on_what_a_stem_is_in_see_tensors[forward]",
+        ),
+    ],
+    "fused_resblock/network.py": [
+        (
+            "a stem with something between",
+            "if list(end.users) != [end.next] or end.next.target != following:\n                return False\n            end = end.next",
+            "if [node.target for node in end.users] != [following]:\n                return False\n            end = next(iter(end.users))",
+            "tests/test_stem_recognition.py::test_an_edit_of_the_image_that_comes_later[inference_mode]",
+        ),
+    ],
+    "fused_resblock/pending.py": [
+        (
+            "a reader's inference mode",
+            "with torch.inference_mode(self._inference), torch.no_grad():",
+            "with torch.no_grad():",
+            "tests/test_pending.py::test_values_are_of_the_mode_of_the_call",
+        ),
+        (
+            "the shape of before an edit",
+            "func in _METADATA and args[0].computed is None",
+            "func in _METADATA",
+            "tests/test_pending.py::test_shape_behind_an_edit_in_place",
+        ),
+        (
+            "what hides in a list is asked again and again",
+            "with torch._C.DisableTorchFunctionSubclass():  # some",
+            "with contextlib.nullcontext():  # some",
+            "tests/test_pending.py::test_list_of_a_class_of_its_own",
+        ),
     ],
     "kernels/convolution.py": [
         (

@@ -194,6 +194,47 @@ def test_metadata_without_values():
         assert y.computed is not None
 
 
+def test_shape_behind_an_edit_in_place():
+    shapes = []
+
+    def use(net: nn.Module, x: Tensor) -> Tensor:
+        y = net.conv1(x)
+        y.unsqueeze_(0)
+        shapes.append((y.shape, y.dim(), y.stride()))
+        return y[0]
+
+    reference, fused = both(use)
+    with torch.no_grad():
+        x = torch.randn(1, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(fused(x), reference(x))
+    assert shapes[0] == shapes[1]
+
+
+def test_list_of_a_class_of_its_own():
+    class Parts(list):
+        pass
+
+    reference, fused = both(lambda n, x: torch.cat(Parts([n.conv1(x), n.conv1(x)])))
+    with torch.no_grad():
+        x = torch.randn(1, 3, 6, 6)
+        torch.testing.assert_close(fused(x), reference(x))
+
+
+def test_values_are_of_the_mode_of_the_call():
+    def use(net: nn.Module, x: Tensor) -> Tensor:
+        y = net.conv1(x)
+        with torch.inference_mode():
+            y.sum()
+        return y
+
+    _, fused = both(use)
+    x = torch.randn(1, 3, 6, 6)
+    with torch.no_grad():
+        assert not fused(x).is_inference()
+    with torch.inference_mode():
+        assert fused(x).is_inference()
+
+
 def test_memory_is_freed():
     _, fused = both(usual)
     x = torch.randn(1, 3, 6, 6)

@@ -141,3 +141,40 @@ def test_an_edit_of_the_image_that_comes_later(mode):
             for _ in range(2):
                 torch.testing.assert_close(fused(x.clone()), reference(x.clone()), rtol=1e-4, atol=1e-5)
     assert not fused._fused_stems
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_hooks_on_what_a_stem_is_in_see_tensors(kind):
+    """They come between its modules, which then compute one by one."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+            self.relu, self.block = nn.ReLU(), BasicBlock(8, 8)
+
+        def forward(self, x):
+            return self.block(self.relu(self.front(x)))
+
+    reference = randomize_norms(Inner()).eval()
+    fused = frb.fuse(reference, strict=True)
+    assert [part.fused for part in frb.explain(fused).parts] == [True]
+    seen: list[type] = []
+    if kind == "forward":
+
+        def double(module, args, y):
+            seen.append(type(y))
+            return y * 2 if type(y) is Tensor else y
+
+        handles = [network.front.register_forward_hook(double) for network in (reference, fused)]
+    else:
+        note = lambda module, args: seen.append(type(args[0]))  # noqa: E731
+        handles = [network.front.register_forward_pre_hook(note) for network in (reference, fused)]
+    x = torch.randn(2, 3, 9, 9)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+    assert seen == [Tensor, Tensor]
+    assert [(part.fused, part.reason) for part in frb.explain(fused).parts] == [(False, "hooks on front")]
+    for handle in handles:
+        handle.remove()
+    assert [part.fused for part in frb.explain(fused).parts] == [True]
