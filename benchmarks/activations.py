@@ -68,7 +68,7 @@ def nothing_computed() -> Iterator[None]:
         (F, "conv2d", lambda x, w, b, *geometry: _convolved(x, w, *geometry[:3])),
         (F, "batch_norm", lambda x, *parameters: torch.empty_like(x)),
         (F, "relu", lambda x, inplace: x if inplace else torch.empty_like(x)),
-        (flat, "_equal", lambda function_s, forward_s: True),
+        (flat, "_equal", lambda mine, others: True),
     ]
     with ExitStack() as stack:
         backends.resolve.cache_clear()

@@ -185,6 +185,8 @@ def _runs(
 ) -> list[tuple[int, int, list[Emptying]]]:
     """What a forward ran, put together where one thing reads the result of another and nothing else reads that.
 
+    So no function that stands between two of them has to do with that result, and it may as well run behind both.
+
     Args:
         tape: what it ran.
         nodes: the calls of modules in its graph.
@@ -212,9 +214,7 @@ def _runs(
     return runs
 
 
-def _stands_for(
-    run: Sequence[fx.Node], called: Sequence[nn.Module | None], modules: Sequence[nn.Module | None]
-) -> bool:
+def _stands_for(run: Sequence[fx.Node], called: Sequence[nn.Module], modules: Sequence[nn.Module]) -> bool:
     """Whether nodes call these modules, each on the result of the one before, which nothing else reads."""
     alone = all(len(node.args) == 1 and not node.kwargs for node in run)
     joined = all(b.args[0] is a and len(a.users) == 1 for a, b in pairwise(run))
