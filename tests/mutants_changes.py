@@ -234,7 +234,7 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             "what lies between the parts of a function held",
             "            held = [call(held)]\n        return held[0]",
             "            held.append(call(held[-1:]))\n        return held[-1]",
-            _FLAT + "a_function_holds_nothing_that_has_been_read",
+            "tests/test_activations.py::test_a_function_holds_nothing_that_has_been_read",
         ),
         (
             "parts put together although others read what lies between",

@@ -7,11 +7,15 @@ import csv
 import pytest
 import torch
 from compiling import run
+from frozen_networks import Network, functions, network
+from torch import Tensor, nn
 
+import fused_resblock as frb
 from benchmarks import activations
 from benchmarks.results import FOLDER
 from fused_resblock import backends
 from fused_resblock.backends import cudnn, triton
+from fused_resblock.reference import BasicBlock
 
 
 def kept() -> list[dict[str, str]]:
@@ -71,6 +75,34 @@ def test_everything_is_computed_again_behind_it():
     assert torch.nn.functional.conv2d(x, x).item() == 4
     assert not backends.may_be_triton("auto", x.device)
     assert cudnn.unavailable() is not None or torch.cuda.is_available()
+
+
+def test_a_function_holds_nothing_that_has_been_read():
+    """Unlike a forward, whose variables hold each chain's input: here the second block of a chain takes the most."""
+
+    class Chains(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+            x = self.layer1(x)
+            x = self.layer2(x)
+            return self.avgpool(x)
+
+    torch.manual_seed(0)
+    model = network(cls=Chains)
+    wider = nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32))
+    smaller = nn.Sequential(nn.Conv2d(32, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+    model.layer1 = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 32, 1, wider)).eval()
+    model.layer2 = nn.Sequential(BasicBlock(32, 8, 2, smaller), BasicBlock(8, 8)).eval()
+    x = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    used = {}
+    for promised in (False, True):
+        fused = frb.fuse(model, frozen=promised)
+        with torch.no_grad():
+            for _ in range(6):
+                fused(x)
+            used[promised] = activations.allocated(lambda fused=fused: fused(x))[1]
+        assert bool(functions(fused)) == promised
+    assert used[True] <= used[False] - 4 * 8 * 16 * 16 * 4
 
 
 def test_bad_batches_are_told(capsys):

@@ -6,17 +6,14 @@ import copy
 import gc
 import threading
 import weakref
-from itertools import accumulate
 
 import pytest
 import torch
 from frozen_networks import CALLS, Network, frozen, functions, images, network, run_in
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
 import fused_resblock as frb
 from fused_resblock import flat
-from fused_resblock.reference import BasicBlock
 
 
 def test_a_network_is_not_kept_alive(frozen):
@@ -237,42 +234,6 @@ def test_compiled_and_exported(frozen):
         torch.testing.assert_close(exported(x), expected)
         compiled = torch.compile(frozen, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
-
-
-def peak(call) -> int:
-    """The most bytes that a call holds at once, besides what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = recorded.profiler.kineto_results.events()
-    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-
-
-def test_a_function_holds_nothing_that_has_been_read():
-    """Unlike a forward, whose variables hold each chain's input: here the second block of a chain takes the most."""
-
-    class Chains(Network):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-            x = self.layer1(x)
-            x = self.layer2(x)
-            return self.avgpool(x)
-
-    torch.manual_seed(0)
-    model = network(cls=Chains)
-    wider = nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32))
-    smaller = nn.Sequential(nn.Conv2d(32, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
-    model.layer1 = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 32, 1, wider)).eval()
-    model.layer2 = nn.Sequential(BasicBlock(32, 8, 2, smaller), BasicBlock(8, 8)).eval()
-    x = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    used = {}
-    for promised in (False, True):
-        fused = frb.fuse(model, frozen=promised)
-        with torch.no_grad():
-            for _ in range(6):
-                fused(x)
-            used[promised] = peak(lambda fused=fused: fused(x))
-        assert bool(functions(fused)) == promised
-    assert used[True] <= used[False] - 4 * 8 * 16 * 16 * 4
 
 
 def test_threads():
