@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from .boxes import Descriptors, choose_box, tiles_of, unaligned
+from .boxes import Descriptors, choose_box, tiles_of
 from .epilogue import eps_of, layer_vectors
 from .expand_shift_tma import bind_expand_shift_tma
 from .gpu import gpu_of
 from .launch import Launch, interpreted
+from .tail_call import tail_call
 from .tail_ring import by_boxes
 from .taps import matrix_box, strided_box
 from .tiles import StageTile
@@ -57,14 +56,8 @@ def bind_by_rings(
     )
     sizes = ((n, p, q, channels) for channels in (c, k, k, outputs))
     of_h, of_other, of_y, of_g = (Descriptors(strided_box, size, 1, box, step) for size in sizes)
-    empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
 
-    def run(h, other):
-        if unaligned(h, other):
-            return stand_in(h, other)
-        y = other if overwrite else torch.empty((n, k, p, q), **empty)
-        g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
-        launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
-        return y, g
+    def described(h, other, y, g):
+        return of_h(h), of_other(other), of_y(y), None if g is None else of_g(g)
 
-    return run
+    return tail_call(launch, h, conv, expand, reduce, overwrite, described, stand_in)

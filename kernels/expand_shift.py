@@ -20,6 +20,7 @@ import triton.language as tl
 from .dependent import wait_for_input
 from .epilogue import eps_of, nan_relu, scale_shift, strided_rows, vectors
 from .launch import Launch, accumulator, dot_precision, interpreted
+from .tail_call import tail_call
 from .tiles import StageTile
 
 
@@ -251,15 +252,7 @@ def bind_expand_shift(h, conv, expand, other, shortcut, reduce, tile: StageTile,
         num_warps=tile.num_warps,
         num_stages=max(tile.tap_stages, tile.chunk_stages),
     )
-    empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
-
-    def run(h, other):
-        y = other if overwrite else torch.empty((n, k, p, q), **empty)
-        g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
-        launch(h, other, y, g)
-        return y, g
-
-    return run
+    return tail_call(launch, h, conv, expand, reduce, overwrite, lambda *activations: activations)
 
 
 def _parameters(conv):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,13 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .boxes import Descriptors, unaligned
+from .boxes import Descriptors
 from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .expand_shift_tma import bind_expand_shift_tma
 from .gpu import gpu_of
 from .halo import SIDE, boxes_of
 from .launch import Launch, interpreted
+from .tail_call import tail_call
 from .taps import (
     blocks,
     box_of,
@@ -269,14 +269,8 @@ def bind_expand_shift_halo(h, conv, expand, other, shortcut, reduce, tile: Stage
         Descriptors(image_box, (n, height, width, channels), SIDE, parts)
         for channels, parts in ((other.shape[1], 1), (k, 1), (outputs, outputs // c))
     )
-    empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
 
-    def run(h, other):
-        if unaligned(h, other):
-            return by_boxes(h, other)
-        y = other if overwrite else torch.empty((n, k, height, width), **empty)
-        g = None if reduce is None else torch.empty((n, outputs, height, width), **empty)
-        launch(of_h(h), edge_of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
-        return y, g
+    def described(h, other, y, g):
+        return of_h(h), edge_of_h(h), of_other(other), of_y(y), None if g is None else of_g(g)
 
-    return run
+    return tail_call(launch, h, conv, expand, reduce, overwrite, described, by_boxes)

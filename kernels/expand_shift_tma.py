@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .boxes import Descriptors, choose_box, image_box, matrix_box, tiles_of, unaligned
+from .boxes import Descriptors, choose_box, image_box, matrix_box, tiles_of
 from .dependent import wait_for_input
 from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .expand_shift import bind_expand_shift
 from .launch import Launch, accumulator, dot_precision, interpreted
+from .tail_call import tail_call
 from .tiles import StageTile
 
 
@@ -203,19 +204,13 @@ def bind_expand_shift_tma(h, conv, expand, other, shortcut, reduce, tile: StageT
     )
     small = replace(tile, block_m=64, block_n=32, num_warps=4 if c <= 128 else 8, tma=False)
     by_pointers = bind_expand_shift(h, conv, expand, other, shortcut, reduce, small, overwrite=overwrite)
-    empty = {"dtype": h.dtype, "device": h.device, "memory_format": torch.channels_last}
     size, size2 = (n, height, width, c), (n, p * stride2, q * stride2, channels2)
     of_h = Descriptors(image_box, size, conv.stride[0], box, block_k)
     of_other = Descriptors(image_box, size2, stride2, box, tile.block_n if shortcut is None else block2)
     of_y = Descriptors(image_box, (n, p, q, k), 1, box, tile.block_n)
     of_g = Descriptors(image_box, (n, p, q, outputs), 1, box, outputs)
 
-    def run(h, other):
-        if unaligned(h, other):
-            return by_pointers(h, other)
-        y = other if overwrite else torch.empty((n, k, p, q), **empty)
-        g = None if reduce is None else torch.empty((n, outputs, p, q), **empty)
-        launch(of_h(h), of_other(other), of_y(y), None if g is None else of_g(g))
-        return y, g
+    def described(h, other, y, g):
+        return of_h(h), of_other(other), of_y(y), None if g is None else of_g(g)
 
-    return run
+    return tail_call(launch, h, conv, expand, reduce, overwrite, described, by_pointers)

@@ -50,7 +50,6 @@ HALO: dict[str, list[tuple[str, str, str, str]]] = {
     "kernels/expand_shift_halo.py": [
         ("first chunk of the residual for all", "[n, p, q, place * C]", "[n, p, q, 0]", _HALO),
         ("reduce takes the first chunk's filters", "w1_smem.index(j)", "w1_smem.index(0)", _HALO),
-        ("residual not overwritten", "other if overwrite else", "other if False else", _HALO),
         ("next chunk's product is the first's", "following = (j + 1) % CHUNKS", "following = 0", _HALO),
         ("ReLU before the add", "y = nan_relu(z).to(dtype)", "y = z.to(dtype)", _HALO),
         (

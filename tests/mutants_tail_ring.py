@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _COMPILED = "tests/test_tail_ring.py::test_compiled_kernel_is_right[fp16]"
 _SPECIAL = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names[ring]"
+_HALO = "tests/test_halo.py::test_on_hopper_what_no_descriptor_names_and_nan"
 _WIDE = "tests/test_tail_ring.py::test_residuals_that_are_overwritten_nan_and_what_no_descriptor_names[wide]"
 _TAKES = "tests/test_tail_ring.py::test_tails_that_it_takes"
 _CHANNELS = "tests/test_tail_ring.py::test_channels_and_tiles_that_it_takes"
@@ -70,8 +71,9 @@ TAIL_RING: dict[str, list[tuple[str, str, str, str]]] = {
         ("residual of the first chunk alone", "(step - TAPS) * other_desc", "0 * other_desc", _COMPILED),
         ("wide reduce's first filters twice", "(part - 1) * C", "0", _COMPILED),
     ],
-    "kernels/by_rings.py": [
-        ("tail overwrites unasked", "y = other if overwrite else", "y = other if shortcut is None else", _SPECIAL),
+    "kernels/tail_call.py": [
+        ("residual not overwritten", "other if overwrite else", "other if False else", _HALO),
+        ("tail overwrites unasked", "y = other if overwrite else", "y = other if True else", _SPECIAL),
     ],
     "kernels/tail_ring.py": [
         (
