@@ -136,7 +136,7 @@ def floors_of(
             eager += elementwise_cost(elements, itemsize, 2).floor(chip)  # add
     x = batch * first.channels * first.size**2 * itemsize
     y = batch * last.out_channels * last.out_size**2 * itemsize
-    weights = sum(s.out_channels * (s.channels // s.groups * s.kernel**2 + s.shortcut) for s in shapes) * itemsize
+    weights = sum(s.weights() for s in shapes) * itemsize
     whole = Cost(x + y + weights, 0, flops).floor(chip)
     tail = tail_of(shapes, batch, itemsize, chip, following)
     if tail is None:

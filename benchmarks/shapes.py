@@ -29,6 +29,10 @@ class ConvShape:
         """Rows (and columns) of the output; filters are padded by `kernel // 2`."""
         return -(-self.size // self.stride)
 
+    def weights(self) -> int:
+        """How many weights it has, those of a downsample branch included."""
+        return self.out_channels * (self.channels // self.groups * self.kernel**2 + self.shortcut)
+
 
 def bottleneck_shapes(groups: int = 1, width_per_group: int = 64, prefix: str = "bottleneck") -> list[ConvShape]:
     """Every distinct fused convolution of a bottleneck ResNet at 224x224."""

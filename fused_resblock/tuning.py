@@ -167,7 +167,9 @@ def convolution_winner(found: Asked) -> dict[str, Any]:
             ways[name] = lambda m=module: m.bind_conv_bn_act(x, conv, other, found.epilogue, False)  # type: ignore[misc]
     times = _times(found, ways, x, other)
     tile, best = _fastest(times, "triton", backends.BACKENDS)
-    return {"backend": min(best, key=best.__getitem__, default="eager"), "tile": tile, "us": best}
+    branch = found.epilogue.shortcut
+    weight_bytes = sum(layer.weight.nbytes for layer in (conv, branch) if layer is not None)
+    return {"backend": tables.winner(best, weight_bytes) if best else "eager", "tile": tile, "us": best}
 
 
 def tail_winner(found: Asked) -> dict[str, Any]:

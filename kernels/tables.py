@@ -21,6 +21,9 @@ CONFIGS = Path(__file__).parent / "configs"
 BACKENDS = ("triton", "cudnn", "eager")
 #: how far the pixels of an entry may be from those asked for, as a factor
 REACH = 4.0
+#: cuDNN's convolutions keep folded weights beside a model's own: it is taken where it is faster by this factor or
+#: saves so many microseconds a MiB of them
+CUDNN_FACTOR, CUDNN_US_PER_MIB = 1.08, 1.5
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,20 @@ def stage_name(conv: Any, expand: Any, shortcut: Any, reduce: Any) -> str:
 
 def _pair(value: tuple[int, int]) -> str:
     return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
+
+
+def winner(us: Mapping[str, float], weight_bytes: int) -> str:
+    """The backend to take by the times of all: the fastest, but cuDNN only where it is worth its memory.
+
+    Args:
+        us: microseconds by backend, of `BACKENDS`; at least one.
+        weight_bytes: of the convolution's weights, a shortcut's included.
+    """
+    fastest, *others = sorted((name for name in us if name in BACKENDS), key=us.__getitem__)
+    if fastest != "cudnn" or not others:
+        return fastest
+    pays = us[others[0]] - us["cudnn"] >= CUDNN_US_PER_MIB * weight_bytes / 2**20
+    return "cudnn" if pays or us[others[0]] >= CUDNN_FACTOR * us["cudnn"] else others[0]
 
 
 def nearest(entries: Iterable[Any], pixels: int) -> Any | None:

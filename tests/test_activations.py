@@ -54,16 +54,12 @@ def test_eager_is_counted_as_it_was_measured():
 
 
 def test_a_forward_holds_at_most_seven_tenths():
-    """From batch 32 on, as a frozen network; ResNet-152 keeps 38 MiB of folded weights there, too many for that.
-
-    Another one holds the stem's output while the first chain runs: 12 MiB more at batch 32.
-    """
+    """From batch 32 on. One that is not frozen holds the stem's output while the first chain runs: 12 MiB there."""
     large = [row for row in kept() if int(row["batch"]) >= 32]
     assert len(large) >= 14
     for row in large:
         eager, fused, frozen = (float(row[name]) for name in ("eager_mib", "fused_mib", "frozen_mib"))
-        assert frozen <= fused <= 0.8 * eager
-        assert frozen <= 0.7 * eager or (row["network"], row["batch"]) == ("resnet152", "32")
+        assert frozen <= fused <= 0.7 * eager
 
 
 def test_everything_is_computed_again_behind_it():

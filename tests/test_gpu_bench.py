@@ -44,6 +44,24 @@ def test_tune_writes_winners_and_resumes(context, few_tiles):
     assert context.device.timed == timed
 
 
+def test_tune_takes_cudnn_where_it_is_worth_its_weights(context, monkeypatch):
+    """Those of a 3x3 of 512 channels are 4.5 MiB in fp16, worth 6.75 us."""
+    shape = ConvShape("wide", 512, 512, 7, kernel=3)
+    monkeypatch.setattr(check, "shapes", lambda context: [shape])
+    table = tune.records(context)
+
+    def add(backend: str, us: float) -> None:
+        key = {"dtype": "fp16", "case": space.key_of(shape), "batch": 1, "backend": backend, "tile": ""}
+        table.add(**key, status="ok", median_us=us)
+
+    for cudnn, backend in ((100.0, "triton"), (99.9, "cudnn")):
+        for name, us in (("cudnn", cudnn), ("triton", 106.7), ("cudnn-frontend", 1.0)):
+            add(name, us)
+        assert tune.write_winners(context, table) == 1
+        (winner,) = read_json(context.folder / "tiles.json")["winners"]
+        assert winner["backend"] == backend
+
+
 def test_tune_goes_on_after_memory_runs_out(context, few_tiles, monkeypatch):
     check.run(context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.tables import Entry, StageEntry, case_name, nearest, read
+from fused_resblock.kernels.tables import CONFIGS, Entry, StageEntry, case_name, nearest, read, winner
 from fused_resblock.kernels.tiles import StageTile, Tile
 from fused_resblock.params import PLAIN, Conv, Epilogue
 
@@ -96,6 +97,36 @@ def test_file_that_is_not_there(tmp_path):
 )
 def test_names(conv, other, epilogue, name):
     assert case_name(conv, torch.empty(1) if other else None, epilogue) == name
+
+
+@pytest.mark.parametrize(
+    ("us", "mib", "backend"),
+    [
+        pytest.param({"eager": 3.0, "triton": 2.0, "cudnn": 2.5}, 9, "triton", id="the fastest"),
+        pytest.param({"triton": 10.0, "cudnn": 9.9}, 0.05, "cudnn", id="worth its few weights"),
+        pytest.param({"triton": 10.0, "cudnn": 9.9}, 0.1, "triton", id="not worth its weights"),
+        pytest.param({"triton": 108.0, "cudnn": 100.0}, 100, "cudnn", id="much faster"),
+        pytest.param({"triton": 107.9, "cudnn": 100.0}, 100, "triton", id="not that much"),
+        pytest.param({"eager": 10.1, "cudnn": 10.0, "triton": 30.0}, 1, "eager", id="the fastest of the others"),
+        pytest.param({"cudnn": 10.0}, 100, "cudnn", id="nothing else"),
+        pytest.param({"cudnn+bn_act": 1.0, "triton": 2.0}, 1, "triton", id="no backend"),
+    ],
+)
+def test_cudnn_wins_where_it_is_worth_a_second_copy_of_the_weights(us, mib, backend):
+    assert winner(us, int(mib * 2**20)) == backend
+
+
+def test_the_winners_of_the_table_that_ships_are_the_winners_of_its_times():
+    seen = 0
+    for file in CONFIGS.glob("*.json"):
+        for row in json.loads(file.read_text())["winners"]:
+            name = re.fullmatch(r"(\d+)-(\d+)\.(\d+)x\3\..*g(\d+)\.[a-z]+(\d*)(?:\.s\d+)?", row["case"])
+            if name is not None:  # no stem
+                channels, k, r, groups, branch = (int(number or 0) for number in name.groups())
+                itemsize = 4 if row["dtype"] == "tf32" else 2
+                assert row["backend"] == winner(row["us"], k * (channels // groups * r**2 + branch) * itemsize), row
+                seen += 1
+    assert seen > 150
 
 
 @pytest.mark.parametrize(

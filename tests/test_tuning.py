@@ -87,6 +87,17 @@ def test_the_fastest_tile_of_a_tail_is_in_the_table(tmp_path, monkeypatch):
     assert [entry.tile for entry in entries] == [several[1]] * len(TAILS)
 
 
+def test_the_winner_is_told_how_many_weights_there_are(monkeypatch, tmp_path):
+    """A shortcut's among them."""
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64))
+    model = randomize_norms(nn.Sequential(Bottleneck(32, 16, downsample=shortcut))).eval()
+    told = []
+    monkeypatch.setattr(tables, "winner", lambda us, weight_bytes: told.append(weight_bytes) or "triton")
+    frb.tune(model, X[:, :32], out=tmp_path / "t.json", progress=False)
+    assert sorted(told) == [4 * 32 * 16, 4 * 9 * 16 * 16, 4 * 64 * (16 + 32)]
+
+
 def test_the_table_is_in_force_afterwards(tmp_path):
     frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
     (table,) = {id(t.convolutions): t for t in tuned._given[:1]}.values()

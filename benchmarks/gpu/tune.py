@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_resblock.backends import cudnn, tuned
 from fused_resblock.kernels.bn_act import bn_act
-from fused_resblock.kernels.tables import BACKENDS
+from fused_resblock.kernels.tables import BACKENDS, winner
 from fused_resblock.kernels.tiles import Tile
 from fused_resblock.params import Epilogue
 
@@ -150,7 +150,7 @@ def right_tiles(verdicts: Records, dtype: str, case: str) -> list[str]:
 
 
 def write_winners(context: Context, table: Records) -> int:
-    """Write the fastest of each case to tiles.json; how many there are."""
+    """Write the winner of each case to tiles.json; how many there are."""
     shapes = {space.key_of(shape): shape for shape in check.shapes(context)}
     best: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for row in (row for row in table.rows(status="ok") if row["case"] in shapes):
@@ -161,18 +161,17 @@ def write_winners(context: Context, table: Records) -> int:
     winners = []
     for (dtype, case, batch), rows in best.items():
         shape = shapes[case]
-        usable = [name for name in rows if name in BACKENDS]  # a peer may be a way that the library does not offer
-        if not usable:
+        us = {name: float(row["median_us"]) for name, row in rows.items()}
+        if not any(name in BACKENDS for name in us):  # a peer may be a way that the library does not offer
             continue
-        backend = min(usable, key=lambda name: float(rows[name]["median_us"]))
         winners.append(
             {
                 "dtype": dtype,
                 "case": space.case_of(shape),
                 "pixels": int(batch) * shape.out_size**2,
-                "backend": backend,
+                "backend": winner(us, shape.weights() * DTYPES[dtype][0].itemsize),
                 "tile": rows["triton"]["tile"] if "triton" in rows else None,
-                "us": {name: float(row["median_us"]) for name, row in rows.items()},
+                "us": us,
             }
         )
     winners += stems.winners(context, table)
