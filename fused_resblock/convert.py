@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from . import backends
@@ -125,9 +126,13 @@ def fuse(
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy in the same modes: torchvision's graph modules copy themselves into train mode."""
+    """A deep copy in the same modes: torchvision's graph modules copy themselves into train mode.
+
+    Its tensors are ordinary ones also where it is made in inference mode: others do not record their changes.
+    """
     modes = {name: module.training for name, module in model.named_modules()}
-    copied = copy.deepcopy(model)
+    with torch.inference_mode(False):
+        copied = copy.deepcopy(model)
     if copied.training != model.training:
         copied.train(model.training)
         for name, module in copied.named_modules():

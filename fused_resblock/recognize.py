@@ -20,7 +20,7 @@ from . import leaves
 from .plan import Branch, Plan, Step, Unsupported
 from .proxies import IN_PLACE
 from .swap import own_class
-from .tracing import graph_of, traced
+from .tracing import DRAWS, graph_of, traced
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
@@ -281,7 +281,13 @@ def looks_residual(block: nn.Module) -> bool:
     if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
         return False
     try:
-        graph = traced(block, block.training).graph
+        graph, doubt = traced(block, block.training)
     except Unsupported:
-        return sum(isinstance(m, nn.Conv2d) for m in block.children()) >= 2
+        return _has_two_convs(block)
+    if doubt == DRAWS and _has_two_convs(block):  # another draw may have given another graph
+        return True
     return any(_Builder._called(node) in _ADDS for node in graph.nodes)
+
+
+def _has_two_convs(block: nn.Module) -> bool:
+    return sum(isinstance(m, nn.Conv2d) for m in block.children()) >= 2

@@ -21,11 +21,14 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import leaves
+from .generators import Generators
 from .per_module import is_kept
 from .plan import Unsupported
 from .proxies import KIND, MODES, Proxy, unseen_call
 from .snapshot import Shared, Snapshot
 from .table import first_line
+
+DRAWS = "its forward draws random numbers"
 
 #: two traces at once would each put back, in the end, what the other had put in place of every module's call
 _one_at_a_time = threading.RLock()
@@ -122,12 +125,19 @@ class _Tracer(fx.Tracer):
         Raises:
             Unsupported: if a proxy was asked something that it could not answer as a tensor does.
         """
-        with _Switches(self):
-            graph = super().trace(*args, **kwargs)
-        if self._kept():
-            gc.collect()  # what is left is perhaps a cycle
+        generators = Generators()
+        try:
+            with _Switches(self):
+                graph = super().trace(*args, **kwargs)
+        finally:
+            drawn = generators.restore()
+        if drawn:
+            self.doubt(DRAWS)
+        for generation in (1, 2):  # what is left is perhaps a cycle, of objects that are young
             if self._kept():
-                self.doubt("its forward keeps a tensor somewhere")
+                gc.collect(generation)
+        if self._kept():
+            self.doubt("its forward keeps a tensor somewhere")
         if self._strict and self.reason is not None:
             raise Unsupported(self.reason)
         return graph

@@ -20,8 +20,7 @@ from .swap import Swapped
 from .touched import listen, now, when
 
 _VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
-_CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
-_SETTINGS = (*_CONV_SETTINGS, "kernel_size", "ceil_mode")
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "ceil_mode")
 #: what a layer may hold in its `__dict__`: settings, what `fuse` left there, tensors that are no parameters or buffers
 _WATCHED = (
     *("eps", *_SETTINGS, "_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel"),
@@ -49,8 +48,9 @@ def _collections(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
     return [(collection, contents(collection)) for collection in containers(found)]
 
 
-def _conv_settings(conv: nn.Conv2d) -> tuple[Any, ...]:
-    return tuple(getattr(conv, name) for name in _CONV_SETTINGS)
+def _planned_settings(module: nn.Module) -> tuple[Any, ...]:
+    """The settings of a layer that a plan holds."""
+    return tuple(getattr(module, name, None) for name in _SETTINGS)
 
 
 class Watch:
@@ -65,7 +65,7 @@ class Watch:
         inner = modules[1:]
         self._children = [(m._modules, name, child, type(child)) for m in modules for name, child in m._modules.items()]
         self._sizes = [(m._modules, len(m._modules)) for m in modules]
-        self._convs = [(m, _conv_settings(m)) for m in inner if isinstance(m, nn.Conv2d)]
+        self._planned = [(m, _planned_settings(m)) for m in inner if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
         self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
         self._inner = inner
         own = [m.__dict__ for m in inner if _asks_itself(m)]
@@ -85,7 +85,7 @@ class Watch:
                 return False
         if not all(holds_the_same(*pair) for pair in self._collections):
             return False
-        return all(_conv_settings(conv) == settings for conv, settings in self._convs)
+        return all(_planned_settings(module) == settings for module, settings in self._planned)
 
     def obstacle(self) -> str | None:
         """Why inner modules must be called one by one; None when they need not."""

@@ -222,6 +222,20 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         ("folded without eps", "norm.var.to(dtype) + norm.eps", "norm.var.to(dtype)", _epilogue("eps 0.1", "onednn")),
     ],
+    "fused_resblock/generators.py": [
+        (
+            "what was drawn is not put back",
+            "            write(state)\n",
+            "            pass\n",
+            "tests/test_random_numbers.py::test_fuse_and_a_schedule_draw_nothing",
+        ),
+        (
+            "nothing was drawn",
+            "        return bool(drawn)\n",
+            "        return False\n",
+            "tests/test_random_numbers.py::test_a_network_that_draws_is_not_one_function",
+        ),
+    ],
     "fused_resblock/recognize.py": [
         (
             "what is not used does nothing",

@@ -98,6 +98,12 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/convert.py": [
         (
+            "the copy is one of inference tensors",
+            "    with torch.inference_mode(False):\n",
+            "    if True:\n",
+            "tests/test_lifecycle.py::test_the_copy_made_in_inference_mode_is_an_ordinary_model",
+        ),
+        (
             "filter asked after the first change",
             "    left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)\n"
             "    if not inplace:\n        model = _copied(model)\n",

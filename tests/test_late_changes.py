@@ -267,3 +267,14 @@ def test_clear_caches_after_an_edit_that_cannot_be_seen():
         frb.clear_caches()
         torch.testing.assert_close(fused(x), block(x), rtol=1e-4, atol=1e-5)
     assert copy.deepcopy(fused)(x).equal(fused(x))
+
+
+def test_a_pool_that_was_a_strided_view_and_is_none_any_more():
+    block = zoo.MaxPooledShortcut().eval()
+    fused = frb.fuse(block)
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), block(x), rtol=1e-4, atol=1e-5)
+        for module in (fused, block):
+            module.subsample.kernel_size, module.subsample.padding = 3, 1
+        torch.testing.assert_close(fused(x), block(x), rtol=1e-4, atol=1e-5)

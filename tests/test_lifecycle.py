@@ -224,6 +224,14 @@ def test_model_made_in_inference_mode():
         close(fused(x), reference(x))
 
 
+def test_the_copy_made_in_inference_mode_is_an_ordinary_model():
+    """Of an inference tensor nothing tells when it changes: its folded weights would be made at every call."""
+    reference = made()
+    with torch.inference_mode():
+        fused = frb.fuse(reference)
+    assert not any(t.is_inference() for t in (*fused.parameters(), *fused.buffers()))
+
+
 def test_threads(pair):
     from concurrent.futures import ThreadPoolExecutor
 
