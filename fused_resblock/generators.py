@@ -1,4 +1,4 @@
-"""The random number generators of this process: whether numbers were drawn, and as if none had been."""
+"""The random number generators of this process: whether a forward draws from them, and as if it had not."""
 
 from __future__ import annotations
 
@@ -9,30 +9,54 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: what reads a generator's state, and what sets it
+State = tuple[Callable[[], bytes], Callable[[bytes], Any]]
 
 
-def _global() -> Iterator[tuple[Callable[[], bytes], Callable[[bytes], Any]]]:
-    """Of each global generator of PyTorch, Python and NumPy (if that is imported) what reads its state, and sets it."""
+def _of_torch() -> Iterator[State]:
     for one in (torch.default_generator, *torch.cuda.default_generators):
         yield (
             lambda one=one: one.get_state().numpy().tobytes(),  # type: ignore[misc]
             lambda state, one=one: one.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),  # type: ignore[misc]
         )
+
+
+def _of_others() -> Iterator[State]:
+    """Python's, and NumPy's if that is imported."""
     yield lambda: pickle.dumps(random.getstate()), lambda state: random.setstate(pickle.loads(state))
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
         yield lambda: pickle.dumps(numpy.get_state()), lambda state: numpy.set_state(pickle.loads(state))
 
 
-class Generators:
-    """The states of the global generators at the time that this is made."""
+class Draws(TorchDispatchMode):
+    """Within this context notices that numbers are drawn; at its end the global generators are put back.
+
+    PyTorch's operations are those of this thread, and any generator's. Python's and NumPy's global generators do not
+    tell who draws: another thread's numbers count, too.
+    """
 
     def __init__(self) -> None:
-        self._before = [(read, write, read()) for read, write in _global()]
+        super().__init__()
+        self.seen = False
 
-    def restore(self) -> bool:
-        """Put back those that numbers were drawn from; whether there are any."""
-        drawn = [(write, state) for read, write, state in self._before if read() != state]
-        for write, state in drawn:
+    def __enter__(self) -> Draws:
+        self._torch, self._others = ([(*state, state[0]()) for state in of()] for of in (_of_torch, _of_others))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        moved = [(write, state) for read, write, state in self._others if read() != state]
+        if self.seen:
+            moved += [(write, state) for _, write, state in self._torch]
+        for write, state in moved:
             write(state)
-        return bool(drawn)
+        self.seen = self.seen or bool(moved)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.seen = True
+        return func(*args, **(kwargs or {}))

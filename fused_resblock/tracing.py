@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import leaves
-from .generators import Generators
+from .generators import Draws
 from .per_module import is_kept
 from .plan import Unsupported
 from .proxies import KIND, MODES, Proxy, unseen_call
@@ -125,13 +125,9 @@ class _Tracer(fx.Tracer):
         Raises:
             Unsupported: if a proxy was asked something that it could not answer as a tensor does.
         """
-        generators = Generators()
-        try:
-            with _Switches(self):
-                graph = super().trace(*args, **kwargs)
-        finally:
-            drawn = generators.restore()
-        if drawn:
+        with Draws() as draws, _Switches(self):
+            graph = super().trace(*args, **kwargs)
+        if draws.seen:
             self.doubt(DRAWS)
         for generation in (1, 2):  # what is left is perhaps a cycle, of objects that are young
             if self._kept():

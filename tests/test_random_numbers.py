@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import fused_resblock as frb
 from fused_resblock.tracing import DRAWS as REASON
+from fused_resblock.tracing import graph_of
 
 DRAWS = {
     "torch": lambda: torch.rand(()).item(),
@@ -108,3 +110,21 @@ def test_fuse_and_a_schedule_draw_nothing(draw):
     untouched = next_numbers(lambda: None)
     assert next_numbers(lambda: frb.fuse(model)) == untouched
     assert next_numbers(lambda: setattr(fused[0], "p", 0.25)) == untouched
+
+
+def test_what_another_thread_draws_meanwhile_is_its_own():
+    numbers = []
+
+    class Waiting(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: numbers.append(torch.rand(()).item()))
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    seed()
+    graph_of(Waiting("torch").eval(), training=False)
+    numbers.append(torch.rand(()).item())
+    seed()
+    Waiting("torch")  # draws its weights
+    assert numbers == [torch.rand(()).item() for _ in range(2)]
