@@ -5,37 +5,17 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: what reads a generator's state, and what sets it
-State = tuple[Callable[[], bytes], Callable[[bytes], Any]]
-
-
-def _of_torch() -> Iterator[State]:
-    for one in (torch.default_generator, *torch.cuda.default_generators):
-        yield (
-            lambda one=one: one.get_state().numpy().tobytes(),  # type: ignore[misc]
-            lambda state, one=one: one.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),  # type: ignore[misc]
-        )
-
-
-def _of_others() -> Iterator[State]:
-    """Python's, and NumPy's if that is imported."""
-    yield lambda: pickle.dumps(random.getstate()), lambda state: random.setstate(pickle.loads(state))
-    numpy = sys.modules.get("numpy.random")
-    if numpy is not None:
-        yield lambda: pickle.dumps(numpy.get_state()), lambda state: numpy.set_state(pickle.loads(state))
-
 
 class Draws(TorchDispatchMode):
-    """Within this context notices that numbers are drawn; at its end the global generators are put back.
+    """Within this context notices that numbers are drawn; at its end the CPU's global generators are put back.
 
-    PyTorch's operations are those of this thread, and any generator's. Python's and NumPy's global generators do not
-    tell who draws: another thread's numbers count, too.
+    PyTorch's numbers are those of this thread, from any generator. Python's and NumPy's global generators do not tell
+    who draws: another thread's numbers count, too.
     """
 
     def __init__(self) -> None:
@@ -43,18 +23,25 @@ class Draws(TorchDispatchMode):
         self.seen = False
 
     def __enter__(self) -> Draws:
-        self._torch, self._others = ([(*state, state[0]()) for state in of()] for of in (_of_torch, _of_others))
+        self._numpy = sys.modules.get("numpy.random")
+        self._torch, self._others = torch.get_rng_state(), self._states()
         super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        moved = [(write, state) for read, write, state in self._others if read() != state]
         if self.seen:
-            moved += [(write, state) for _, write, state in self._torch]
-        for write, state in moved:
-            write(state)
-        self.seen = self.seen or bool(moved)
+            torch.set_rng_state(self._torch)
+        if self._states() != self._others:
+            self.seen = True
+            python, numpy = map(pickle.loads, self._others)
+            random.setstate(python)
+            if self._numpy is not None:
+                self._numpy.set_state(numpy)
+
+    def _states(self) -> tuple[bytes, bytes]:
+        """Those of Python and NumPy, if it is imported, as bytes: its arrays do not compare as a whole."""
+        return pickle.dumps(random.getstate()), pickle.dumps(None if self._numpy is None else self._numpy.get_state())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 KIND = "its forward asks what kind of value it has"
 MODES = "its forward switches the grad mode or autocast"
+RANDOM = "its forward draws random numbers"
 
 #: modules whose functions may ask what a proxy is
 _KNOWING = ("torch.fx", __name__.partition(".")[0])

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 
 from . import leaves
 from .plan import Branch, Plan, Step, Unsupported
-from .proxies import IN_PLACE
+from .proxies import IN_PLACE, RANDOM
 from .swap import own_class
-from .tracing import DRAWS, graph_of, traced
+from .tracing import graph_of, traced
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
@@ -284,7 +284,7 @@ def looks_residual(block: nn.Module) -> bool:
         graph, doubt = traced(block, block.training)
     except Unsupported:
         return _has_two_convs(block)
-    if doubt == DRAWS and _has_two_convs(block):  # another draw may have given another graph
+    if doubt == RANDOM and _has_two_convs(block):  # another draw may have given another graph
         return True
     return any(_Builder._called(node) in _ADDS for node in graph.nodes)
 

@@ -24,11 +24,9 @@ from . import leaves
 from .generators import Draws
 from .per_module import is_kept
 from .plan import Unsupported
-from .proxies import KIND, MODES, Proxy, unseen_call
+from .proxies import KIND, MODES, RANDOM, Proxy, unseen_call
 from .snapshot import Shared, Snapshot
 from .table import first_line
-
-DRAWS = "its forward draws random numbers"
 
 #: two traces at once would each put back, in the end, what the other had put in place of every module's call
 _one_at_a_time = threading.RLock()
@@ -128,7 +126,7 @@ class _Tracer(fx.Tracer):
         with Draws() as draws, _Switches(self):
             graph = super().trace(*args, **kwargs)
         if draws.seen:
-            self.doubt(DRAWS)
+            self.doubt(RANDOM)
         for generation in (1, 2):  # what is left is perhaps a cycle, of objects that are young
             if self._kept():
                 gc.collect(generation)

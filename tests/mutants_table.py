@@ -225,14 +225,14 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/generators.py": [
         (
             "what was drawn is not put back",
-            "            write(state)\n",
+            "            torch.set_rng_state(self._torch)\n",
             "            pass\n",
             "tests/test_random_numbers.py::test_fuse_and_a_schedule_draw_nothing",
         ),
         (
             "only what torch drew counts",
-            "        self.seen = self.seen or bool(moved)\n",
-            "",
+            "        if self._states() != self._others:\n            self.seen = True\n",
+            "        if self._states() != self._others:\n",
             "tests/test_random_numbers.py::test_a_network_that_draws_is_not_one_function",
         ),
     ],

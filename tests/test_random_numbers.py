@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resblock as frb
-from fused_resblock.tracing import DRAWS as REASON
+from fused_resblock.proxies import RANDOM as REASON
 from fused_resblock.tracing import graph_of
 
 DRAWS = {
