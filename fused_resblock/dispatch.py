@@ -45,6 +45,16 @@ def _folds_anyway(x: Tensor, backend: str) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float64 and backends.check_name(backend) != "triton"
 
 
+def _given(weights: Iterable[Tensor]) -> bool:
+    """Whether a graph that Dynamo makes is given these tensors: others may be computed in it, at every call.
+
+    An export's weights are no parameters while it traces, and torch's own operations run the graph.
+    """
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return True
+    return all(isinstance(weight, torch.nn.Parameter) for weight in weights)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants convolutions in on x's device; None where it is off, and for fp64, which it skips."""
     kind = x.device.type
@@ -64,7 +74,8 @@ def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue,
     if not torch.compiler.is_compiling() and trained(parameters) and not _folds_anyway(x, backend):
         with uncached():
             return ops.conv_bn_act(x, conv, other, epilogue, backend=backend)
-    return ops.conv_bn_act(x, conv, other, epilogue, backend=backend)
+    weights = [conv.weight] + ([] if epilogue.shortcut is None else [epilogue.shortcut.weight])
+    return ops.conv_bn_act(x, conv, other, epilogue, backend=backend, cached=_given(weights))
 
 
 def bn_act(
@@ -76,4 +87,6 @@ def bn_act(
         return backends.bn_act(x, norm, other, epilogue, backend=backend)
     if composed(tensors):
         return backends.eager.bn_act(x, norm, other, epilogue)
-    return ops.bn_act(x, norm, other, epilogue, backend=backend)
+    norms = [present for present in (norm, epilogue.residual_norm) if present is not None]
+    given = _given([present.mean if present.weight is None else present.weight for present in norms])
+    return ops.bn_act(x, norm, other, epilogue, backend=backend, cached=given)

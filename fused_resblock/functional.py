@@ -59,7 +59,8 @@ def conv_bn_act(
 
     Returns:
         `[N, K, P, Q]` in x's dtype, channels_last. Under autocast, x, weights and residual are taken in the autocast
-        dtype and the norm as it is. An empty batch gives an empty result.
+        dtype and the norm as it is. An empty batch gives an empty result. In a graph of `torch.compile` a weight that
+        is no `nn.Parameter` is folded at every call: the graph may have computed it.
 
     Differentiable (twice, too) in x, weight, bias, gamma, beta, residual and the shortcut's counterparts. Forward-mode
     derivatives are computed by torch's own operations.

@@ -1,17 +1,21 @@
 """The fused operations as `torch.library` ops: schema, fake and gradient, so that autograd, `torch.compile` and
 `torch.export` see them. Documented in `functional`; below here tensors are plain and arguments are bundled.
 
-A norm is absent when its `mean` is None. The gradients save the inputs and the output only: see `gradients`.
+A norm is absent when its `mean` is None. The gradients save the inputs and the output only: see `gradients`. `cached`
+is False for weights that a compiled graph computes: inductor writes such tensors again without a new version, which
+is what a cache of folded weights goes by.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .backends.folding import uncached
 from .gradients import branch_grads, elementwise_grads, residual_grad
 from .params import BatchNorm, Conv, Epilogue
 from .transforms import dual
@@ -22,12 +26,12 @@ _library.define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, " + _NORM.format(i="") + ", SymInt[2] stride, "
     "SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor? residual, SymInt residual_stride, "
     "Tensor? x2, Tensor? weight2, Tensor? bias2, " + _NORM.format(i="2") + ", SymInt stride2, bool relu, "
-    "str backend) -> Tensor",
+    "str backend, bool cached=True) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "bn_act(Tensor x, " + _NORM.format(i="") + ", Tensor? residual, " + _NORM.format(i="2") + ", "
-    "SymInt residual_stride, bool relu, str backend) -> Tensor",
+    "SymInt residual_stride, bool relu, str backend, bool cached=True) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -55,7 +59,15 @@ def _canonical(y: Tensor) -> Tensor:
     return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last).copy_(y)
 
 
-def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto") -> Tensor:
+def conv_bn_act(
+    x: Tensor,
+    conv: Conv,
+    other: Tensor | None,
+    epilogue: Epilogue,
+    *,
+    backend: str = "auto",
+    cached: bool = True,
+) -> Tensor:
     """Call the op with bundled arguments."""
     weight, bias, norm, *geometry = conv
     branch = epilogue.shortcut or _NO_CONV
@@ -75,11 +87,18 @@ def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue,
         branch.stride[0],
         epilogue.relu,
         backend,
+        cached,
     )
 
 
 def bn_act(
-    x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto"
+    x: Tensor,
+    norm: BatchNorm | None,
+    other: Tensor | None,
+    epilogue: Epilogue,
+    *,
+    backend: str = "auto",
+    cached: bool = True,
 ) -> Tensor:
     """Call the op with bundled arguments."""
     return torch.ops.fused_resblock.bn_act(
@@ -90,6 +109,7 @@ def bn_act(
         epilogue.residual_stride,
         epilogue.relu,
         backend,
+        cached,
     )
 
 
@@ -103,10 +123,16 @@ def _bundle(args: tuple[Any, ...]) -> tuple[Tensor, Conv, Tensor | None, Epilogu
     return x, conv, residual if x2 is None else x2, Epilogue(residual_stride, None, branch, args[23]), args[24]
 
 
+def _caching(cached: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """`uncached` where the op's last argument, which the dispatcher leaves out if it is the default, is False."""
+    return nullcontext() if all(cached) else uncached()
+
+
 @torch.library.impl(_library, "conv_bn_act", "CompositeExplicitAutograd")
 def _conv_bn_act(*args: Any) -> Tensor:
     x, conv, other, epilogue, backend = _bundle(args)
-    return _canonical(backends.conv_bn_act(x, conv, other, epilogue, backend=backend))
+    with _caching(args[25:]):
+        return _canonical(backends.conv_bn_act(x, conv, other, epilogue, backend=backend))
 
 
 @torch.library.register_fake("fused_resblock::conv_bn_act", lib=_library)
@@ -119,7 +145,8 @@ def _conv_bn_act_fake(*args: Any) -> Tensor:
 @torch.library.impl(_library, "bn_act", "CompositeExplicitAutograd")
 def _bn_act(x: Tensor, *args: Any) -> Tensor:
     epilogue = Epilogue(args[11], _norm(*args[6:11]), None, args[12])
-    y = backends.bn_act(x, _norm(*args[:5]), args[5], epilogue, backend=args[13])
+    with _caching(args[14:]):
+        y = backends.bn_act(x, _norm(*args[:5]), args[5], epilogue, backend=args[13])
     return _canonical(y.clone() if y is x else y)
 
 
@@ -188,7 +215,7 @@ def _conv_bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if epilogue.shortcut is not None:
         assert other is not None
         second = branch_grads(dz, total, other, epilogue.shortcut, need[14], need[15] or need[19])
-    return (*first, None, None, None, None, residual, None, *second, None, None, None)
+    return (*first, None, None, None, None, residual, None, *second, None, None, None, None)
 
 
 torch.library.register_autograd(
@@ -218,7 +245,7 @@ def _bn_act_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         view = None if residual is None else residual[:, :, ::stride, ::stride]
         dr, *norm2 = elementwise_grads(dz, total, view, _norm(*args[7:12]), need[6], need[9])
         second = (None if dr is None else residual_grad(dr, ctx.residual_shape, (stride, stride)), *norm2)
-    return (*first, *second, None, None, None)
+    return (*first, *second, None, None, None, None)
 
 
 torch.library.register_autograd("fused_resblock::bn_act", _bn_act_grad, setup_context=_bn_act_setup, lib=_library)

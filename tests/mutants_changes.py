@@ -9,10 +9,25 @@ _CHANGES = "tests/test_forwards.py::test_what_a_forward_asks_of_its_block_change
 _FLAT = "tests/test_flat.py::test_"
 _THREADS = "tests/test_threads.py::test_"
 _TOUCHED = "tests/test_touched.py::test_"
+_COMPILED = "tests/test_compiled_weights.py::test_"
 _SETTINGS = "tests/test_settings.py::test_"
 
 #: (name, old text, new text, killers) by file.
 CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/dispatch.py": [
+        (
+            "weights of a graph kept",
+            "return all(isinstance(weight, torch.nn.Parameter) for weight in weights)",
+            "return True",
+            _COMPILED + "weights_written_again_by_inductor",
+        ),
+        (
+            "weights of a module not kept",
+            "return all(isinstance(weight, torch.nn.Parameter) for weight in weights)",
+            "return False",
+            _COMPILED + "weights_of_a_module_are_cached[Bottleneck]",
+        ),
+    ],
     "fused_resblock/frozen.py": [
         (
             "frozen in train mode",

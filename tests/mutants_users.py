@@ -19,6 +19,12 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             "if False and not takes(",
             "tests/test_stage_kernel.py::test_off_unless_a_table_says_so",
         ),
+        (
+            "norms told apart by themselves alone",
+            "_affines.get(parts if weight is None else (weight, *parts), (wide",
+            "_affines.get(parts, (wide",
+            "tests/test_compiled_weights.py::test_norms_of_two_convolutions_in_the_same_memory",
+        ),
     ],
     "fused_resblock/backends/eager.py": [
         (

@@ -50,10 +50,12 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def affine(norm: BatchNorm | None, bias: Tensor | None, dtype: torch.dtype) -> Any:
-    """A norm, and the convolution's bias in front of it, as scale and shift in fp32 (fp64 for fp64).
+def affine(norm: BatchNorm | None, conv: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> Any:
+    """A norm, and the bias of the convolution in front of it, as scale and shift in fp32 (fp64 for fp64).
 
-    While weights are trained (`folding.uncached`) the norm's own tensors go to the kernel, which forms them itself.
+    `conv` is that one's weight and bias; the weight tells norms apart that a compiled graph computes one after the
+    other in the same memory. While weights are trained (`folding.uncached`) the norm's own tensors go to the kernel,
+    which forms them itself.
     """
     if norm is None:
         return None
@@ -61,13 +63,15 @@ def affine(norm: BatchNorm | None, bias: Tensor | None, dtype: torch.dtype) -> A
         mean, var, weight, beta = (None if v is None else v.contiguous() for v in norm[:4])
         return BatchNorm(mean, var, weight, beta, norm.eps)  # type: ignore[arg-type]
     wide = torch.promote_types(dtype, torch.float32)
+    weight, bias = conv or (None, None)
+    parts = (*norm[:2], norm.weight, norm.bias, bias)
 
     def compute() -> Affine:
         with torch.no_grad():
             scale, shift = scale_shift(norm, wide)
             return Affine(scale, shift if bias is None else shift + bias.to(wide) * scale)
 
-    return _affines.get((*norm[:2], norm.weight, norm.bias, bias), (wide, norm.eps), compute)
+    return _affines.get(parts if weight is None else (weight, *parts), (wide, norm.eps), compute)
 
 
 def joined_groups(outputs: int, channels: int, groups: int) -> int:
@@ -102,7 +106,7 @@ def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
             return wide.clone(memory_format=torch.channels_last)  # memory of its own begins at a multiple of 16
 
         weight = _weights.get((conv.weight,), (dtype, joined, conv.groups, tf32), compute)
-    norm = affine(conv.norm, bias, dtype)
+    norm = affine(conv.norm, (conv.weight, bias), dtype)
     if isinstance(norm, Affine):
         bias = None
     bias = None if bias is None else bias.contiguous()
@@ -234,7 +238,7 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured
     if entry is not None and entry.backend != "triton":
         return None
     packed = packed_stem(x, conv)
-    norm = affine(conv.norm, conv.bias, x.dtype)
+    norm = affine(conv.norm, (conv.weight, conv.bias), x.dtype)
     bias = None if isinstance(norm, Affine) else conv.bias
     return bind(x, conv._replace(bias=bias, norm=norm), packed)
 
