@@ -22,6 +22,12 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def unsampled(monkeypatch):
+    """No samples of weights are compared, as on a GPU."""
+    monkeypatch.setattr(folding, "words", lambda parts: [])
+
+
 def cached(function, *args) -> list[bool]:
     """What the operations in the graph of a function say about their weights, in order."""
     found = []
@@ -37,8 +43,7 @@ def cached(function, *args) -> list[bool]:
     return found
 
 
-def test_weights_written_again_by_inductor(monkeypatch):
-    monkeypatch.setattr(folding, "words", lambda parts: [])  # as on a GPU, where no samples are compared
+def test_weights_written_again_by_inductor(unsampled):
     weights = [torch.randn(16, 16, 3, 3) / 5 for _ in range(4)]
     masks = [torch.rand_like(weight) > 0.5 for weight in weights]
     x = torch.randn(2, 16, 9, 9)
@@ -101,7 +106,7 @@ def test_nothing_is_kept_of_an_uncached_call():
     assert len(frb.backends.onednn._packed) == before + 1
 
 
-def test_norms_of_two_convolutions_in_the_same_memory():
+def test_norms_of_two_convolutions_in_the_same_memory(unsampled):
     """A kernel's scale and shift are those of its own convolution, though the norm's tensors look the same."""
     norm = BatchNorm(torch.zeros(4), torch.ones(4), None, None, 0.0)
     first, second = torch.randn(4, 4, 1, 1), torch.randn(4, 4, 1, 1)
