@@ -134,7 +134,7 @@ def _report(name: str, module: nn.Module, outcome: Plan | str) -> BlockReport:
         return BlockReport(name, cls, False, "eager", obstacle)
     assert isinstance(outcome, Plan)
     names, reasons = _choices(module, outcome)
-    return BlockReport(name, cls, names != ["eager"], "+".join(names), "; ".join(reasons) + _frozen(module))
+    return BlockReport(name, cls, names != ["eager"], "+".join(names), "; ".join(reasons) + _remarks(module))
 
 
 def _choices(block: FusedBlock, plan: Plan) -> tuple[list[str], list[str]]:
@@ -142,6 +142,13 @@ def _choices(block: FusedBlock, plan: Plan) -> tuple[list[str], list[str]]:
     convs = [block.get_submodule(branch.conv or "") for branch in plan.convs()]
     choices = [_choice(block._fused_backend, conv) for conv in convs]
     return list(dict.fromkeys(c.backend for c in choices)), list(dict.fromkeys(c.reason for c in choices))
+
+
+def _remarks(block: FusedBlock) -> str:
+    """What else there is to know of a fused block."""
+    if any(tensor.is_inference() for tensor in (*block.parameters(), *block.buffers())):
+        return "; folded at every call: nothing tells when inference tensors change"
+    return _frozen(block)
 
 
 def _frozen(module: Freezable) -> str:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import backends, dispatch, flat
 from .backends import onednn
 from .frozen import Freezable
-from .swap import intact, own_class, swapped_class, undo
+from .swap import intact, own_class, swapped_class, undo, undone
 
 
 @cache
@@ -34,6 +34,8 @@ class Head(Freezable):
     WHY: ClassVar[str]  # what makes it fast, in words
 
     def forward(self, input: Tensor) -> Tensor:
+        if undone(Head, self):
+            return type(self).forward(self, input)
         y = self._fast(input)
         return super().forward(input) if y is None else y
 

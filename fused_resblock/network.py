@@ -16,7 +16,7 @@ from .frozen import Freezable
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, hooked
-from .swap import Swapped, base_class, swapped_class, undo
+from .swap import Swapped, base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
 
 
@@ -48,6 +48,8 @@ class FusedNetwork(Freezable):
 
         @functools.wraps(own)  # whoever traces the network asks for the names of its arguments
         def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+            if undone(FusedNetwork, self):
+                return own(self, *args, **kwargs)
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 self.look_again(*args, *kwargs.values())
                 return own(self, *args, **kwargs)

@@ -18,7 +18,7 @@ from .handover import programs as _programs
 from .modules import FusedBlock
 from .program import last_reads
 from .programs import Programs
-from .swap import register
+from .swap import register, undone
 from .tail import Tail, find_tails
 
 
@@ -48,6 +48,8 @@ class FusedStage(Freezable):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if undone(FusedStage, self):
+            return type(self).forward(self, input)
         y = self._run(input)
         return super().forward(input) if y is None else y
 

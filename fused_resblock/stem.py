@@ -19,7 +19,7 @@ from .per_module import PerModule
 from .plan import Unsupported
 from .program import Operation, Program
 from .programs import Before, Programs
-from .swap import Swapped, intact
+from .swap import Swapped, intact, undone
 from .touched import touch_statistics
 from .watch import Guard
 
@@ -32,6 +32,8 @@ class StemConv(Freezable):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if undone(StemConv, self):
+            return type(self).forward(self, input)
         size = self._deferred(input)
         return super().forward(input) if size is None else Pending(input, (self,), size)
 
@@ -58,6 +60,8 @@ class StemFollower(Swapped):
     """Mixin of a norm, ReLU or max-pool of a stem: joins what is pending, and computes it if it is the last one."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if undone(StemFollower, self):
+            return type(self).forward(self, input)
         if type(input) is not Pending:
             return self._alone(input)
         if input.computed is not None or hooked(self) or not _joins(self, input.chain):

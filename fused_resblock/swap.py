@@ -54,6 +54,11 @@ def intact(mixin: type[Swapped], module: nn.Module) -> bool:
     return isinstance(module, mixin) and _classes.get((mixin, base_class(cls))) is cls
 
 
+def undone(mixin: type[Swapped], module: object) -> bool:
+    """Whether a mixin's forward is called on what it was a mixin of: whoever wrapped it has kept it since."""
+    return not isinstance(module, mixin)
+
+
 def undo(mixin: type[Swapped], module: nn.Module) -> bool:
     """Give a module its former class back; False if its class was not made by a swap, or derived from one."""
     if not intact(mixin, module):

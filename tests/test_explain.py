@@ -171,3 +171,17 @@ def test_backend_is_that_of_the_gpu_and_of_its_table(monkeypatch):
     monkeypatch.setattr(explain_module.tuned, "measured", lambda device: True)
     (report,) = frb.explain(block)
     assert report.reason.endswith("for some shapes what was measured to be faster")
+
+
+def test_weights_that_are_inference_tensors():
+    with torch.inference_mode():
+        block = frb.fuse(frb.reference.BasicBlock(8, 8).eval(), inplace=True)
+        x, calls = torch.randn(1, 8, 5, 5), []
+        with pytest.MonkeyPatch.context() as patch:
+            fold = frb.backends.onednn.fold
+            patch.setattr(frb.backends.onednn, "fold", lambda *args: calls.append(args) or fold(*args))
+            for _ in range(3):
+                block(x)
+        assert len(calls) == 6
+        assert "folded at every call" in frb.explain(block)[0].reason
+        assert "at every call" not in frb.explain(frb.fuse(block))[0].reason
