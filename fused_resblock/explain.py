@@ -148,7 +148,8 @@ def _remarks(block: FusedBlock) -> str:
     """What else there is to know of a fused block."""
     if any(tensor.is_inference() for tensor in (*block.parameters(), *block.buffers())):
         return "; folded at every call: nothing tells when inference tensors change"
-    return _frozen(block)
+    kept = [step.module for step in block._fused_plan.steps if step.module is not None]  # type: ignore[union-attr]
+    return "".join(f"; {path} runs as it is" for path in dict.fromkeys(kept)) + _frozen(block)
 
 
 def _frozen(module: Freezable) -> str:

@@ -31,7 +31,7 @@ class Step:
         residual_stride: the value is read at every `residual_stride`-th row and column.
         residual_norm: path of a norm applied to the residual, or None.
         shortcut: a 1x1 downsample branch accumulated in the same tile, or None.
-        pool: path of an average-pooling module that is run as it is; then nothing else is set but `main.source`.
+        module: path of an average pool or a gate that is run as it is; then nothing else is set but `main.source`.
     """
 
     main: Branch
@@ -40,7 +40,7 @@ class Step:
     residual_stride: int = 1
     residual_norm: str | None = None
     shortcut: Branch | None = None
-    pool: str | None = None
+    module: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, dispatch
+from . import backends, dispatch, gates
 from .backends.folding import keep
 from .kernels.gpu import tf32_allowed
 from .params import Bound
@@ -155,13 +155,16 @@ class _Chain:
         run = self._bind(step, base, backend, main, other)
         if run is None:
             return False
-        self._append(run, main, other, run(self.values[main], self.values[other] if other >= 0 else None))
+        y = run(self.values[main], self.values[other] if other >= 0 else None)
+        if y.dtype != self.values[main].dtype:  # of a gate under autocast
+            return False
+        self._append(run, main, other, y)
         return True
 
     def _bind(self, step: BoundStep, base: int, backend: str, main: int, other: int) -> Bound | None:
-        if step.pool is not None:
-            pool = step.pool
-            return lambda x, _: backends.dense(pool(x))
+        if step.module is not None:
+            module = step.module
+            return lambda x, _: backends.dense(gates.run(module, x))
         arguments = step.arguments(self.values[base:], self.dtype is not None)
         if arguments is None:
             return None

@@ -1,6 +1,6 @@
 """From a block's `torch.fx` graph to its plan: a block is known by what it computes, not by its name.
 
-The graph must be made of convolutions, norms, ReLUs, identities, average pools, one strided view and exactly one
+The graph must be made of convolutions, norms, ReLUs, identities, average pools, gates, one strided view and exactly one
 residual add. Anything else raises `Unsupported` with the reason. What the output does not depend on is left out, so a
 block that computes a shortcut but never adds it is not given the textbook meaning.
 """
@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import leaves
+from . import leaves, nodes
+from .gates import gates as find_gates
 from .plan import Branch, Plan, Step, Unsupported
-from .proxies import IN_PLACE, RANDOM
+from .proxies import RANDOM
 from .swap import own_class
 from .tracing import graph_of, traced
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
-_IN_PLACE = {*IN_PLACE, torch.relu_, F.relu_}
 _COPIES = {"contiguous", "clone"}
 _READS = {getattr, operator.getitem, "size", "dim"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)  # dropout: in eval mode
@@ -41,9 +37,10 @@ class _View:
 class _Builder:
     """Walks the live nodes in order, keeping each step open until something needs its value."""
 
-    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, block: nn.Module, training: bool, gates: Mapping[str, nn.Module]) -> None:
         self.modules = dict(block.named_modules())
-        self.nodes = list(graph.nodes)
+        self.gates = gates
+        self.nodes = list(graph_of(block, training, list(gates.values())).nodes)
         self.steps: list[Step] = []
         self.values: dict[fx.Node, int | Step | _View] = {}
         self.alias: dict[fx.Node, fx.Node] = {}
@@ -94,21 +91,10 @@ class _Builder:
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def _is_identity(self, node: fx.Node) -> bool:
-        return isinstance(self._module(node), _IDENTITIES) or self._called(node) in _COPIES
-
-    @staticmethod
-    def _called(node: fx.Node) -> Any:
-        """The function, or the name of the method, that a node calls; None for any other node."""
-        return node.target if node.op in ("call_function", "call_method") else None
+        return isinstance(self._module(node), _IDENTITIES) or nodes.called(node) in _COPIES
 
     def _in_place(self, node: fx.Node) -> bool:
-        """Whether the node changes its first input."""
-        called = self._called(node)
-        if isinstance(called, str):
-            return called.endswith("_") and not called.startswith("__")
-        if called is F.relu:
-            return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace"))
-        return called in _IN_PLACE or bool(getattr(self._module(node), "inplace", False))
+        return nodes.in_place(node, self._module(node))
 
     def _emit(self, node: fx.Node) -> int:
         """The number of the node's value, closing its step if it is still open."""
@@ -123,16 +109,16 @@ class _Builder:
     def _open(self, node: fx.Node) -> Step | None:
         """The node's step if it is open and nothing but the asking node reads it."""
         value = self.values[node]
-        return value if isinstance(value, Step) and self.readers[node] == 1 and not value.pool else None
+        return value if isinstance(value, Step) and self.readers[node] == 1 and not value.module else None
 
     def _check_unused(self, node: fx.Node) -> None:
         """What the output does not depend on may be left out if it does nothing else, and nobody can see its result."""
         if self._in_place(node):
             raise Unsupported("an in-place operation whose result is not used")
-        called = self._called(node)
-        plain = called in _READS or (node.op == "call_function" and called in _ADDS | _RELUS)
-        if called is not None and (not plain or node.kwargs.get("out")):
-            raise Unsupported(f"its forward calls {_name(node)} and does not use the result")
+        function = nodes.called(node)
+        plain = function in _READS or (node.op == "call_function" and function in nodes.ADDS | nodes.RELUS)
+        if function is not None and (not plain or node.kwargs.get("out")):
+            raise Unsupported(f"its forward calls {nodes.name(node)} and does not use the result")
 
     def _check_in_place(self, node: fx.Node) -> None:
         """An in-place operation is as good as another only on a tensor that nobody else can see."""
@@ -147,18 +133,18 @@ class _Builder:
             self._check_in_place(node)
         if node.op == "call_module":
             return self._lower_module(node)
-        called = self._called(node)
-        if called in _ADDS:
+        function = nodes.called(node)
+        if function in nodes.ADDS:
             return self._lower_add(node)
-        if called in _RELUS:
+        if function in nodes.RELUS:
             return self._lower_relu(node)
-        if called is operator.getitem:
+        if function is operator.getitem:
             return self._lower_slice(node)
         if node.op == "get_attr":
             made = str(node.target).startswith("_tensor_constant")  # in the forward itself
             what = "a tensor" if made else f"the tensor {node.target}"
             raise Unsupported(f"its forward uses {what} outside of a layer")
-        raise Unsupported(f"its forward calls {_name(node)}, which is not a convolution, norm, ReLU or add")
+        raise Unsupported(f"its forward calls {nodes.name(node)}, which is not a convolution, norm, ReLU or add")
 
     def _lower_module(self, node: fx.Node) -> int | Step | _View:
         path, module = str(node.target), self.modules[str(node.target)]
@@ -168,8 +154,9 @@ class _Builder:
             return Step(Branch(self._emit(source), path))
         if own_class(module) is nn.ReLU:
             return self._lower_relu(node)
-        if isinstance(module, nn.AvgPool2d):
-            return Step(Branch(self._emit(source), None), pool=path)
+        alone = len(node.args) == 1 and not node.kwargs
+        if isinstance(module, nn.AvgPool2d) or (path in self.gates and alone):
+            return Step(Branch(self._emit(source), None), module=path)
         if isinstance(module, nn.MaxPool2d) and module.kernel_size in (1, (1, 1)) and module.padding in (0, (0, 0)):
             return self._view(source, module.stride)
         relu = leaves.norm_relu(module)
@@ -243,22 +230,24 @@ class _Builder:
         return (a, b) if rank(a) >= rank(b) else (b, a)
 
 
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
-
-
 def recognize(block: nn.Module) -> Plan:
     """The plan of a residual block.
 
     Raises:
-        Unsupported: with the reason, if the block is anything but conv-norm-act steps and one residual add.
+        Unsupported: with the reason, if the block is anything but conv-norm-act steps, gates and one residual add.
     """
     leaves.check_untouched(block)
     _check_attributes(block)
-    steps = _Builder(block, graph_of(block, training=False)).build()
+    gates: Mapping[str, nn.Module] = {}
     try:
-        eval_only = _Builder(block, graph_of(block, training=True)).build() != steps or _has_dropout(block)
+        steps = _Builder(block, False, gates).build()
+    except Unsupported:
+        gates = find_gates(block)  # which takes time
+        if not gates:
+            raise
+        steps = _Builder(block, False, gates).build()
+    try:
+        eval_only = _Builder(block, True, gates).build() != steps or _has_dropout(block)
     except Unsupported:
         eval_only = True
     return Plan(steps, eval_only)
@@ -286,7 +275,7 @@ def looks_residual(block: nn.Module) -> bool:
         return _has_two_convs(block)
     if doubt == RANDOM and _has_two_convs(block):  # another draw may have given another graph
         return True
-    return any(_Builder._called(node) in _ADDS for node in graph.nodes)
+    return any(nodes.called(node) in nodes.ADDS for node in graph.nodes)
 
 
 def _has_two_convs(block: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import backends, dispatch, leaves
+from . import backends, dispatch, gates, leaves
 from .functional import check_image
 from .params import BatchNorm, Bound, Conv, Epilogue
 from .plan import Branch, Plan, Step
@@ -83,7 +83,7 @@ class BoundStep:
         self.step = step
         self.main = BoundBranch(block, step.main)
         self.shortcut = None if step.shortcut is None else BoundBranch(block, step.shortcut)
-        self.pool = None if step.pool is None else block.get_submodule(step.pool)
+        self.module = None if step.module is None else block.get_submodule(step.module)
         self.residual_norm = None if step.residual_norm is None else block.get_submodule(step.residual_norm)
 
     def arguments(self, values: Sequence[Tensor], autocast: bool) -> Arguments | None:
@@ -126,6 +126,8 @@ class Runner:
         self._block = weakref.ref(block)
         self.steps = [BoundStep(block, step) for step in plan.steps]
         self.norms = [block.get_submodule(path) for path in plan.norms()]
+        found = [step.module for step in self.steps]
+        self.gates = [module for module in found if module is not None and not isinstance(module, nn.AvgPool2d)]
 
     def _in_channels(self) -> int | None:
         """Channels that the block takes now: a layer may have been pruned in place."""
@@ -142,9 +144,10 @@ class Runner:
         block = self._block()
         if self.eval_only and block is not None and any(module.training for module in (block, *self.eval_only)):
             return "in train() it computes something else"
-        for norm in self.norms:
-            if leaves.uses_batch_statistics(norm):
-                return "batch statistics (train mode)"
+        if any(map(leaves.uses_batch_statistics, self.norms)) or any(map(gates.trains, self.gates)):
+            return "batch statistics (train mode)"
+        if self.gates and torch.compiler.is_compiling():
+            return "gates are compiled with the block's own forward"
         if not torch.compiler.is_compiling() and any(map(is_traceable_wrapper_subclass, self.parameters())):
             return "weights of a tensor subclass"
         return None
@@ -184,7 +187,7 @@ class Runner:
                 return
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
-        """The block's output for `x`, with autograd; None if the shapes are such that only its own forward can say.
+        """The block's output for `x`, with autograd; None if its shapes, or a gate, ask for its own forward.
 
         Raises:
             TypeError, ValueError: if x does not fit the block; see `functional.conv_bn_act`.
@@ -194,8 +197,11 @@ class Runner:
         backend = backends.check_name(backend)
         values = [x if dtype is None else x.to(dtype)]
         for step in self.steps:
-            if step.pool is not None:
-                values.append(step.pool(values[step.main.source]))
+            if step.module is not None:
+                source = values[step.main.source]
+                values.append(gates.run(step.module, source))
+                if values[-1].dtype != source.dtype:
+                    return None
                 continue
             arguments = step.arguments(values, dtype is not None)
             if arguments is None:

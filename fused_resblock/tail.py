@@ -27,7 +27,7 @@ class Tail(NamedTuple):
 
 def _plain(step: BoundStep) -> bool:
     """Whether a step is a convolution, its norm and a ReLU, and nothing else."""
-    alone = step.step.residual is None and step.shortcut is None and step.pool is None
+    alone = step.step.residual is None and step.shortcut is None and step.module is None
     return alone and step.main.conv is not None and step.step.relu
 
 

@@ -210,7 +210,7 @@ class Traced(NamedTuple):
     doubt: str | None
 
 
-def graph_of(block: nn.Module, training: bool) -> fx.Graph:
+def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()) -> fx.Graph:
     """The graph of a block's forward, which is all that the forward does; hooks do not run, and are not in it.
 
     A twin of the block is traced: the block itself may be serving in another thread.
@@ -218,12 +218,13 @@ def graph_of(block: nn.Module, training: bool) -> fx.Graph:
     Args:
         block: a residual block, or any module.
         training: the mode of all its modules in which it is traced.
+        stops: modules whose calls are recorded as they are, besides the layers that a plan may hold.
 
     Raises:
         Unsupported: if the forward cannot be traced, asks for what a graph does not show, or leaves something behind on
             the block.
     """
-    return _traced(block, training, (), strict=True).graph
+    return _traced(block, training, stops, strict=True).graph
 
 
 def traced(network: nn.Module, training: bool = False, stops: Collection[nn.Module] = ()) -> Traced:

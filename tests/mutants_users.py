@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _USER = "tests/test_user_changes.py::test_"
+_GATES = "tests/test_gates.py::test_"
 _FILTER = "tests/test_filter.py::test_"
 
 
@@ -12,6 +13,53 @@ def _gradient(case: str) -> str:
 
 #: (name, old text, new text, killers) by file.
 USERS: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/gates.py": [
+        (
+            "a gate may change its input",
+            "isinstance(_module(source, modules), _FRESH) and",
+            "",
+            _GATES + "what_is_no_gate[ChangesItsInput]",
+        ),
+        ("a gate may write its output", '"out" in node.kwargs or ', "", _GATES + "what_is_no_gate[WritesItsOutput]"),
+        (
+            "a gate may look at strides",
+            "or nodes.name(node) in _OF_LAYOUT ",
+            "",
+            _GATES + "what_is_no_gate[LooksAtStrides]",
+        ),
+        (
+            "a gate in train mode is another",
+            "all(_is_gate(module, mode) for mode in (False, True))",
+            "_is_gate(module, False)",
+            _GATES + "what_is_no_gate[ChangesItsInputInTraining]",
+        ),
+        (
+            "a gate may give its input",
+            "return any(factor is x or _scales(factor, x) for factor in result.args)",
+            "return True",
+            _GATES + "gates_are_found_by_what_they_compute",
+        ),
+        (
+            "a gate's view takes channels_last",
+            "return module(x.contiguous())",
+            "raise",
+            _GATES + "same_without_gradients[channels_last-eager-gate of gates]",
+        ),
+        (
+            "a gate's norm trains unseen",
+            "return any(map(leaves.uses_batch_statistics, norms))",
+            "return False",
+            _GATES + "a_gate_s_norm_in_train_mode_is_the_block_s_own_business[Normed]",
+        ),
+    ],
+    "fused_resblock/nodes.py": [
+        (
+            "in place by a flag",
+            'return bool(given.get("inplace"))',
+            "return False",
+            _GATES + "what_is_no_gate[ChangesItsInputByName]",
+        ),
+    ],
     "fused_resblock/backends/triton.py": [
         (
             "a table's tile for another kernel",
