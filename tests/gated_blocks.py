@@ -44,7 +44,7 @@ class ChannelAndSpatial(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.channel(x)
         n, _, h, w = x.shape
-        flat = x.view(n, 8, h * w)
+        flat = x.view(n * 8, h * w).view(n, 8, h * w)
         maps = torch.cat([flat.mean(1, keepdim=True), flat.amax(1, keepdim=True)], dim=1)
         return torch.mul(x, self.spatial(maps.view(n, 2, h, w)).sigmoid())
 
@@ -210,6 +210,21 @@ class WritesItsOutput(nn.Module):
         return torch.mul(x, x.sigmoid(), out=x)
 
 
+class WritesItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.add(x, 1, out=x)
+        return x * x.sigmoid()
+
+
+class ScalesSomethingElse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * 2
+
+
 NO_GATES = (
     ChangesItsInput,
     ChangesItsInputByName,
@@ -220,6 +235,8 @@ NO_GATES = (
     Counts,
     ChangesItsInputInTraining,
     WritesItsOutput,
+    WritesItsInput,
+    ScalesSomethingElse,
 )
 
 

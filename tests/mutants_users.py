@@ -18,9 +18,9 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             "a gate may change its input",
             "isinstance(_module(source, modules), _FRESH) and",
             "",
-            _GATES + "what_is_no_gate[ChangesItsInput]",
+            _GATES + "what_is_no_gate[ChangesAView]",
         ),
-        ("a gate may write its output", '"out" in node.kwargs or ', "", _GATES + "what_is_no_gate[WritesItsOutput]"),
+        ("a gate may write its output", '"out" in node.kwargs or ', "", _GATES + "what_is_no_gate[WritesItsInput]"),
         (
             "a gate may look at strides",
             "or nodes.name(node) in _OF_LAYOUT ",
@@ -34,10 +34,10 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             _GATES + "what_is_no_gate[ChangesItsInputInTraining]",
         ),
         (
-            "a gate may give its input",
+            "a gate may scale something else",
             "return any(factor is x or _scales(factor, x) for factor in result.args)",
             "return True",
-            _GATES + "gates_are_found_by_what_they_compute",
+            _GATES + "what_is_no_gate[ScalesSomethingElse]",
         ),
         (
             "a gate's view takes channels_last",
