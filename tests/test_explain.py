@@ -178,8 +178,8 @@ def test_weights_that_are_inference_tensors():
         block = frb.fuse(frb.reference.BasicBlock(8, 8).eval(), inplace=True)
         x, calls = torch.randn(1, 8, 5, 5), []
         with pytest.MonkeyPatch.context() as patch:
-            fold = frb.backends.onednn.fold
-            patch.setattr(frb.backends.onednn, "fold", lambda *args: calls.append(args) or fold(*args))
+            fold = frb.backends.layouts.fold
+            patch.setattr(frb.backends.layouts, "fold", lambda *args: calls.append(args) or fold(*args))
             for _ in range(3):
                 block(x)
         assert len(calls) == 6

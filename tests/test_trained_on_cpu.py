@@ -8,7 +8,7 @@ from frozen_networks import images, network
 from torch import nn
 
 import fused_resblock as frb
-from fused_resblock.backends import onednn
+from fused_resblock.backends import layouts
 from fused_resblock.reference import BasicBlock
 from fused_resblock.runner import Runner
 
@@ -26,8 +26,8 @@ def plans(monkeypatch) -> list[str]:
 def packs(monkeypatch) -> list[object]:
     """Every packing of a weight."""
     found: list[object] = []
-    pack = onednn._pack
-    monkeypatch.setattr(onednn, "_pack", lambda x, conv: found.append(conv) or pack(x, conv))
+    fold = layouts.fold
+    monkeypatch.setattr(layouts, "fold", lambda conv, dtype: found.append(conv) or fold(conv, dtype))
     return found
 
 

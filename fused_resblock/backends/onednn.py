@@ -14,7 +14,8 @@ from torch import Tensor
 from ..params import BatchNorm, Bound, Conv, Epilogue
 from . import eager
 from .eager import strided
-from .folding import TensorCache, fold
+from .folding import TensorCache
+from .layouts import Layouts
 from .select import Problem
 
 _packed = TensorCache()
@@ -44,17 +45,10 @@ def unsupported(problem: Problem) -> str | None:
     return f"oneDNN has no {problem.dtype} convolution on this CPU"
 
 
-def _pack(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
-    weight, bias = fold(conv, x.dtype)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
-    )
-    return packed, bias
-
-
 def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
     """See `backends.bind_conv_bn_act`."""
-    weight, bias = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:]), lambda: _pack(x, conv))
+    layouts = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:]), Layouts)
+    weight, bias = layouts.fit(x, conv)
     args = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
     pointwise = torch.ops.mkldnn._convolution_pointwise
     act = "relu" if epilogue.relu else "none"
