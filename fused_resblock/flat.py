@@ -8,6 +8,7 @@ that needs out of the cache. Where nothing changes the answers are those of the 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class _Flat:
         self.generation = frozen.generation()
         self.functions: dict[tuple[object, ...], Call | str] = {}
         self._last: dict[tuple[object, ...], list[Ran]] = {}
+        self._empty: Counter[tuple[object, ...]] = Counter()  # forwards that ran nothing
 
     def learn(self, key: tuple[object, ...], network: nn.Module, forward: Call, x: Tensor) -> Any:
         """What the forward makes of x; and a function of what it ran, once that was twice the same.
@@ -65,11 +67,15 @@ class _Flat:
         """
         if len(self._last) >= self.LIMIT:
             self._last.clear()
+            self._empty.clear()
             self.functions.clear()
         again, last = x.clone(), self._last.get(key)
         with _tape.recording() as tape:
             y = forward(x)
         self._last[key] = tape
+        self._empty[key] += not tape
+        if self._empty[key] > 2:
+            self.functions[key] = "nothing in it runs fused"
         if tape and last is not None and _same(last, tape):
             try:
                 function = _flattened(network, tape)

@@ -60,9 +60,6 @@ class _Builder:
                 self.alias[node] = self._resolve(node.all_input_nodes[0])
         self.readers = Counter(self._resolve(a) for n in self.nodes if n in live for a in self._reads(n))
         self.all_readers = Counter(self._resolve(a) for n in self.nodes for a in self._reads(n))
-        for node in self.nodes:
-            if node not in live:
-                self._check_unused(node)
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         if len([n for n in inputs if n in live or n.users]) != 1:
             raise Unsupported("it takes other than one input")
@@ -74,6 +71,9 @@ class _Builder:
         self._emit(self._resolve(result))
         if self.adds != 1:
             raise Unsupported("its output holds no residual add" if not self.adds else "it has several adds")
+        for node in self.nodes:
+            if node not in live:
+                self._check_unused(node)
         return tuple(self.steps)
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:

@@ -159,6 +159,16 @@ def test_explain_tells_when_it_is_a_function():
     assert not said(model.eval())[0]
 
 
+def test_a_network_of_which_nothing_is_fused_stops_learning(monkeypatch):
+    model = frb.fuse(network(), frozen=True, filter_fn=lambda name, module: False)
+    recorded = []
+    recording = flat._tape.recording
+    monkeypatch.setattr(flat._tape, "recording", lambda: recorded.append(1) or recording())
+    run_in(model, images())
+    assert len(recorded) == 3
+    assert said(model) == (False, "frozen: its own forward: nothing in it runs fused")
+
+
 @pytest.mark.parametrize(("cls", "reason"), [(Asking, "another result"), (Failing, "fails: RuntimeError")])
 def test_explain_tells_why_it_runs_its_own_forward(cls, reason):
     model = frb.fuse(network(cls=cls), frozen=True)

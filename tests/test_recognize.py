@@ -98,6 +98,7 @@ def test_same_on_every_backend(cls, backend):
         pytest.param(effects.InPlaceOnInput, "in-place", id="in-place on the input"),
         pytest.param(effects.PositionalInPlaceOnInput, "in-place", id="positional in-place"),
         pytest.param(effects.InPlaceThroughAlias, "in-place", id="in-place through an alias"),
+        pytest.param(odd_blocks.Asserts, "tanh", id="asserts"),
         pytest.param(odd_blocks.BranchOnValue, "branches on a tensor", id="control flow"),
         pytest.param(odd_blocks.ScaledByTensor, "uses a tensor outside", id="scaled by a tensor"),
         pytest.param(odd_blocks.OffsetSlice, "slice", id="offset slice"),
