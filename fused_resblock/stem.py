@@ -115,26 +115,27 @@ def _joins(module: nn.Module, chain: tuple[nn.Module, ...]) -> bool:
     return len(chain) == 1 and not leaves.uses_batch_statistics(module)
 
 
-_programs: PerModule[tuple[tuple[int, ...], Programs]] = PerModule("stem")  # of the last module of a stem
+#: of a stem's convolution, with the identities of all its modules; the ReLU may be part of other stems, too
+_programs: PerModule[tuple[tuple[int, ...], Programs]] = PerModule("stem")
 
 
 def _run(x: Tensor, chain: tuple[nn.Module, ...]) -> Tensor | None:
     """The result of a chain of modules on x; None if its parameters are no plain tensors."""
-    last = chain[-1]
-    identities = tuple(map(id, chain))  # the guard keeps all but the last alive, so they stay unique
-    known, programs = _programs.get(last) or (None, None)
+    first = chain[0]
+    identities = tuple(map(id, chain))  # the guard keeps all but the first alive, so they stay unique
+    known, programs = _programs.get(first) or (None, None)
     if programs is None or known != identities:
         programs = Programs()
-        _programs[last] = identities, programs
-    program = programs.find(x, chain[0].unasked())  # type: ignore[operator]
+        _programs[first] = identities, programs
+    program = programs.find(x, first.unasked())  # type: ignore[operator]
     if program is None:
         conv, relu = _conv_of(chain)
         tensors = [t for t in conv.tensors() if t is not None]
         if not dispatch.plain(tensors):
             return None
-        before = Before(chain[::-1], tensors)
+        before = Before(chain, tensors)
         program = _bind(x, chain, conv, relu)
-        programs.keep(x, program, before, lambda: Guard(chain[::-1], tensors, all_modes=False))
+        programs.keep(x, program, before, lambda: Guard(chain, tensors, all_modes=False))
     flat.note(chain, program, lambda x: program.run(x)[0])
     return program(x)
 

@@ -41,8 +41,64 @@ def test_one_kernel_where_there_is_one(width, operations):
     fused = frb.fuse(network(width=width), backend="triton")
     with torch.no_grad():
         fused(torch.randn(1, 3, 20, 20))
-    (program,) = stems._programs[fused.maxpool][1]._programs.values()
+    (program,) = stems._programs[fused.conv1][1]
     assert len(program._operations) == operations
+
+
+class Shared(nn.Module):
+    """Three convolutions and norms with one ReLU, whose adds make no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.norms, self.relu = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3)), nn.ReLU()
+        self.block = BasicBlock(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = self.relu(norm(conv(x)))
+        return self.block(x)
+
+
+class Shared(nn.Module):
+    """Three convolutions and norms with one ReLU, whose adds make no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.norms, self.relu = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3)), nn.ReLU()
+        self.block = BasicBlock(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = self.relu(norm(conv(x)))
+        return self.block(x)
+
+
+class Levels(nn.Module):
+    """One convolution for several levels, each of which has a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.block = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), BasicBlock(3, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm in self.norms:
+            x = self.relu(norm(self.conv(x)))
+        return self.block(x)
+
+
+def test_stems_that_share_a_relu_are_bound_once(monkeypatch):
+    reference = randomize_norms(Shared()).eval()
+    fused, bound = frb.fuse(reference), []
+    bind = stems._bind
+    monkeypatch.setattr(stems, "_bind", lambda *args: bound.append(args) or bind(*args))
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+    assert len(bound) == 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
