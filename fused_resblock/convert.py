@@ -13,7 +13,16 @@ from .flat import know
 from .frozen import Freezable
 from .head import find_heads, fuse_head, unfuse_head
 from .modules import FusedBlock
-from .network import FusedNetwork, find_networks, find_stems, fuse_network, fuse_stem, know_blocks, unfuse_stem
+from .network import (
+    FusedNetwork,
+    find_networks,
+    find_stems,
+    fuse_network,
+    fuse_stem,
+    know_blocks,
+    unfuse_stem,
+    worth_it,
+)
 from .per_module import forget
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
@@ -95,7 +104,9 @@ def fuse(
         for path in find_heads(network, graph) if heads else ():
             if prefix + path not in left_out:
                 fuse_head(network.get_submodule(path), backend)
-        for stem in find_stems(network, graph) if stems else ():
+        rows = find_stems(network, graph) if stems else []
+        inner = any(isinstance(outcome, Plan) for path, _, outcome in found if path.startswith(prefix))
+        for stem in rows if worth_it(network, rows, inner) else ():
             if prefix + stem[0] not in left_out:
                 fuse_stem(network, stem, backend)
     for name, _, outcome in found:

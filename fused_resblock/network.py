@@ -137,6 +137,22 @@ def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
     return found
 
 
+def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool) -> bool:
+    """Whether to fuse these stems of a network makes it faster.
+
+    Not on a CPU in NCHW where most of its convolutions run as they are: a stem's result is channels_last, and to bring
+    their weights into that form at every call takes more time than the stems save.
+
+    Args:
+        network: what holds the stems.
+        stems: as `find_stems` gives them.
+        fused: whether any of its blocks are.
+    """
+    weights: list[Any] = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
+    nchw = any(not (w.is_cuda or w.is_contiguous(memory_format=torch.channels_last)) for w in weights)
+    return fused or not nchw or 2 * len(stems) >= len(weights)
+
+
 def _is_stem(graph: fx.Graph, stem: Sequence[str]) -> bool:
     """Whether each module of a stem directly follows the one before it and alone reads it, wherever they are called."""
     for node in graph.nodes:

@@ -6,6 +6,7 @@ computing; those behind it add themselves to what is pending, and the last one c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,12 +24,15 @@ from .swap import Swapped, intact, undone
 from .touched import touch_statistics
 from .watch import Guard
 
+#: elements of outputs and weight below which to leave work to others, 0.13 ms on a CPU, takes more time than it saves
+SMALL = 1 << 17
+
 
 class StemConv(Freezable):
     """Mixin of a convolution that begins a stem: it leaves its work to the last module of the stem.
 
     It computes as ever outside of its network, under autograd, with hooks on it or on what a module of the stem is in,
-    while it is traced, and on an input that does not fit it.
+    while it is traced, on an input that does not fit it, and on a CPU on one that is `SMALL`, unless frozen.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -52,8 +56,15 @@ class StemConv(Freezable):
         if (x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None) or changed(self) is not None:
             return None
         conv = Conv(weight, None, None, *leaves.conv_geometry(self))
-        fits = x.shape[1] == weight.shape[1] * conv.groups and min(conv.output_size(*x.shape[2:])) > 0
-        return conv.output_shape(x) if fits else None
+        if x.shape[1] != weight.shape[1] * conv.groups or min(conv.output_size(*x.shape[2:])) <= 0:
+            return None
+        size = conv.output_shape(x)
+        return size if x.is_cuda or self.unasked() or self._pays(size) else None
+
+    def _pays(self, size: tuple[int, ...]) -> bool:
+        """Whether to run as one saves more than it takes: a pass over the output for each module, and the packing."""
+        weight: Any = self.weight
+        return math.prod(size) * (self.__dict__["_fused_length"] - 1) + weight.numel() >= SMALL
 
 
 class StemFollower(Swapped):

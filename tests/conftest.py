@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 import pytest
 import quick_interpreter
 
+from fused_resblock import stem
+
 
 def _make_torchvision_importable() -> None:
     """Define the two ops that torchvision's CUDA wheel expects to find when it is imported beside a CPU build.
@@ -42,6 +44,12 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector, which some tests call, need not look at it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def stems_of_any_size(monkeypatch):
+    """Stems run as one on the small images of tests, too."""
+    monkeypatch.setattr(stem, "SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -200,6 +200,24 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/stem.py": [
         (
+            "stems bound by their last module",
+            "    first = chain[0]\n",
+            "    first = chain[-1]\n",
+            "tests/test_stem.py::test_stems_that_share_a_relu_are_bound_once",
+        ),
+        (
+            "small stems as one",
+            "or self._pays(size) else None",
+            "or True else None",
+            "tests/test_stems_that_pay.py::test_small_images[20-False-default]",
+        ),
+        (
+            "stems pay by their outputs alone",
+            " + weight.numel() >= SMALL",
+            " >= SMALL",
+            "tests/test_stems_that_pay.py::test_large_weights_pay",
+        ),
+        (
             "parametrized convolution of a stem told to be one operation",
             "if not intact(StemConv if isinstance(module, StemConv) else StemFollower, module):",
             "if False:",
@@ -213,6 +231,18 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/network.py": [
+        (
+            "stems in NCHW among convolutions that stay",
+            "return fused or not nchw or 2 * len(stems) >= len(weights)",
+            "return True",
+            "tests/test_stems_that_pay.py::test_networks_in_nchw_of_which_little_is_fused",
+        ),
+        (
+            "half of a network in NCHW",
+            "or 2 * len(stems) >= len(weights)",
+            "",
+            "tests/test_stems_that_pay.py::test_networks_of_which_half_is_stems",
+        ),
         (
             "a stem with something between",
             "if list(end.users) != [end.next] or end.next.target != following:\n                return False\n            end = end.next",

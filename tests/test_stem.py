@@ -60,21 +60,6 @@ class Shared(nn.Module):
         return self.block(x)
 
 
-class Shared(nn.Module):
-    """Three convolutions and norms with one ReLU, whose adds make no block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.norms, self.relu = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3)), nn.ReLU()
-        self.block = BasicBlock(3, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = self.relu(norm(conv(x)))
-        return self.block(x)
-
-
 class Levels(nn.Module):
     """One convolution for several levels, each of which has a norm of its own."""
 
