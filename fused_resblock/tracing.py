@@ -12,8 +12,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from types import MethodType
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,6 +21,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import leaves
+from .garbage import old_set_aside
 from .generators import Draws
 from .per_module import is_kept
 from .plan import Unsupported
@@ -59,19 +59,6 @@ class _Switches(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             self._tracer.refuse(MODES)
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _old_set_aside() -> Iterator[None]:
-    """Have a garbage collection in here look at what was made in here only: at all it takes 0.1 s and more."""
-    others = gc.get_freeze_count() > 0  # somebody else's are not ours to let go
-    if not others:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if not others:
-            gc.unfreeze()
 
 
 class _Tracer(fx.Tracer):
@@ -137,10 +124,11 @@ class _Tracer(fx.Tracer):
         Raises:
             Unsupported: if a proxy was asked something that it could not answer as a tensor does.
         """
-        with Draws() as draws, _Switches(self), _old_set_aside():
+        with Draws() as draws, _Switches(self), old_set_aside():
             graph = super().trace(*args, **kwargs)
-            if self._kept():  # perhaps by a cycle
-                gc.collect()
+            for generation in (1, 2):  # what is left is perhaps a cycle, of objects that are young
+                if self._kept():
+                    gc.collect(generation)
         if draws.seen:
             self.doubt(RANDOM)
         if self._kept():
