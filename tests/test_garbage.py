@@ -32,7 +32,12 @@ def test_what_is_old_is_not_looked_at(unknown, monkeypatch):
     monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
     monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
     monkeypatch.setattr(gc, "unfreeze", lambda: calls.append("unfreeze"))
-    with pytest.raises(ValueError, match="stop"), old_set_aside():
-        calls.append("within")
-        raise ValueError("stop")
+
+    def fail() -> None:
+        with old_set_aside():
+            calls.append("within")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
     assert calls == ["freeze", "within", "unfreeze"]
