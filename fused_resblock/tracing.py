@@ -21,7 +21,6 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import leaves
-from .garbage import old_set_aside
 from .generators import Draws
 from .per_module import is_kept
 from .plan import Unsupported
@@ -32,6 +31,8 @@ from .table import first_line
 #: two traces at once would each put back, in the end, what the other had put in place of every module's call
 _one_at_a_time = threading.RLock()
 
+
+_CHANGES = "its forward changes the block's own attributes or buffers"
 
 #: layers that give one tensor
 _OF_TENSORS = (
@@ -124,18 +125,25 @@ class _Tracer(fx.Tracer):
         Raises:
             Unsupported: if a proxy was asked something that it could not answer as a tensor does.
         """
-        with Draws() as draws, _Switches(self), old_set_aside():
+        with Draws() as draws, _Switches(self):
             graph = super().trace(*args, **kwargs)
-            for generation in (1, 2):  # what is left is perhaps a cycle, of objects that are young
-                if self._kept():
-                    gc.collect(generation)
         if draws.seen:
             self.doubt(RANDOM)
+        return graph
+
+    def finish(self) -> None:
+        """Look at what is left when the graph is made, and what the root keeps was taken from it.
+
+        Raises:
+            Unsupported: in a strict trace, for whatever was noticed.
+        """
+        for generation in (1, 2):  # what is left is perhaps a cycle, of objects that are young
+            if self._kept():
+                gc.collect(generation)
         if self._kept():
             self.doubt("its forward keeps a tensor somewhere")
         if self._strict and self.reason is not None:
             raise Unsupported(self.reason)
-        return graph
 
     def _kept(self) -> bool:
         """Whether anybody still holds a proxy."""
@@ -249,7 +257,11 @@ def _traced(module: nn.Module, training: bool, stops: Collection[nn.Module], str
     try:
         with _one_at_a_time:
             tracer = _Tracer({twin.get_submodule(path) for path in paths}, strict)
-            return Traced(tracer.trace(twin), tracer.reason)
+            graph = tracer.trace(twin)
+            if before.restore():
+                raise Unsupported(_CHANGES)
+            tracer.finish()
+            return Traced(graph, tracer.reason)
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy
@@ -257,7 +269,7 @@ def _traced(module: nn.Module, training: bool, stops: Collection[nn.Module], str
     finally:
         shared.clean()
         if before.restore():
-            raise Unsupported("its forward changes the block's own attributes or buffers")
+            raise Unsupported(_CHANGES)
 
 
 def _twin(block: nn.Module, training: bool) -> nn.Module:
