@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import frozen, leaves
+from .generators import Draws
 from .per_module import PerModule
 from .plan import Unsupported
 from .program import signature
@@ -79,7 +80,9 @@ class _Flat:
         if tape and last is not None and _same(last, tape):
             try:
                 function = _flattened(network, tape)
-                same = _equal((function(again), again), (y, x))
+                with Draws():  # which are put back
+                    result = function(again)
+                same = _equal((result, again), (y, x))
                 self.functions[key] = function if same else "its graph gives another result"
             except Unsupported as error:
                 self.functions[key] = str(error)

@@ -41,7 +41,8 @@ class Head(Freezable):
 
     def _fast(self, x: Any) -> Tensor | None:
         if (
-            not isinstance(x, Tensor)
+            "_fused_backend" not in self.__dict__  # somebody made another one by its class
+            or not isinstance(x, Tensor)
             or not dispatch.plain((x,))
             or torch.is_grad_enabled()
             or dispatch.autocast_dtype(x) is not None
@@ -121,6 +122,8 @@ def unfuse_head(module: nn.Module) -> None:
 
 def is_fast(module: Head, example: Tensor) -> bool:
     """Whether a head would be fast now in a network with parameters such as `example`."""
+    if "_fused_backend" not in module.__dict__:
+        return False
     weight = module._parameters.get("weight") if isinstance(module, Classifier) else example
     usable = weight is not None and weight.dtype == example.dtype  # else computed by somebody, as pruning does
     return usable and "forward" not in module.__dict__ and module.applies(example)

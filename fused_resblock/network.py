@@ -205,10 +205,11 @@ def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:
         fuse_network(network)
     first, *rest = (network.get_submodule(path) for path in stem)
     first.__dict__["_fused_backend"] = backend
-    if isinstance(first, StemConv):  # fused before
+    if "_fused_around" in first.__dict__:  # fused before
         return
-    network.__dict__["_fused_stems"] = (*network._fused_stems, tuple(stem))
-    first.__class__ = swapped_class(StemConv, type(first))
+    network.__dict__["_fused_stems"] = tuple(dict.fromkeys((*network._fused_stems, tuple(stem))))
+    if not isinstance(first, StemConv):  # else somebody made it by the class of another one
+        first.__class__ = swapped_class(StemConv, type(first))
     first.__dict__["_fused_length"] = len(stem)
     first.__dict__["_fused_around"] = [network.get_submodule(path) for path in _around(stem)]
     for module in rest:
@@ -238,7 +239,8 @@ def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:
             return f"hooks on {path}"
     for path in stem:
         module = modules.get(path)
-        if not isinstance(module, (StemConv, StemFollower)):
+        made = isinstance(module, StemConv) and "_fused_around" not in module.__dict__  # by the class of another one
+        if made or not isinstance(module, (StemConv, StemFollower)):
             return f"{path} was replaced"
         if hooked(module):
             return f"hooks on {path}"

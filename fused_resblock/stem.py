@@ -51,7 +51,8 @@ class StemConv(Freezable):
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device:
             return None
-        if hooked(self) or any(map(hooked, self.__dict__["_fused_around"])):
+        around = self.__dict__.get("_fused_around")
+        if around is None or hooked(self) or any(map(hooked, around)):  # None: somebody made another one by its class
             return None
         if (x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None) or changed(self) is not None:
             return None

@@ -236,6 +236,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/flat.py": [
         (
+            "learning draws random numbers",
+            "with Draws():  # which are put back",
+            "if True:",
+            _FLAT + "what_is_drawn_while_learning_is_put_back",
+        ),
+        (
             "learning for ever",
             "if self._empty[key] > 2:",
             "if False:",

@@ -200,6 +200,12 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/stem.py": [
         (
+            "a stem by its class alone",
+            "if around is None or hooked",
+            "around = around or []\n        if hooked",
+            "tests/test_made_by_class.py::test_layers_of_a_stem_and_a_head[before a call-default-fp32]",
+        ),
+        (
             "stems bound by their last module",
             "    first = chain[0]\n",
             "    first = chain[-1]\n",

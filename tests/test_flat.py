@@ -275,3 +275,21 @@ def test_more_signatures_than_are_kept(monkeypatch):
     for n in (1, 2, 3, 1):
         run_in(model, images(n))
     assert 0 < len(functions(model)) <= 2
+
+
+class Drawing(Network):
+    """Monte Carlo dropout: drops features in eval mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+
+def test_what_is_drawn_while_learning_is_put_back():
+    reference = network(cls=Drawing)
+    model, x = frb.fuse(reference, frozen=True), images()
+    results = []
+    for module in (reference, model):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            results.append([module(x) for _ in range(2 * CALLS)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

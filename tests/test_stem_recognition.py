@@ -24,6 +24,7 @@ def test_unfuse_filter_and_option():
     assert all(vars(a).keys() == vars(b).keys() for a, b in zip(fused.modules(), reference.modules(), strict=True))
     assert parts(frb.fuse(reference, stems=False)) == []
     assert parts(frb.fuse(reference, filter_fn=lambda name, module: name != "conv1")) == []
+    reference.to(memory_format=torch.channels_last)  # else a stem alone does not pay
     assert len(parts(frb.fuse(reference, filter_fn=lambda name, module: name == "conv1"))) == 1
 
 

@@ -56,20 +56,33 @@ def test_backend_of_the_environment_runs(plans, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "onednn"])
 def test_weights_that_stay_are_packed_once(plans, packs, backend):
-    fused = frb.fuse(network(), backend=backend)
+    fused, x = frb.fuse(network(), backend=backend), images()
     if backend == "auto":
         fused.requires_grad_(False)
-    x = images().requires_grad_()
+    else:
+        x.requires_grad_()
     fused(x)
     first = len(packs)
-    fused(x).sum().backward()
-    assert x.grad is not None
+    y = fused(x)
+    if backend != "auto":
+        y.sum().backward()
+        assert x.grad is not None
     assert len(plans) == 10
     assert first == len(packs) > 0
     with torch.no_grad():
         fused.layer1[0].conv1.weight.mul_(2)
     fused(x)
     assert len(packs) == first + 1
+
+
+def test_gradients_of_the_input_alone_run_the_own_forward(plans):
+    reference = network().requires_grad_(False)
+    fused = frb.fuse(reference)
+    ours, theirs = images().requires_grad_(), images().requires_grad_()
+    fused(ours).sum().backward()
+    reference(theirs).sum().backward()
+    assert plans == []
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize(
