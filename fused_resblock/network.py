@@ -149,7 +149,8 @@ def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool) 
         fused: whether any of its blocks are.
     """
     weights: list[Any] = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
-    nchw = any(not (w.is_cuda or w.is_contiguous(memory_format=torch.channels_last)) for w in weights)
+    plain = [w for w in weights if type(w) in (Tensor, nn.Parameter)]  # others may have no memory yet
+    nchw = any(not (w.is_cuda or w.is_contiguous(memory_format=torch.channels_last)) for w in plain)
     return fused or not nchw or 2 * len(stems) >= len(weights)
 
 
