@@ -48,9 +48,9 @@ def _folds_anyway(x: Tensor, backend: str) -> bool:
 def _given(weights: Iterable[Tensor]) -> bool:
     """Whether a graph that Dynamo makes is given these tensors: others may be computed in it, at every call.
 
-    An export's weights are no parameters while it traces, and torch's own operations run the graph.
+    An export that traces by other means has no parameters meanwhile, and torch's own operations run its graph.
     """
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_dynamo_compiling():
         return True
     return all(isinstance(weight, torch.nn.Parameter) for weight in weights)
 
