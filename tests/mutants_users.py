@@ -57,19 +57,19 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             "the first size's layout for all",
             "found = None if layout is None else self.get(layout)",
             "found = next(iter(self.values()), None)",
-            "tests/test_layouts.py::test_sizes_that_want_the_same_layout_share_a_weight",
+            "tests/test_packed_layouts.py::test_sizes_that_want_the_same_layout_share_a_weight",
         ),
         (
             "a layout by the convolution alone",
             "*conv[3:], x.shape, torch",
             "*conv[3:], torch",
-            "tests/test_layouts.py::test_sizes_that_want_the_same_layout_share_a_weight",
+            "tests/test_packed_layouts.py::test_sizes_that_want_the_same_layout_share_a_weight",
         ),
         (
             "a weight for every size",
             "if layout is None and self:",
             "if False:",
-            "tests/test_layouts.py::test_sizes_that_want_the_same_layout_share_a_weight",
+            "tests/test_packed_layouts.py::test_sizes_that_want_the_same_layout_share_a_weight",
         ),
     ],
     "fused_resblock/nodes.py": [

@@ -1,96 +1,78 @@
-"""Weights packed for oneDNN: what another size of image wants, and what sizes share."""
+"""Images, weights and vectors of any layout, and what is kept for a weight: `conv_bn_act` reads numbers, not memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import BF16, FP32, require
-from torch import Tensor, nn
+from cases import BACKENDS, FP32, FP64, ConvCase, cast, require
+from test_conv_bn_act import check
 
-import fused_resblock as frb
-from fused_resblock.backends import layouts, onednn
-from fused_resblock.backends.layouts import Layouts, layout_of
-from fused_resblock.params import BatchNorm, Conv
+from fused_resblock.functional import BatchNorm, conv_bn_act
 
-SIZES = (56, 28, 64, 7, 40, 8, 56)
-
-
-@pytest.fixture
-def conv() -> Conv:
-    norm = frb.models.randomize_norms(nn.BatchNorm2d(512)).eval()
-    return Conv(torch.randn(512, 128, 1, 1), None, BatchNorm.of(norm))
-
-
-@pytest.fixture
-def folds(monkeypatch) -> list[Conv]:
-    """What is folded, by a library whose layouts go by the width modulo 3."""
-    folded: list[Conv] = []
-    fold = layouts.fold
-    monkeypatch.setattr(layouts, "fold", lambda conv, dtype: folded.append(conv) or fold(conv, dtype))
-    monkeypatch.setattr(layouts, "_reorder", lambda weight, x, conv: (weight, x.shape[-1] % 3))
-    monkeypatch.setattr(layouts, "layout_of", lambda packed: bytes([packed[1]]))
-    monkeypatch.setattr(layouts, "_wanted", {})
-    return folded
+LAYOUTS = {
+    "NCHW": lambda t: t.contiguous(),
+    "channel slice": lambda t: torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]],
+    "NCHW channel slice": lambda t: torch.cat([t, t], 1).contiguous()[:, t.shape[1] :],
+    "batch slice": lambda t: torch.cat([t, t])[t.shape[0] :],
+    "spatial slice": lambda t: torch.nn.functional.pad(t, (1, 2, 3, 4), value=1e4)[:, :, 3:-4, 1:-2],
+    "every second": lambda t: t.repeat_interleave(2, 0).repeat_interleave(2, 3)[::2, :, :, ::2],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "odd offset": lambda t: torch.cat([t.new_full((1,), 1e4), t.contiguous().flatten()])[1:].view(t.shape),
+    "flipped": lambda t: t.flip(3).flip(3),
+}
 
 
-def image(size: int, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.randn(1, 128, size, size).to(dtype, memory_format=torch.channels_last)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [pytest.param(f, id=name) for name, f in LAYOUTS.items()])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(ConvCase(residual=2, slack=1), id="residual"),
+        pytest.param(ConvCase(shortcut=2, stride=2), id="shortcut"),
+        pytest.param(ConvCase(kernel=(1, 1), padding=0, channels=1, residual=1, out_channels=1), id="1 channel"),
+    ],
+)
+def test_layouts_of_images_and_weights(case, layout, backend):
+    require(backend)
+    args = case.build(FP32)
+    laid_out = dict(args, x=layout(args["x"]), weight=layout(args["weight"]))
+    if case.residual:
+        laid_out["residual"] = layout(args["residual"])
+    if case.shortcut:
+        second = args["shortcut"]
+        laid_out["shortcut"] = second._replace(x=layout(second.x), weight=layout(second.weight))
+    before = cast(laid_out, FP64)
+    y = check(laid_out, backend)
+    assert torch.equal(y, conv_bn_act(**args, backend=backend)), "the layout changed the result"
+    after = cast(laid_out, FP64)
+    assert torch.equal(before["x"], after["x"]), "x was written to"
+    assert case.residual is None or torch.equal(before["residual"], after["residual"]), "the residual was written to"
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_every_size_has_the_layout_that_it_wants(conv, dtype):
-    require("onednn", dtype)
-    packed = Layouts()
-    for size in SIZES:
-        x = image(size, dtype)
-        weight, bias = packed.fit(x, conv)
-        alone, _ = Layouts().fit(x, conv)
-        assert layout_of(weight) == layout_of(alone)
-        args = (conv.padding, conv.stride, conv.dilation, conv.groups, "none", [], "")
-        pointwise = torch.ops.mkldnn._convolution_pointwise.default
-        assert torch.equal(pointwise(x, weight, bias, *args), pointwise(x, alone, bias, *args))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_that_are_columns_of_a_table(backend):
+    require(backend)
+    args = ConvCase(bias=True, shortcut=1).build(FP32)
+
+    def column(t: torch.Tensor) -> torch.Tensor:
+        return torch.stack([t, t + 100, t - 100], 1)[:, 0]
+
+    def columns(norm: BatchNorm) -> BatchNorm:
+        return BatchNorm(*map(column, norm[:4]), norm.eps)
+
+    second = args["shortcut"]
+    tables = dict(args, bias=column(args["bias"]), norm=columns(args["norm"]))
+    tables["shortcut"] = second._replace(bias=column(second.bias), norm=columns(second.norm))
+    check(tables, backend)
 
 
-def test_sizes_that_want_the_same_layout_share_a_weight(conv, folds):
-    packed = Layouts()
-    weights = {size: packed.fit(image(size), conv)[0] for size in range(4, 22)}
-    assert len(packed) == len(folds) == 3
-    assert {weight[1] == size % 3 for size, weight in weights.items()} == {True}
-    assert len(set(map(id, weights.values()))) == 3
-    assert packed.fit(image(5), conv)[0] is weights[8]
-
-
-def test_layouts_that_are_known_are_not_asked_for(conv, folds, monkeypatch):
-    packed = Layouts()
-    packed.fit(image(3), conv), packed.fit(image(4), conv)
-    monkeypatch.setattr(torch, "empty_like", None)
-    packed.fit(image(3), conv), packed.fit(image(4), conv)
-    assert len(folds) == 2
-    Layouts().fit(image(4), conv)  # a convolution like this one
-    assert len(folds) == 3
-
-
-def test_how_much_is_kept(conv, folds, monkeypatch):
-    monkeypatch.setattr(layouts, "MOST", 2)
-    monkeypatch.setattr(layouts, "_ENOUGH", 4)
-    packed = Layouts()
-    for size in range(3, 12):
-        weight, _ = packed.fit(image(size), conv)
-        assert weight[1] == size % 3
-        assert len(packed) <= 2
-        assert len(layouts._wanted) <= 4
-
-
-def test_a_block_at_several_sizes():
-    """A program for each size, and weights that are changed between them."""
-    block = frb.models.randomize_norms(frb.reference.Bottleneck(128, 32)).eval()
-    fused = frb.fuse(block)
-    with torch.no_grad():
-        for _ in range(2):
-            for size in SIZES:
-                x = image(size)
-                torch.testing.assert_close(fused(x), block(x), rtol=1e-4, atol=1e-4)
-            for module in (block, fused):
-                module.conv3.weight.mul_(0.5)
-        used = [entry.value for entry in onednn._packed._entries.values() if isinstance(entry.value, Layouts)]
-        assert all(1 <= len(found) <= layouts.MOST for found in used)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_weight_in_several_geometries(backend):
+    """What a backend keeps for a weight is good for these arguments only."""
+    require(backend)
+    weight = ConvCase(channels=4, out_channels=8).build(FP32)["weight"]
+    for _ in range(2):
+        for options in ({}, {"groups": 2, "channels": 8}, {"stride": 2}, {"dilation": 2, "padding": 2}, {"padding": 0}):
+            for size in ((5, 4), (9, 12)):
+                case = ConvCase(**{"channels": 4, "out_channels": 8, "size": size, "norm": None, **options})
+                check({**case.build(FP32), "weight": weight}, backend)
