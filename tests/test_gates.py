@@ -169,7 +169,7 @@ def test_copies():
         assert torch.equal(pickle.loads(pickle.dumps(fused))(X), expected)
 
 
-@pytest.mark.parametrize("cls", GATED)
+@pytest.mark.parametrize("cls", [gated_blocks.Plain, gated_blocks.Inside])
 def test_compile_and_export(cls):
     torch._dynamo.reset()
     block = made(cls)
@@ -181,7 +181,7 @@ def test_compile_and_export(cls):
         torch.testing.assert_close(exported(X), block(X), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["legacy_seresnet18", "seresnet50", "ecaresnet26t", "resnetrs50", "regnety_002"])
+@pytest.mark.parametrize("name", ["legacy_seresnet18", "ecaresnet26t", "regnety_002"])
 def test_networks_of_timm(name):
     networks(timm.create_model(name))
 
