@@ -32,7 +32,7 @@ def in_place(node: fx.Node, module: nn.Module | None) -> bool:
     if called(node) is None:
         return bool(getattr(module, "inplace", False))
     named = name(node).endswith("_") and not name(node).startswith("__")
-    return named or node.target in IN_PLACE or _asked_to_be(node)
+    return named or node.target in (*IN_PLACE, operator.setitem) or _asked_to_be(node)
 
 
 def _asked_to_be(node: fx.Node) -> bool:

@@ -174,6 +174,12 @@ class ChangesAView(nn.Module):
         return x * x.sigmoid()
 
 
+class WritesAnIndex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, 0] = 0
+        return x * x.sigmoid()
+
+
 class GivesItsInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x * x.sigmoid()
@@ -229,6 +235,7 @@ NO_GATES = (
     ChangesItsInput,
     ChangesItsInputByName,
     ChangesAView,
+    WritesAnIndex,
     GivesItsInput,
     LooksAtStrides,
     BranchesOnSizes,
