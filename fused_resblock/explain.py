@@ -113,7 +113,7 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
 
 def _eager_stem(conv: nn.Module) -> str | None:
     """Why a stem that begins with this convolution runs as plain PyTorch; None where it does not."""
-    choice = _choice(conv.__dict__.get("_fused_backend", "auto"), conv)
+    choice = _choice(conv.__dict__["_fused_backend"], conv)
     return choice.reason if choice.backend == "eager" else None
 
 

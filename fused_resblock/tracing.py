@@ -32,8 +32,6 @@ from .table import first_line
 _one_at_a_time = threading.RLock()
 
 
-_CHANGES = "its forward changes the block's own attributes or buffers"
-
 #: layers that give one tensor
 _OF_TENSORS = (
     nn.Conv2d,
@@ -257,19 +255,18 @@ def _traced(module: nn.Module, training: bool, stops: Collection[nn.Module], str
     try:
         with _one_at_a_time:
             tracer = _Tracer({twin.get_submodule(path) for path in paths}, strict)
-            graph = tracer.trace(twin)
-            if before.restore():
-                raise Unsupported(_CHANGES)
+            try:
+                graph = tracer.trace(twin)
+            finally:
+                shared.clean()
+                if before.restore():
+                    raise Unsupported("its forward changes the block's own attributes or buffers")
             tracer.finish()
             return Traced(graph, tracer.reason)
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy
         raise Unsupported(f"its forward cannot be traced: {first_line(error)}") from None
-    finally:
-        shared.clean()
-        if before.restore():
-            raise Unsupported(_CHANGES)
 
 
 def _twin(block: nn.Module, training: bool) -> nn.Module:

@@ -89,8 +89,8 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "norms told apart by themselves alone",
-            "_affines.get(parts if weight is None else (weight, *parts), (wide",
-            "_affines.get(parts, (wide",
+            "(*norm[:4], bias) if conv is None else (conv.weight, *norm[:4], bias)",
+            "(*norm[:4], bias)",
             "tests/test_compiled_weights.py::test_norms_of_two_convolutions_in_the_same_memory",
         ),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fused_resblock as frb
 from fused_resblock.backends import folding, triton
 from fused_resblock.functional import BatchNorm, bn_act, conv_bn_act
+from fused_resblock.params import Conv
 
 OPS = {torch.ops.fused_resblock.conv_bn_act.default, torch.ops.fused_resblock.bn_act.default}
 
@@ -111,8 +112,8 @@ def test_norms_of_two_convolutions_in_the_same_memory(unsampled):
     """A kernel's scale and shift are those of its own convolution, though the norm's tensors look the same."""
     norm = BatchNorm(torch.zeros(4), torch.ones(4), None, None, 0.0)
     first, second = torch.randn(4, 4, 1, 1), torch.randn(4, 4, 1, 1)
-    scale, _ = triton.affine(norm, (first, None), torch.float32)
+    scale, _ = triton.affine(norm, Conv(first), torch.float32)
     version = norm.var._version
     norm.var.numpy().fill(4)
     assert norm.var._version == version
-    torch.testing.assert_close(triton.affine(norm, (second, None), torch.float32)[0], scale / 2)
+    torch.testing.assert_close(triton.affine(norm, Conv(second), torch.float32)[0], scale / 2)

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_recognize import assert_same, made
+from test_recognize import assert_same, made, put_in_mode
 from torch import nn
 
 import fused_resblock as frb
@@ -29,15 +29,11 @@ def test_recognised(cls):
 
 
 @pytest.mark.parametrize("cls", GATED)
-@pytest.mark.parametrize("mode", ["eval", "norms in eval mode", "train"])
+@pytest.mark.parametrize("mode", ["eval", "frozen", "train"])
 def test_same_results_and_gradients(cls, mode):
     block = made(cls)
     fused = frb.fuse(block)
-    for module in (block, fused):
-        module.train(mode != "eval")
-        if mode == "norms in eval mode":
-            for norm in module.modules():
-                norm.train(norm.training and not isinstance(norm, nn.BatchNorm2d))
+    put_in_mode(mode, block, fused)
     assert_same(block, fused, X, grad=True)
 
 

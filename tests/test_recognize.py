@@ -57,6 +57,14 @@ def made(cls: type[nn.Module]) -> nn.Module:
     return randomize_norms(cls()).eval()
 
 
+def put_in_mode(mode: str, *modules: nn.Module) -> None:
+    """eval, train, or train with the norms in eval mode ("frozen")."""
+    for module in modules:
+        module.train(mode != "eval")
+        for norm in module.modules() if mode == "frozen" else ():
+            norm.train(norm.training and not isinstance(norm, nn.BatchNorm2d))
+
+
 @pytest.mark.parametrize("cls", RECOGNISED)
 def test_recognised(cls):
     frb.fuse(made(cls), strict=True)
@@ -69,11 +77,7 @@ def test_recognised(cls):
 def test_same_results_and_effects(cls, mode):
     block = made(cls)
     fused = frb.fuse(block)
-    for module in (block, fused):
-        module.train(mode != "eval")
-        if mode == "frozen":
-            for norm in module.modules():
-                norm.train(norm.training and not isinstance(norm, nn.BatchNorm2d))
+    put_in_mode(mode, block, fused)
     assert_same(block, fused, torch.randn(2, 8, 7, 6), grad=True)
 
 

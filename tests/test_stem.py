@@ -60,20 +60,6 @@ class Shared(nn.Module):
         return self.block(x)
 
 
-class Levels(nn.Module):
-    """One convolution for several levels, each of which has a norm of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.relu, self.block = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), BasicBlock(3, 3)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for norm in self.norms:
-            x = self.relu(norm(self.conv(x)))
-        return self.block(x)
-
-
 def test_stems_that_share_a_relu_are_bound_once(monkeypatch):
     reference = randomize_norms(Shared()).eval()
     fused, bound = frb.fuse(reference), []

@@ -50,11 +50,11 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def affine(norm: BatchNorm | None, conv: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> Any:
+def affine(norm: BatchNorm | None, conv: Conv | None, dtype: torch.dtype) -> Any:
     """A norm, and the bias of the convolution in front of it, as scale and shift in fp32 (fp64 for fp64).
 
-    `conv` is that one's weight and bias; the weight tells norms apart that a compiled graph computes one after the
-    other in the same memory. While weights are trained (`folding.uncached`) the norm's own tensors go to the kernel,
+    The weight of that one, `conv`, tells norms apart that a compiled graph computes one after the other in the same
+    memory. While weights are trained (`folding.uncached`) the norm's own tensors go to the kernel,
     which forms them itself.
     """
     if norm is None:
@@ -63,15 +63,15 @@ def affine(norm: BatchNorm | None, conv: tuple[Tensor, Tensor | None] | None, dt
         mean, var, weight, beta = (None if v is None else v.contiguous() for v in norm[:4])
         return BatchNorm(mean, var, weight, beta, norm.eps)  # type: ignore[arg-type]
     wide = torch.promote_types(dtype, torch.float32)
-    weight, bias = conv or (None, None)
-    parts = (*norm[:2], norm.weight, norm.bias, bias)
+    bias = None if conv is None else conv.bias
+    parts = (*norm[:4], bias) if conv is None else (conv.weight, *norm[:4], bias)
 
     def compute() -> Affine:
         with torch.no_grad():
             scale, shift = scale_shift(norm, wide)
             return Affine(scale, shift if bias is None else shift + bias.to(wide) * scale)
 
-    return _affines.get(parts if weight is None else (weight, *parts), (wide, norm.eps), compute)
+    return _affines.get(parts, (wide, norm.eps), compute)
 
 
 def joined_groups(outputs: int, channels: int, groups: int) -> int:
@@ -106,7 +106,7 @@ def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
             return wide.clone(memory_format=torch.channels_last)  # memory of its own begins at a multiple of 16
 
         weight = _weights.get((conv.weight,), (dtype, joined, conv.groups, tf32), compute)
-    norm = affine(conv.norm, (conv.weight, bias), dtype)
+    norm = affine(conv.norm, conv, dtype)
     if isinstance(norm, Affine):
         bias = None
     bias = None if bias is None else bias.contiguous()
@@ -238,7 +238,7 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured
     if entry is not None and entry.backend != "triton":
         return None
     packed = packed_stem(x, conv)
-    norm = affine(conv.norm, (conv.weight, conv.bias), x.dtype)
+    norm = affine(conv.norm, conv, x.dtype)
     bias = None if isinstance(norm, Affine) else conv.bias
     return bind(x, conv._replace(bias=bias, norm=norm), packed)
 
