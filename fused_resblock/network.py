@@ -206,7 +206,7 @@ def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:
         fuse_network(network)
     first, *rest = (network.get_submodule(path) for path in stem)
     first.__dict__["_fused_backend"] = backend
-    if "_fused_around" in first.__dict__:  # fused before
+    if getattr(first, "_fused_around", None) is not None:  # fused before
         return
     network.__dict__["_fused_stems"] = tuple(dict.fromkeys((*network._fused_stems, tuple(stem))))
     if not isinstance(first, StemConv):  # else somebody made it by the class of another one
@@ -240,7 +240,7 @@ def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:
             return f"hooks on {path}"
     for path in stem:
         module = modules.get(path)
-        made = isinstance(module, StemConv) and "_fused_around" not in module.__dict__  # by the class of another one
+        made = isinstance(module, StemConv) and module._fused_around is None
         if made or not isinstance(module, (StemConv, StemFollower)):
             return f"{path} was replaced"
         if hooked(module):

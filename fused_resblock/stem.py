@@ -35,6 +35,10 @@ class StemConv(Freezable):
     while it is traced, on an input that does not fit it, and on a CPU on one that is `SMALL`, unless frozen.
     """
 
+    _fused_around: list[nn.Module] | None = (
+        None  # what the stem's modules are in; None if it was made by its class alone
+    )
+
     def forward(self, input: Tensor) -> Tensor:
         if undone(StemConv, self):
             return type(self).forward(self, input)
@@ -51,8 +55,8 @@ class StemConv(Freezable):
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device:
             return None
-        around = self.__dict__.get("_fused_around")
-        if around is None or hooked(self) or any(map(hooked, around)):  # None: somebody made another one by its class
+        around = self._fused_around
+        if around is None or hooked(self) or any(map(hooked, around)):
             return None
         if (x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None) or changed(self) is not None:
             return None

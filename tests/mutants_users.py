@@ -231,8 +231,8 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "hooks on what a stem is in",
-            " or any(map(hooked, around)):  # None",
-            ":  # None",
+            " or any(map(hooked, around)):",
+            ":",
             "tests/test_stem_recognition.py::test_hooks_on_what_a_stem_is_in_see_tensors[forward]",
         ),
     ],
