@@ -34,7 +34,8 @@ class Freezable(Swapped):
 
     def freeze(self, frozen: bool) -> None:
         """Take the promise, about everything as it is at the next call, or give it back."""
-        self.look_again()
+        if frozen or self._fused_frozen:  # programs may have been asked last before the promise
+            _generation[0] += 1
         self.__dict__.pop("_fused_frozen", None)
         if frozen:
             self.__dict__["_fused_frozen"] = True

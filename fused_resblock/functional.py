@@ -79,7 +79,7 @@ def conv_bn_act(
     conv = Conv(weight, bias, norm, stride, padding, dilation, _integer(groups, "groups"))
     check_image(x, "x")
     dtype = autocast_dtype(x)
-    _check_options(residual_stride, relu)
+    _check_options(residual, residual_stride, relu)
     _check_conv(x, conv, dtype is not None)
     out = (x.shape[0], weight.shape[0], *conv.output_size(*x.shape[2:]))
     if residual is not None:
@@ -130,7 +130,7 @@ def bn_act(
     backend = backends.check_name(backend)
     check_image(x, "x")
     autocast = autocast_dtype(x) is not None
-    _check_options(residual_stride, relu)
+    _check_options(residual, residual_stride, relu)
     _check_norm(norm, x, x.shape[1], "norm", autocast)
     if residual is not None:
         _check_residual(residual, x, tuple(x.shape), residual_stride, autocast)
@@ -156,9 +156,11 @@ def _pair(value: Any, name: str) -> Pair:
     return _integer(value[0], name), _integer(value[1], name)
 
 
-def _check_options(residual_stride: Any, relu: Any) -> None:
+def _check_options(residual: Any, residual_stride: Any, relu: Any) -> None:
     if _integer(residual_stride, "residual_stride") < 1:
         raise ValueError(f"residual_stride must be at least 1, got {residual_stride}")
+    if residual is None and residual_stride != 1:
+        raise ValueError(f"residual_stride must be 1 without a residual, got {residual_stride}")
     if not isinstance(relu, bool):
         raise TypeError(f"relu must be True or False, got {relu!r}")
 

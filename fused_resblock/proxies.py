@@ -154,6 +154,10 @@ class Attribute(Proxy, fx.proxy.Attribute):
         self.tracer.doubt(f"its forward asks for {name} of a tensor's {self.attr}", same=self.attr in _SAME)
 
 
+#: what calls a function: in Python 3.10, in 3.11, and since
+_CALLS = ("CALL_FUNCTION", "PRECALL", "CALL")
+
+
 @functools.lru_cache(maxsize=4096)
 def _unseen(code: CodeType) -> str | None:
     """A function that code calls, of a local variable if it is a builtin, and that no proxy can answer; or None."""
@@ -162,7 +166,7 @@ def _unseen(code: CodeType) -> str | None:
         steps = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE")]
         for called, given, call in zip(steps, steps[1:], steps[2:], strict=False):
             local = given.opname.startswith("LOAD_FAST") and given.argval != "self"
-            if called.opname in ("LOAD_GLOBAL", "LOAD_NAME") and local and call.opname in ("CALL", "PRECALL"):
+            if called.opname in ("LOAD_GLOBAL", "LOAD_NAME") and local and call.opname in _CALLS:
                 found |= _UNSEEN_BUILTINS & {called.argval}
     if _MATCHES & set(code.co_code[::2]):
         found |= {"match"}

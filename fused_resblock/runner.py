@@ -58,19 +58,23 @@ class BoundBranch:
         """The branch's convolution with its tensors as they are now, whatever it will be called with."""
         return Conv(self.conv.weight, self.conv.bias, self.batch_norm(), *self._geometry)  # type: ignore[union-attr, arg-type]
 
-    def tensors(self, x: Tensor, autocast: bool) -> Conv:
-        """The branch's convolution with its tensors as they are now.
-
-        Raises:
-            ValueError: if the weight has another device, channel count or, outside autocast, another dtype than x.
-        """
+    def check(self, x: Tensor, autocast: bool) -> None:
+        """Raise ValueError if the weight has another device or, outside autocast, another dtype than x."""
         weight: Any = self.conv.weight  # type: ignore[union-attr]
         if weight.dtype != x.dtype and not autocast:
             raise ValueError(f"x must have the weights' dtype {weight.dtype}, got {x.dtype}")
         if weight.device != x.device:
             raise ValueError(f"x must be on the weights' device {weight.device}, got {x.device}")
+
+    def tensors(self, x: Tensor, autocast: bool) -> Conv:
+        """The branch's convolution with its tensors as they are now.
+
+        Raises:
+            ValueError: as `check`, or if the weight has another channel count.
+        """
+        self.check(x, autocast)
         conv = self.weights()
-        channels = weight.shape[1] * conv.groups
+        channels = conv.weight.shape[1] * conv.groups
         if x.shape[1] != channels:
             raise ValueError(f"x must have the {channels} channels that a convolution's weight has, got {x.shape[1]}")
         return conv
@@ -184,7 +188,7 @@ class Runner:
             raise ValueError(f"x must have {channels} channels, as the block has, got {x.shape[1]}")
         for step in self.steps:  # the first step may have no weights of its own
             if step.main.conv is not None:
-                step.main.tensors(x, autocast)
+                step.main.check(x, autocast)  # that of its channels is the step's: a gate may widen x before it
                 return
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:

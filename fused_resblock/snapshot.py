@@ -51,7 +51,8 @@ class Snapshot:
         held = containers(value for of_module in attributes for value in of_module.values())
         self._attributes = attributes
         self._before = [(container, contents(container)) for container in (*attributes, *held)]
-        self._buffers = [(b, b._version, b.detach().clone()) for b in block.buffers() if not b.is_inference()]
+        buffers = (b for b in block.buffers() if not (b.is_inference() or torch.nn.parameter.is_lazy(b)))
+        self._buffers = [(b, b._version, b.detach().clone()) for b in buffers]
 
     def restore(self) -> bool:
         """Put everything back; True if anything had changed."""

@@ -133,7 +133,7 @@ def read(path: Path) -> Table:
         return Table(str(data["gpu"]), gpu, _frozen(convolutions), _frozen(stages), path.resolve())
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"config must be a table of tuned tiles, got {path}: {what}") from None
+        raise ValueError(f"path must name a table of tuned tiles, got {path}: {what}") from None
 
 
 def _count(row: Mapping[str, Any], name: str) -> int:

@@ -56,6 +56,17 @@ class Swish(nn.Module):
         return x * x.sigmoid()
 
 
+class Broadcast(nn.Module):
+    """One channel scaled to eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(1, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+
 class _Gated(Base):
     """A gate in front of the add."""
 

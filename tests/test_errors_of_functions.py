@@ -79,6 +79,7 @@ VALUE_ERRORS = {
         "residual_stride": 2,
     },
     "residual_stride must be at least 1, got 0": {"residual": RESIDUAL, "residual_stride": 0},
+    "residual_stride must be 1 without a residual, got 2": {"shortcut": SHORTCUT, "residual_stride": 2},
     "residual_stride must be at least 1, got -3": {"shortcut": SHORTCUT, "residual_stride": -3},
     "weight must have no empty dimension, got shape [0, 8, 3, 3]": {"weight": W[:0]},
     "weight must have no empty dimension, got shape [12, 8, 0, 3]": {"weight": W[:, :, :0]},
@@ -155,6 +156,7 @@ def norm(**changes) -> BatchNorm:
         pytest.param(
             {"residual_norm": norm()}, ValueError, "residual_norm must be None without a residual", id="norm alone"
         ),
+        pytest.param({"residual_stride": 3}, ValueError, "residual_stride must be 1 without a residual", id="stride"),
         pytest.param({"residual": X.half()}, ValueError, "residual must have x's dtype torch.float32", id="dtype"),
         pytest.param({"residual": X.to("meta")}, ValueError, "residual must be on x's device cpu", id="device"),
         pytest.param({"backend": "best"}, ValueError, "backend must be one of auto, ", id="backend"),

@@ -246,3 +246,16 @@ def test_explained(frozen):
     assert all(report.reason.endswith("; frozen") for report in explained)
     assert "; frozen" not in str(frb.explain(frozen.train()))
     assert "frozen" not in str(frb.explain(frb.fuse(network())))
+
+
+def test_an_edit_before_the_promise():
+    """Programs that were bound before it have not been asked since."""
+    reference = network()
+    fused, x = frb.fuse(reference), torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        fused(x)
+        for model in (reference, fused):
+            for weight in (model.conv1.weight, model.layer1[0].conv1.weight, model.layer1[1].bn2.weight):
+                weight.mul_(1.7)
+        frb.fuse(fused, inplace=True, frozen=True)
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)

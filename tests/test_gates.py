@@ -11,7 +11,7 @@ import timm
 import torch
 import torchvision
 from test_recognize import assert_same, made, put_in_mode
-from torch import nn
+from torch import Tensor, nn
 
 import fused_resblock as frb
 from fused_resblock.gates import gates
@@ -196,3 +196,25 @@ def networks(model: nn.Module) -> None:
             fused = frb.fuse(reference, strict=True, frozen=frozen)
             for _ in range(3):
                 torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+class Widening(nn.Module):
+    """A gate makes eight channels of one, and the first convolution reads those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = gated_blocks.Broadcast()
+        self.conv, self.down = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(1, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(self.gate(x)) + self.down(x))
+
+
+def test_a_gate_that_widens_its_input():
+    reference = Widening().eval()
+    fused, x = frb.fuse(reference, strict=True), X[:, :1]
+    torch.testing.assert_close(fused(x), reference(x))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), reference(x))
+    with pytest.raises(ValueError, match="^x must have the weights' dtype"):
+        fused(x.double())

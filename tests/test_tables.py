@@ -67,12 +67,12 @@ def test_read(tmp_path):
 )
 def test_what_is_no_table(tmp_path, content):
     file = write(tmp_path, content)
-    with pytest.raises(ValueError, match=r"^config must be a table of tuned tiles, got .*table\.json: "):
+    with pytest.raises(ValueError, match=r"^path must name a table of tuned tiles, got .*table\.json: "):
         read(file)
 
 
 def test_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"^config must be a table of tuned tiles, got .*none\.json"):
+    with pytest.raises(ValueError, match=r"^path must name a table of tuned tiles, got .*none\.json"):
         read(tmp_path / "none.json")
 
 

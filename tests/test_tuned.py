@@ -107,7 +107,7 @@ def test_a_malformed_table_changes_nothing(tmp_path, content, h100):
     good.mkdir()
     frb.load_config(write(good, CONTENT))
     file = write(tmp_path, content)
-    with pytest.raises(ValueError, match="^config must be a table of tuned tiles, got "):
+    with pytest.raises(ValueError, match="^path must name a table of tuned tiles, got "):
         frb.load_config(file)
     assert backend_of() == "triton"
 
@@ -208,3 +208,8 @@ def test_the_tables_that_ship_are_read(monkeypatch):
     assert [table.gpu for table in tables] == [Gpu(132, 90)]
     assert all(table.convolutions and table.stages for table in tables)
     assert backend_of(images=128) in BACKENDS
+
+
+def test_load_config_of_no_path():
+    with pytest.raises(TypeError, match="^path must be a path, got 3"):
+        frb.load_config(3)  # type: ignore[arg-type]

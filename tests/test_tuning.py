@@ -200,7 +200,7 @@ def test_bad_arguments(tmp_path):
         frb.tune(nn.Conv2d(64, 64, 1).eval(), X, out=tmp_path / "t.json")
     bad = tmp_path / "bad.json"
     bad.write_text("{")
-    with pytest.raises(ValueError, match="^config must be a table of tuned tiles, got "):
+    with pytest.raises(ValueError, match="^path must name a table of tuned tiles, got "):
         frb.tune(network(), X, out=bad)
     head = {"gpu": "A100", "capability": 80, "multiprocessors": 108, "winners": []}
     bad.write_text(json.dumps(head))

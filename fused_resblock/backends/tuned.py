@@ -46,6 +46,8 @@ def load_config(path: str | os.PathLike[str]) -> int:
     Tables of a GPU that is not in this machine are kept, and a warning says so: where they do not fit, tiles are
     predicted.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a path, got {path!r}")
     place = Path(path)
     files = sorted(place.glob("*.json")) if place.is_dir() else [place]
     if not files:
