@@ -19,7 +19,7 @@ from .network import (
     find_stems,
     fuse_network,
     fuse_stem,
-    know_blocks,
+    know_graph,
     unfuse_stem,
     worth_it,
 )
@@ -95,20 +95,21 @@ def fuse(
     if strict and kept:
         reasons = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in kept)
         raise ValueError(f"model must hold only blocks that can be fused when strict, got {reasons}")
-    networks = list(find_networks(model, {module for _, module, _ in found})) if stems or heads or frozen else []
+    networks = list(_networks(model, found)) if stems or heads or frozen else []
     left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)
     if not inplace:
         model = _copied(model)
-    for name, (graph, _) in networks:
+    within = tuple(f"{path}." for path, _, _ in found)
+    for name, (graph, *_) in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
         for path in find_heads(network, graph) if heads else ():
             if prefix + path not in left_out:
                 fuse_head(network.get_submodule(path), backend)
         rows = find_stems(network, graph) if stems else []
-        inner = any(isinstance(outcome, Plan) for path, _, outcome in found if path.startswith(prefix))
-        for stem in rows if worth_it(network, rows, inner) else ():
+        fused = any(isinstance(outcome, Plan) for path, _, outcome in found if path.startswith(prefix))
+        for stem in rows if worth_it(network, rows, fused) else ():
             if prefix + stem[0] not in left_out:
-                fuse_stem(network, stem, backend)
+                fuse_stem(network, stem, backend, inner=(prefix + stem[0]).startswith(within))
     for name, _, outcome in found:
         block = model.get_submodule(name)
         if not isinstance(outcome, Plan):
@@ -124,16 +125,22 @@ def fuse(
                     module.__class__ = swapped_class(FusedStage, type(module))
                 module.__dict__["_fused_kernel"] = stages == "kernel"
     for name, traced in networks:
-        network, prefix = model.get_submodule(name), f"{name}." if name else ""
+        network = model.get_submodule(name)
         if frozen and not isinstance(network, (FusedNetwork, FusedStage)):
             fuse_network(network)
         if isinstance(network, FusedNetwork):
-            know_blocks(network, [path.removeprefix(prefix) for path, _, _ in found if path.startswith(prefix)])
+            know_graph(network, traced)
         know(network, traced if frozen else None)
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(frozen)
     return model
+
+
+def _networks(model: nn.Module, found: Sequence[tuple[str, nn.Module, Plan | str]]) -> Iterator[tuple[str, Traced]]:
+    """What `find_networks` finds around blocks; those that `filter_fn` leaves out stay closed."""
+    kept = {module for _, module, outcome in found if isinstance(outcome, str) and outcome != _LEFT_OUT}
+    return find_networks(model, {module for _, module, _ in found}, kept)
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -160,7 +167,7 @@ def _left_out(
 ) -> set[str]:
     """The names of the pools, the classifiers and the stems' convolutions that `filter_fn` leaves alone."""
     found = set()
-    for name, (graph, _) in networks:
+    for name, (graph, *_) in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
         paths = find_heads(network, graph) if heads else []
         paths += [stem[0] for stem in find_stems(network, graph)] if stems else []

@@ -18,8 +18,6 @@ from .tracing import traced
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 #: layers whose result nobody else has: it may be changed in place
 _FRESH = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
-#: what has another answer, or another meaning, for the same values in another memory format
-_OF_LAYOUT = {"as_strided", "stride", "is_contiguous", "data_ptr", "storage", "untyped_storage"}
 
 
 def gates(block: nn.Module) -> dict[str, nn.Module]:
@@ -38,7 +36,7 @@ def _may_be(module: nn.Module) -> bool:
 
 def _is_gate(module: nn.Module, training: bool) -> bool:
     try:
-        graph, doubt = traced(module, training)
+        graph, doubt, _ = traced(module, training)
     except Unsupported:
         return False
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -58,7 +56,7 @@ def _scales(result: object, x: fx.Node) -> bool:
 
 def _leaves_alone(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node changes nothing but what a layer has just made, and does not look at strides."""
-    if "out" in node.kwargs or nodes.name(node) in _OF_LAYOUT or not _is_torchs(node):
+    if "out" in node.kwargs or nodes.name(node) in nodes.OF_LAYOUT or not _is_torchs(node):
         return False
     if not nodes.in_place(node, _module(node, modules)):
         return True

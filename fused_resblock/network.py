@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import dispatch, flat, leaves
+from . import dispatch, flat, leaves, nodes
 from .frozen import Freezable
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, hooked
 from .swap import Swapped, base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
+
+_OF_FORMAT = {*nodes.OF_LAYOUT, "view"}
 
 
 class FusedNetwork(Freezable):
@@ -29,7 +31,7 @@ class FusedNetwork(Freezable):
     LOOKS = 8  # at the graph of a network whose attributes change; then its stems are given up
 
     _fused_stems: tuple[tuple[str, ...], ...] = ()
-    _fused_stops: tuple[str, ...] = ()  # the names of the blocks
+    _fused_stops: tuple[str, ...] = ()  # the names of the blocks that its graph has as they are
     _fused_looks = 0
     _fused_stale = False
 
@@ -93,10 +95,18 @@ def _computed(y: Any) -> Any:
     return pytree.tree_map_only(Pending, Pending.value, y, is_leaf=lambda part: isinstance(part, torch.Size))
 
 
-def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = "") -> Iterator[tuple[str, Traced]]:
+def find_networks(
+    module: nn.Module, blocks: Collection[nn.Module], kept: Collection[nn.Module] = (), name: str = ""
+) -> Iterator[tuple[str, Traced]]:
     """The name and the graph, in eval mode, of every network around residual blocks, itself outside of them.
 
     Where a forward cannot be traced, the modules in it that hold blocks are looked at one by one.
+
+    Args:
+        module: what may be or hold networks.
+        blocks: all residual blocks in it; a graph has their calls as they are.
+        kept: those of them that are not fused; a graph shows what happens within them where that can be traced.
+        name: the module's.
     """
     alone = module in blocks and not isinstance(module, fx.GraphModule)  # one that `torch.fx` made has no blocks
     if alone or not any(m in blocks for m in module.modules()):
@@ -104,12 +114,25 @@ def find_networks(module: nn.Module, blocks: Collection[nn.Module], name: str = 
     try:
         if not isinstance(module, FusedNetwork):
             swapped_class(FusedNetwork, type(module))
-        found = traced(module, stops=blocks)
+        found = traced(module, stops={m for m in blocks if not (m in kept and _is_open(m))})
     except Exception:  # no graph, or no class can be derived from the module's
         for child_name, child in module.named_children():
-            yield from find_networks(child, blocks, f"{name}.{child_name}" if name else child_name)
+            yield from find_networks(child, blocks, kept, f"{name}.{child_name}" if name else child_name)
     else:
         yield name, found
+
+
+def _is_open(block: nn.Module) -> bool:
+    """Whether the graph of a network may show the forward of a block, and stems be found in it.
+
+    Not if other things happen when it is called, nor if it asks for a memory format: a stem's result is channels_last.
+    """
+    try:
+        leaves.check_untouched(block)
+        graph, doubt, _ = traced(block)
+    except Unsupported:
+        return False
+    return doubt is None and not any(nodes.called(n) and nodes.name(n) in _OF_FORMAT for n in graph.nodes)
 
 
 def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
@@ -127,7 +150,7 @@ def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
             continue
         while len(end.users) == 1 and end.next in end.users:
             end = end.next
-            following = modules[str(end.target)] if end.op == "call_module" else None
+            following = modules[str(end.target)] if end.op == "call_module" and not end.kwargs else None
             if following is None or _kind(following) <= kind:
                 break
             kind = _kind(following)
@@ -189,18 +212,19 @@ def fuse_network(network: nn.Module) -> None:
     network.__class__ = swapped_class(FusedNetwork, type(network))
 
 
-def know_blocks(network: FusedNetwork, blocks: Sequence[str]) -> None:
-    """Note the names of the blocks in a network, whose graph was looked at just now."""
-    network.__dict__.update(_fused_stops=tuple(blocks), _fused_looks=0, _fused_stale=False)
+def know_graph(network: FusedNetwork, found: Traced) -> None:
+    """Note which blocks the graph of a network, which was looked at just now, has as they are."""
+    network.__dict__.update(_fused_stops=found.stops, _fused_looks=0, _fused_stale=False)
 
 
-def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:
+def fuse_stem(network: Any, stem: Sequence[str], backend: str, inner: bool) -> None:
     """Give the modules of a stem, which begins with a convolution, and their network the classes that fuse them.
 
     Args:
         network: the module whose forward calls them.
         stem: their names in the network.
         backend: a backend's name or "auto".
+        inner: whether they are within a block.
     """
     if not isinstance(network, FusedNetwork):
         fuse_network(network)
@@ -211,7 +235,7 @@ def fuse_stem(network: Any, stem: Sequence[str], backend: str) -> None:
     network.__dict__["_fused_stems"] = tuple(dict.fromkeys((*network._fused_stems, tuple(stem))))
     if not isinstance(first, StemConv):  # else somebody made it by the class of another one
         first.__class__ = swapped_class(StemConv, type(first))
-    first.__dict__["_fused_length"] = len(stem)
+    first.__dict__.update(_fused_length=len(stem), _fused_inner=inner)
     first.__dict__["_fused_around"] = [network.get_submodule(path) for path in _around(stem)]
     for module in rest:
         if not isinstance(module, StemFollower):  # a ReLU may serve several stems

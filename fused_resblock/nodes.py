@@ -13,6 +13,8 @@ from torch import fx, nn
 from .proxies import IN_PLACE
 
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+#: what has another answer, or another meaning, for the same values in another memory format
+OF_LAYOUT = {"as_strided", "stride", "is_contiguous", "data_ptr", "storage", "untyped_storage"}
 RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 
 

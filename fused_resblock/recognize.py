@@ -270,7 +270,7 @@ def looks_residual(block: nn.Module) -> bool:
     if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
         return False
     try:
-        graph, doubt = traced(block, block.training)
+        graph, doubt, _ = traced(block, block.training)
     except Unsupported:
         return _has_two_convs(block)
     if doubt == RANDOM and _has_two_convs(block):  # another draw may have given another graph

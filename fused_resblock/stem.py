@@ -32,12 +32,14 @@ class StemConv(Freezable):
     """Mixin of a convolution that begins a stem: it leaves its work to the last module of the stem.
 
     It computes as ever outside of its network, under autograd, with hooks on it or on what a module of the stem is in,
-    while it is traced, on an input that does not fit it, and on a CPU on one that is `SMALL`, unless frozen.
+    while it is traced, and on an input that does not fit it. Unless frozen, it does so on a CPU on one that is `SMALL`,
+    and on a GPU within a block, of which a network has many: each takes longer to ask than to launch apart.
     """
 
     _fused_around: list[nn.Module] | None = (
         None  # what the stem's modules are in; None if it was made by its class alone
     )
+    _fused_inner = False  # whether it is within a block that is kept
 
     def forward(self, input: Tensor) -> Tensor:
         if undone(StemConv, self):
@@ -64,36 +66,39 @@ class StemConv(Freezable):
         if x.shape[1] != weight.shape[1] * conv.groups or min(conv.output_size(*x.shape[2:])) <= 0:
             return None
         size = conv.output_shape(x)
-        return size if x.is_cuda or self.unasked() or self._pays(size) else None
+        return size if self.unasked() or self._pays(size) else None
 
     def _pays(self, size: tuple[int, ...]) -> bool:
         """Whether to run as one saves more than it takes: a pass over the output for each module, and the packing."""
         weight: Any = self.weight
+        if weight.is_cuda:
+            return not self._fused_inner
         return math.prod(size) * (self.__dict__["_fused_length"] - 1) + weight.numel() >= SMALL
 
 
 class StemFollower(Swapped):
     """Mixin of a norm, ReLU or max-pool of a stem: joins what is pending, and computes it if it is the last one."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if undone(StemFollower, self):
-            return type(self).forward(self, input)
-        if type(input) is not Pending:
-            return self._alone(input)
-        if input.computed is not None or hooked(self) or not _joins(self, input.chain):
-            return self._alone(input.value())
-        chain = (*input.chain, self)
+            return type(self).forward(self, *args, **kwargs)
+        x = args[0] if args and not kwargs else None
+        if type(x) is not Pending:
+            return self._alone(*args, **kwargs)
+        if x.computed is not None or hooked(self) or not _joins(self, x.chain):
+            return self._alone(x.value())
+        chain = (*x.chain, self)
         if len(chain) < chain[0].__dict__["_fused_length"] and not isinstance(self, nn.MaxPool2d):
-            return input.behind(self)
-        y = _run(input.source(), chain)
+            return x.behind(self)
+        y = _run(x.source(), chain)
         if y is None:
-            return super().forward(input.value())
+            return super().forward(x.value())
         if getattr(self, "inplace", False):  # whoever holds the input sees what became of it
-            input.computed = y
+            x.computed = y
         return y
 
-    def _alone(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def _alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().forward(*args, **kwargs)
         if self.training and not torch.compiler.is_compiling():
             touch_statistics([self])
         return y

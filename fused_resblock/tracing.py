@@ -211,10 +211,14 @@ class _Tracer(fx.Tracer):
 
 
 class Traced(NamedTuple):
-    """The graph of a forward, and why the forward may do something else with other inputs; None where it does not."""
+    """The graph of a forward, and why the forward may do something else with other inputs; None where it does not.
+
+    `stops` are the names of the modules at which it had to stop.
+    """
 
     graph: fx.Graph
     doubt: str | None
+    stops: tuple[str, ...]
 
 
 def graph_of(block: nn.Module, training: bool, stops: Collection[nn.Module] = ()) -> fx.Graph:
@@ -262,7 +266,7 @@ def _traced(module: nn.Module, training: bool, stops: Collection[nn.Module], str
                 if before.restore():
                     raise Unsupported("its forward changes the block's own attributes or buffers")
             tracer.finish()
-            return Traced(graph, tracer.reason)
+            return Traced(graph, tracer.reason, tuple(paths))
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward does with a proxy

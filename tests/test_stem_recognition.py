@@ -179,3 +179,17 @@ def test_hooks_on_what_a_stem_is_in_see_tensors(kind):
     for handle in handles:
         handle.remove()
     assert [part.fused for part in frb.explain(fused).parts] == [True]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["default", "frozen"])
+def test_a_norm_that_is_given_its_input_by_name(frozen):
+    class ByName(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+            return self.layer1(first).mean() + self.bn1(input=self.conv1(x)).mean()
+
+    reference = randomize_norms(ByName()).eval()
+    fused, x = frb.fuse(reference, frozen=frozen), torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        for _ in range(5):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
