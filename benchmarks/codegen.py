@@ -1,8 +1,8 @@
-"""Compile every kernel with every tile that ships, for six generations of chips, and hold the code to its gates.
+"""Compile every kernel with every tile that ships, for six generations of chips, and hold the code to its limits.
 
 `python -m benchmarks.codegen` needs no GPU. It writes one row a kernel to `benchmarks/results/codegen.csv`, which is
 kept, so that a diff shows what a change did to the machine code; `--check` compares with the kept file and fails on a
-broken gate or on anything that became worse. A kernel is compiled only where something that goes into it has changed
+broken limit or on anything that became worse. A kernel is compiled only where something that goes into it has changed
 since its row was made (`benchmarks.unchanged`; the names are beside the table, in `.inputs.json`); `--all` compiles
 every one. `--triton 3.6.0` does it with another release, from its wheel, into a table of its own.
 """
@@ -228,7 +228,7 @@ def compile_all(
     yield from zip(todo, in_order(listing, work, range(len(todo)), "kernel"), strict=True)
 
 
-def broken_gates(row: dict[str, Any], job: Job) -> list[str]:
+def broken_limits(row: dict[str, Any], job: Job) -> list[str]:
     """What is wrong with a kernel's code; empty if nothing is."""
     chip, faults = CHIPS[job.capability], []
     if row["stack"] or row["local"]:
@@ -259,7 +259,7 @@ def worse(row: dict[str, Any], kept: dict[str, str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print what is wrong, write the table. Returns 1 if a gate is broken or, with --check, code got worse."""
+    """Compile, print what is wrong, write the table. Returns 1 if a limit is broken or, with --check, code got worse."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
     parser.add_argument("--capability", type=int, action="append", choices=tuple(CHIPS), help="default: all")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")
@@ -281,13 +281,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         inputs.append(name)
         compiled += known.get(key, ("",))[0] != name
-        found = broken_gates(row, job)
+        found = broken_limits(row, job)
         if args.check and kept.get(key, {}).get("triton") == triton.__version__:
             found += worse(row, kept[key])
         faults += [f"{' '.join(key)}: {fault}" for fault in found]
     if not args.check:
         write(args.out, rows, inputs)
-    print("\n".join(faults) if faults else f"{len(rows)} kernels, every gate holds; compiled now: {compiled}")
+    print("\n".join(faults) if faults else f"{len(rows)} kernels, every limit holds; compiled now: {compiled}")
     return 1 if faults else 0
 
 

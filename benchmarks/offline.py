@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True)
 class Chip:
-    """What the gates need of a chip: shared memory of a program and of a multiprocessor in bytes, threads, units.
+    """What the limits need of a chip: shared memory of a program and of a multiprocessor in bytes, threads, units.
 
     Source: NVIDIA's CUDA programming guide, table of technical specifications per compute capability.
     """

@@ -96,7 +96,7 @@ def latency(rows: Sequence[Row]) -> str:
             lines.append([name, *key[1:4], *(_ms(found[way]) for way in WAYS), *map(_times, gains)])
         headers = ["network", "part", "dtype", "batch", *(f"{way} ms" for way in WAYS)]
         headers += ["eager / fused", "fused / compile", "frozen / compile"]
-        told = _caption(group, f"One forward at {SIZE}x{SIZE}, those measured taking turns")
+        told = _caption(group, f"One forward at {SIZE}x{SIZE}, the candidates taking turns")
         return f"{told}\n\n{markdown(headers, lines, 8)}"
 
     return _per_machine(rows, ["latency"], table)

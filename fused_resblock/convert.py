@@ -73,8 +73,9 @@ def fuse(
         The fused model. `explain` says what became of each block.
 
     Raises:
-        TypeError: if model is not an `nn.Module`, filter_fn no function, or an option of another type.
-        ValueError: if the backend's name or `stages` is unknown; in strict mode, if a residual block was not fused.
+        TypeError: if model is not an `nn.Module`, filter_fn no function, or an option but `stages` of another type.
+        ValueError: if the backend's name is unknown, or `stages` neither True, False nor "kernel"; in strict mode, if a
+            residual block was not fused.
         RuntimeError: if the backend is not available on this machine.
 
     On an error the model is as it was before the call.

@@ -67,7 +67,7 @@ def _backends() -> str:
 def _tuned() -> str:
     """The tables of measured winners."""
     rows = [
-        [table.name, f"sm_{table.gpu.capability}", len(table.convolutions), "yes" if here else "no: another GPU's"]
+        [table.name, f"sm_{table.gpu.capability}", len(table.convolutions), "yes" if here else "no: not of a GPU here"]
         for table, here in tuned.known()
     ]
     return format_table(["tuned tiles of", "chip", "convolutions", "used"], rows or [["none: predicted", "", "", ""]])

@@ -46,8 +46,9 @@ def conv_bn_act(
     Args:
         x: `[N, C, H, W]`, floating point; any memory format, channels_last without a copy.
         weight: `[K, C / groups, R, S]`, of x's dtype and device.
-        bias: `[K]` or None.
-        norm: mean, var, gamma and beta `[K]` each and eps; statistics take no gradient.
+        bias: `[K]`, of x's dtype and device; or None.
+        norm: mean, var, gamma and beta `[K]` each, of x's dtype or fp32 for a 16-bit x (any floating dtype under
+            autocast), on x's device, and eps; statistics take no gradient.
         stride, padding, dilation: of both axes, or a pair (rows, columns).
         groups: must divide C and K. Groups of few channels may be computed together, the others with weight 0: a NaN or
             an infinity in one then reaches its neighbours.

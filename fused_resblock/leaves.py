@@ -1,4 +1,4 @@
-"""Which modules a plan may hold, and what each of them means: the one list of supported layers."""
+"""Which convolutions and norms a plan may hold, what each of them means, and what must not be on a block's modules."""
 
 from __future__ import annotations
 

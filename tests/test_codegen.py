@@ -21,24 +21,24 @@ def test_gates_hold_and_nothing_is_worse_than_the_kept_table():
     code = "import sys; from benchmarks.codegen import main; sys.exit(main(sys.argv[1:]))"
     result = run(code, "--check", "--capability", "90", "--dtype", "fp16")
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    assert "every gate holds" in result.stdout
+    assert "every limit holds" in result.stdout
 
 
 GATES = """
 import sys
-from benchmarks.codegen import broken_gates, jobs, worse
+from benchmarks.codegen import broken_limits, jobs, worse
 job = next(j for j in jobs((80,), ("fp16",)) if j.pipelined and j.rectifies)
 boxes = next(j for j in jobs((90,), ("fp16",)) if j.tma)
 good = dict(stack=0, local=0, shared=1000, matrix=8, async_loads=4, async_128=4, tma_loads=2, max_nan=True, resident=2,
             serialized=False)
-assert broken_gates(good, job) == []
+assert broken_limits(good, job) == []
 for field, value, word in (("stack", 8, "spills"), ("local", 1, "spills"), ("shared", 1 << 20, "shared memory"),
                            ("matrix", 0, "HMMA"), ("async_128", 3, "128-bit"), ("async_loads", 0, "asynchronous"),
                            ("max_nan", False, "NaN")):
-    faults = broken_gates({**good, field: value}, job)
+    faults = broken_limits({**good, field: value}, job)
     assert any(word in fault for fault in faults), (field, faults)
-assert broken_gates(good, boxes) == []
-assert broken_gates({**good, "tma_loads": 0}, boxes) == ["no TMA loads"]
+assert broken_limits(good, boxes) == []
+assert broken_limits({**good, "tma_loads": 0}, boxes) == ["no TMA loads"]
 kept = {key: str(value) for key, value in good.items()}
 assert worse(good, kept) == []
 assert worse({**good, "resident": 1}, kept) == ["resident 1, was 2"]
@@ -69,7 +69,7 @@ def test_each_gate_can_fail():
 
 
 SPILL = """
-from benchmarks.codegen import broken_gates, compile_job, jobs
+from benchmarks.codegen import broken_limits, compile_job, jobs
 from benchmarks.gpu.operations import build
 from benchmarks.shapes import ConvShape
 from dataclasses import replace
@@ -79,7 +79,7 @@ job = next(j for j in jobs((80,), ("fp16",)) if j.pipelined and j.rectifies)
 shape = ConvShape("wide", 256, 256, 14, 3)
 operation = build(shape, 128, torch.float16, "meta")
 bad = replace(job, launch=lambda: operation.with_tile(Tile(128, 256, 64, 4, 3)))
-faults = broken_gates(compile_job(bad)[1], bad)
+faults = broken_limits(compile_job(bad)[1], bad)
 assert any("spills" in fault for fault in faults), faults
 """
 
