@@ -259,7 +259,7 @@ def worse(row: dict[str, Any], kept: dict[str, str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print what is wrong, write the table. Returns 1 if a limit is broken or, with --check, code got worse."""
+    """Compile, print what is wrong, write the table. Returns 1 if a limit is broken or, with --check, on worse code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
     parser.add_argument("--capability", type=int, action="append", choices=tuple(CHIPS), help="default: all")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="default: all")

@@ -11,8 +11,8 @@ from torch import nn
 from . import backends
 from .flat import know
 from .frozen import Freezable
-from .head import find_heads, fuse_head, unfuse_head
-from .modules import FusedBlock
+from .head import Classifier, GlobalPool, find_heads, fuse_head
+from .modules import FusedBlock, fuse_block
 from .network import (
     FusedNetwork,
     find_networks,
@@ -20,17 +20,19 @@ from .network import (
     fuse_network,
     fuse_stem,
     know_graph,
-    unfuse_stem,
     worth_it,
 )
 from .per_module import forget
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
-from .stage import FusedStage, is_stage
+from .stage import FusedStage, fuse_stage, is_stage
+from .stem import StemConv, StemFollower
 from .swap import swapped_class, undo
 from .tracing import Traced
 
 _LEFT_OUT = "left out by filter_fn"
+#: of all classes that `fuse` gives
+_MIXINS = (FusedBlock, FusedStage, FusedNetwork, StemConv, StemFollower, GlobalPool, Classifier)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -112,19 +114,10 @@ def fuse(
             if prefix + stem[0] not in left_out:
                 fuse_stem(network, stem, backend, inner=(prefix + stem[0]).startswith(within))
     for name, _, outcome in found:
-        block = model.get_submodule(name)
-        if not isinstance(outcome, Plan):
-            continue
-        if not isinstance(block, FusedBlock):
-            block.__class__ = swapped_class(FusedBlock, type(block))
-            block.adopt(outcome, None)  # type: ignore[operator]
-        block.use_backend(backend)  # type: ignore[operator]
-    if stages:
-        for module in model.modules():
-            if is_stage(module):
-                if not isinstance(module, FusedStage):
-                    module.__class__ = swapped_class(FusedStage, type(module))
-                module.__dict__["_fused_kernel"] = stages == "kernel"
+        if isinstance(outcome, Plan):
+            fuse_block(model.get_submodule(name), outcome, backend)
+    for module in filter(is_stage, model.modules()) if stages else ():
+        fuse_stage(module, kernel=stages == "kernel")
     for name, traced in networks:
         network = model.get_submodule(name)
         if frozen and not isinstance(network, (FusedNetwork, FusedStage)):
@@ -191,13 +184,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         if isinstance(module, Freezable):
             module.freeze(False)
         forget(module)
-        if undo(FusedStage, module):
-            module.__dict__.pop("_fused_kernel", None)
-        unfuse_stem(module)
-        unfuse_head(module)
-        if undo(FusedBlock, module):
-            for attribute in ("_fused_plan", "_fused_reason", "_fused_layout", "_fused_backend"):
-                module.__dict__.pop(attribute, None)
+        any(undo(mixin, module) for mixin in _MIXINS)
     return model
 
 

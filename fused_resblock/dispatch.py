@@ -13,10 +13,8 @@ from torch.autograd import forward_ad
 
 from . import backends, ops
 from .backends.folding import uncached
-from .params import BatchNorm, Conv, Epilogue
+from .params import PLAIN_TYPES, BatchNorm, Conv, Epilogue
 from .transforms import composed
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -29,7 +27,7 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
-    return all(t is None or (type(t) in _PLAIN_TYPES and not (grad and t.requires_grad)) for t in tensors)
+    return all(t is None or (type(t) in PLAIN_TYPES and not (grad and t.requires_grad)) for t in tensors)
 
 
 def trained(tensors: Iterable[Tensor | None]) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import backends, dispatch, flat
 from .backends import onednn
 from .frozen import Freezable
-from .swap import intact, own_class, swapped_class, undo, undone
+from .swap import intact, own_class, swapped_class, undone
 
 
 @cache
@@ -112,12 +112,6 @@ def fuse_head(module: nn.Module, backend: str) -> None:
     if not isinstance(module, Head):
         module.__class__ = swapped_class(_MIXINS[type(module)], type(module))
     module.__dict__["_fused_backend"] = backend
-
-
-def unfuse_head(module: nn.Module) -> None:
-    """Take the class of `fuse_head` back, if the module has one."""
-    if any(undo(mixin, module) for mixin in _MIXINS.values()):
-        module.__dict__.pop("_fused_backend", None)
 
 
 def is_fast(module: Head, example: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .params import Pair, pair
+from .params import PLAIN_TYPES, Pair, pair
 from .plan import Unsupported
 from .swap import own_class
 
@@ -120,7 +120,7 @@ def check_untouched(root: nn.Module) -> None:
         if hasattr(module, "_fsdp_wrapped_module") or getattr(module, "_is_fsdp_managed_module", False):
             raise Unsupported(f"{where} is sharded by FSDP")
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+            if tensor is not None and type(tensor) not in PLAIN_TYPES:
                 raise Unsupported(f"{key} of {where} is a {type(tensor).__name__}")
             if hasattr(tensor, "ds_id"):
                 raise Unsupported(f"{where} is sharded by ZeRO")

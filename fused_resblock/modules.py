@@ -15,7 +15,7 @@ from .plan import Plan, Unsupported
 from .programs import Programs
 from .recognize import recognize
 from .runner import Runner
-from .swap import base_class, register, undone
+from .swap import base_class, register, swapped_class, undone
 from .touched import touch_statistics
 from .watch import Entry, Watch, layout, unchanged, untraceable
 
@@ -164,6 +164,14 @@ class FusedBlock(Freezable):
             return None if bound is None else bound[1]
         self.look_again()
         return None if runner.better_apart(x, self._fused_backend) else runner.run(x, self._fused_backend)
+
+
+def fuse_block(block: Any, plan: Plan, backend: str) -> None:
+    """Give a module the class that runs it by this plan, unless it has such a class, and let it use this backend."""
+    if not isinstance(block, FusedBlock):
+        block.__class__ = swapped_class(FusedBlock, type(block))
+        block.adopt(plan, None)
+    block.use_backend(backend)
 
 
 class FusedBasicBlock(FusedBlock, reference.BasicBlock):

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from . import dispatch, flat, leaves, nodes
 from .frozen import Freezable
+from .params import PLAIN_TYPES
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, hooked
@@ -83,7 +84,7 @@ class FusedNetwork(Freezable):
         kept = tuple(stem for stem in self._fused_stems if found is not None and _is_stem(found.graph, stem))
         for first, *_ in set(self._fused_stems) - set(kept):
             if first in modules:
-                unfuse_stem(modules[first])
+                undo(StemConv, modules[first])
         self.__dict__["_fused_stems"] = kept
         flat.know(self, found if self._fused_frozen else None)
 
@@ -172,7 +173,7 @@ def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool) 
         fused: whether any of its blocks are.
     """
     weights: list[Any] = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
-    plain = [w for w in weights if type(w) in (Tensor, nn.Parameter)]  # others may have no memory yet
+    plain = [w for w in weights if type(w) in PLAIN_TYPES]  # others may have no memory yet
     nchw = any(not (w.is_cuda or w.is_contiguous(memory_format=torch.channels_last)) for w in plain)
     return fused or not nchw or 2 * len(stems) >= len(weights)
 
@@ -246,14 +247,6 @@ def _around(stem: Sequence[str]) -> list[str]:
     """The names of the modules within a network that a stem's are in."""
     parts = [path.split(".") for path in stem]
     return list(dict.fromkeys(".".join(names[:depth]) for names in parts for depth in range(1, len(names))))
-
-
-def unfuse_stem(module: nn.Module) -> None:
-    """Take the class of a stem's module, or of a network with stems, back, if the module is one."""
-    for mixin in (FusedNetwork, StemConv, StemFollower):
-        if undo(mixin, module):
-            for attribute in [name for name in module.__dict__ if name.startswith("_fused_")]:
-                del module.__dict__[attribute]
 
 
 def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:

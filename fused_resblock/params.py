@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+#: tensors without a life of their own: subclasses may compute something else, and have no storage to be asked for
+PLAIN_TYPES = (Tensor, nn.Parameter)
 Pair = tuple[int, int]
 #: an operation with its parameters bound: gives y for x and the other activation that it reads, if any
 Bound = Callable[[Tensor, Any], Tensor]

@@ -18,7 +18,7 @@ from .handover import programs as _programs
 from .modules import FusedBlock
 from .program import last_reads
 from .programs import Programs
-from .swap import register, undone
+from .swap import register, swapped_class, undone
 from .tail import Tail, find_tails
 
 
@@ -101,6 +101,13 @@ class FusedStage(Freezable):
             return None
         blocks: Any = following
         return blocks[0] if blocks[0]._fused_backend == backend else None
+
+
+def fuse_stage(stage: nn.Module, kernel: bool) -> None:
+    """Give a Sequential of fused blocks the class that runs it as one chain; `kernel`: by the stage kernel."""
+    if not isinstance(stage, FusedStage):
+        stage.__class__ = swapped_class(FusedStage, type(stage))
+    stage.__dict__["_fused_kernel"] = kernel
 
 
 class FusedSequential(FusedStage, nn.Sequential):

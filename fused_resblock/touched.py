@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .params import PLAIN_TYPES
+
 LIMIT = 100_000  # addresses
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)  # subclasses may have no storage that could be asked for
 
 _lock = threading.Lock()
 _now = [0]
@@ -35,7 +36,7 @@ def when(tensor: Tensor) -> int:
 
 def touch(tensors: Iterable[Tensor | None]) -> None:
     """Note that tensors may have been edited in a way that their version counters do not record."""
-    addresses = {t.untyped_storage().data_ptr() for t in tensors if t is not None and type(t) in _PLAIN}
+    addresses = {t.untyped_storage().data_ptr() for t in tensors if t is not None and type(t) in PLAIN_TYPES}
     with _lock:  # two at once would share a number, and what asks between them would miss the second
         if len(_when) > LIMIT:
             _forgotten[0] = _now[0]
