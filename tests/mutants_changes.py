@@ -44,6 +44,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             _FROZEN + "in_train_mode_everything_is_asked",
         ),
         (
+            "a promise about what was asked before it",
+            "_generation[0] += 1\n        self.__dict__.pop",
+            "pass\n        self.__dict__.pop",
+            _FROZEN + "an_edit_before_the_promise",
+        ),
+        (
             "frozen while attributes change",
             "        super().__setattr__(name, value)\n        Freezable.look_again(self)",
             "        super().__setattr__(name, value)",

@@ -8,6 +8,7 @@ from mutants_halo import HALO
 from mutants_kernels import KERNELS
 from mutants_ring import RING
 from mutants_stages import STAGES
+from mutants_stems import STEMS
 from mutants_users import USERS
 
 
@@ -25,6 +26,7 @@ _HEAD = "tests/test_head.py::test_"
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
     **STAGES,
+    **STEMS,
     **HALO,
     **RING,
     **USERS,

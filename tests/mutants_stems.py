@@ -1,0 +1,123 @@
+"""Faults in stems and in the networks that hold them; the tests that must notice each."""
+
+from __future__ import annotations
+
+_OPEN = "tests/test_open_blocks.py::test_"
+
+#: (name, old text, new text, killers) by file.
+STEMS: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/stem.py": [
+        (
+            "a stem by its class alone",
+            "if around is None or hooked",
+            "around = around or []\n        if hooked",
+            "tests/test_made_by_class.py::test_layers_of_a_stem_and_a_head[before a call-default-fp32]",
+        ),
+        (
+            "stems bound by their last module",
+            "    first = chain[0]\n",
+            "    first = chain[-1]\n",
+            "tests/test_stem.py::test_stems_that_share_a_relu_are_bound_once",
+        ),
+        (
+            "small stems as one",
+            "or self._pays(size) else None",
+            "or True else None",
+            "tests/test_stems_that_pay.py::test_small_images[20-False-default]",
+        ),
+        (
+            "stems pay by their outputs alone",
+            " + weight.numel() >= SMALL",
+            " >= SMALL",
+            "tests/test_stems_that_pay.py::test_large_weights_pay",
+        ),
+        (
+            "parametrized convolution of a stem told to be one operation",
+            "if not intact(StemConv if isinstance(module, StemConv) else StemFollower, module):",
+            "if False:",
+            "tests/test_stem_recognition.py::test_explain_says_that_a_stem_is_parametrized",
+        ),
+        (
+            "hooks on what a stem is in",
+            " or any(map(hooked, around)):",
+            ":",
+            "tests/test_stem_recognition.py::test_hooks_on_what_a_stem_is_in_see_tensors[forward]",
+        ),
+        (
+            "a stem within a block on a GPU",
+            "return not self._fused_inner",
+            "return True",
+            _OPEN + "on_a_gpu_only_frozen[True]",
+        ),
+        (
+            "a norm of a stem by name",
+            "x = args[0] if args and not kwargs else None",
+            "(x,) = args",
+            "tests/test_stem_recognition.py::test_a_norm_that_is_given_its_input_by_name[default]",
+        ),
+    ],
+    "fused_resblock/network.py": [
+        (
+            "stems in NCHW among convolutions that stay",
+            "return fused or not nchw or 2 * len(stems) >= len(weights)",
+            "return True",
+            "tests/test_stems_that_pay.py::test_networks_in_nchw_of_which_little_is_fused",
+        ),
+        (
+            "half of a network in NCHW",
+            "or 2 * len(stems) >= len(weights)",
+            "",
+            "tests/test_stems_that_pay.py::test_networks_of_which_half_is_stems",
+        ),
+        (
+            "a stem with something between",
+            "if list(end.users) != [end.next] or end.next.target != following:\n                return False\n            end = end.next",
+            "if [node.target for node in end.users] != [following]:\n                return False\n            end = next(iter(end.users))",
+            "tests/test_stem_recognition.py::test_an_edit_of_the_image_that_comes_later[inference_mode]",
+        ),
+        (
+            "kept blocks stay closed",
+            "if not (m in kept and _is_open(m))",
+            "if True",
+            _OPEN + "stems_within_a_kept_block[default]",
+        ),
+        (
+            "a block with hooks is open",
+            "        leaves.check_untouched(block)\n        graph, doubt",
+            "        graph, doubt",
+            _OPEN + "blocks_that_stay_closed",
+        ),
+        (
+            "a block that asks for a memory format is open",
+            "nodes.name(n) in _OF_FORMAT for n",
+            "nodes.name(n) in nodes.OF_LAYOUT for n",
+            _OPEN + "a_block_that_asks_for_nchw",
+        ),
+        (
+            "a network is looked at with other stops",
+            "found = traced(self, stops=blocks)",
+            "found = traced(self)",
+            _OPEN + "a_network_whose_attributes_change",
+        ),
+    ],
+    "fused_resblock/pending.py": [
+        (
+            "a reader's inference mode",
+            "with torch.inference_mode(self._inference), torch.no_grad():",
+            "with torch.no_grad():",
+            "tests/test_pending.py::test_values_are_of_the_mode_of_the_call",
+        ),
+        (
+            "the shape of before an edit",
+            "func in _METADATA and args[0].computed is None",
+            "func in _METADATA",
+            "tests/test_pending.py::test_shape_behind_an_edit_in_place",
+        ),
+        (
+            "what hides in a list is asked again and again",
+            "with torch._C.DisableTorchFunctionSubclass():  # some",
+            "with contextlib.nullcontext():  # some",
+            "tests/test_pending.py::test_list_of_a_class_of_its_own",
+        ),
+    ],
+}
