@@ -39,7 +39,7 @@ class Views(Split):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y.view(len(y), -1).reshape(y.shape))) + x)
+        return self.relu(self.bn2(self.conv2(y.view(y.shape[0], -1).reshape(y.shape))) + x)
 
 
 def around(block: nn.Module) -> nn.Module:
