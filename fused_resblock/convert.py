@@ -13,20 +13,13 @@ from .flat import know
 from .frozen import Freezable
 from .head import Classifier, GlobalPool, find_heads, fuse_head
 from .modules import FusedBlock, fuse_block
-from .network import (
-    FusedNetwork,
-    find_networks,
-    find_stems,
-    fuse_network,
-    fuse_stem,
-    know_graph,
-    worth_it,
-)
+from .network import FusedNetwork, fuse_network, fuse_stem, know_graph
 from .per_module import forget
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
 from .stage import FusedStage, fuse_stage, is_stage
 from .stem import StemConv, StemFollower
+from .stems import find_networks, find_stems, worth_it
 from .swap import swapped_class, undo
 from .tracing import Traced
 
@@ -112,7 +105,7 @@ def fuse(
         fused = any(isinstance(outcome, Plan) for path, _, outcome in found if path.startswith(prefix))
         for stem in rows if worth_it(network, rows, fused) else ():
             if prefix + stem[0] not in left_out:
-                fuse_stem(network, stem, backend, inner=(prefix + stem[0]).startswith(within))
+                fuse_stem(network, stem, backend, many=not fused or (prefix + stem[0]).startswith(within))
     for name, _, outcome in found:
         if isinstance(outcome, Plan):
             fuse_block(model.get_submodule(name), outcome, backend)
@@ -138,17 +131,16 @@ def _networks(model: nn.Module, found: Sequence[tuple[str, nn.Module, Plan | str
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy in the same modes: torchvision's graph modules copy themselves into train mode.
+    """A deep copy in the same modes: torchvision's graph modules, wherever they are, copy themselves into train mode.
 
     Its tensors are ordinary ones also where it is made in inference mode: others do not record their changes.
     """
     modes = {name: module.training for name, module in model.named_modules()}
     with torch.inference_mode(False):
         copied = copy.deepcopy(model)
-    if copied.training != model.training:
-        copied.train(model.training)
-        for name, module in copied.named_modules():
-            module.training = modes.get(name, module.training)
+    for name, module in copied.named_modules():  # a module comes before those in it, whose modes `train` sets, too
+        if module.training != modes.get(name, module.training):
+            module.train(modes[name])
     return copied
 
 
@@ -174,6 +166,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Parameters, buffers and hooks stay; blocks built as `FusedBasicBlock` and the like become the reference classes.
     A class that somebody derived from one of those has no class behind it to go back to, and stays what it is.
+    Nothing may call the model meanwhile.
 
     Raises:
         TypeError: if model is not an `nn.Module`.

@@ -18,7 +18,7 @@ from .transforms import composed
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all of these are ordinary tensors in an ordinary call: no gradient wanted, nothing traced.
+    """Whether all of these are ordinary dense tensors in an ordinary call: no gradient wanted, nothing traced.
 
     None counts as one: it stands for a parameter that is absent.
     """
@@ -27,7 +27,10 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
-    return all(t is None or (type(t) in PLAIN_TYPES and not (grad and t.requires_grad)) for t in tensors)
+    return all(
+        t is None or (type(t) in PLAIN_TYPES and t.layout is torch.strided and not (grad and t.requires_grad))
+        for t in tensors
+    )
 
 
 def trained(tensors: Iterable[Tensor | None]) -> bool:

@@ -175,6 +175,8 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
     found = _graphs[network]
     if found.doubt is not None:
         raise Unsupported(found.doubt)
+    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in found.graph.nodes):
+        raise Unsupported("its forward makes a tensor of numbers")
     graph = copy.deepcopy(found.graph)
     modules = dict(network.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]

@@ -35,13 +35,16 @@ def _conv_grads(dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, need_x: bool,
     """Gradients of x and weight of the plain convolution.
 
     A strided 1x1 reads every `stride`-th pixel: its gradients are those of a 1x1 with stride 1 on these pixels. oneDNN
-    3.12 writes past its buffer in the weight gradient of the strided form with 8 channels.
+    3.12 writes past its buffer in the weight gradient of the strided form with 8 channels. On a CPU with dilated groups
+    everything is brought into NCHW: torch 2.13 reads unwritten memory for it in 16 bits in channels_last, batch 1.
     """
     if weight.shape[2:] == (1, 1) and conv.padding == (0, 0) and max(conv.stride) > 1:
         rows, columns = conv.stride
         dx, dw = _conv_grads(dz, x[:, :, ::rows, ::columns], weight, conv._replace(stride=(1, 1)), need_x, need_w)
         return (residual_grad(dx, x.shape, conv.stride) if need_x else None), dw
-    x = x.contiguous(memory_format=torch.channels_last)
+    nchw = x.device.type == "cpu" and x.dtype.itemsize == 2 and conv.groups > 1 and max(conv.dilation) > 1
+    dz, x, weight = (t.contiguous() if nchw else t for t in (dz, x, weight))
+    x = x if nchw else x.contiguous(memory_format=torch.channels_last)
     geometry = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
     dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, (need_x, need_w, False))
     return dx, dw

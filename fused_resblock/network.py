@@ -1,26 +1,23 @@
-"""The network around residual blocks: its forward, and the stems that are found in its graph."""
+"""The network around residual blocks: its forward, and the classes of the stems in it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import dispatch, flat, leaves, nodes
+from . import dispatch, flat, leaves
 from .frozen import Freezable
-from .params import PLAIN_TYPES
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, hooked
-from .swap import Swapped, base_class, swapped_class, undo, undone
+from .swap import base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
-
-_OF_FORMAT = {*nodes.OF_LAYOUT, "view"}
 
 
 class FusedNetwork(Freezable):
@@ -96,88 +93,6 @@ def _computed(y: Any) -> Any:
     return pytree.tree_map_only(Pending, Pending.value, y, is_leaf=lambda part: isinstance(part, torch.Size))
 
 
-def find_networks(
-    module: nn.Module, blocks: Collection[nn.Module], kept: Collection[nn.Module] = (), name: str = ""
-) -> Iterator[tuple[str, Traced]]:
-    """The name and the graph, in eval mode, of every network around residual blocks, itself outside of them.
-
-    Where a forward cannot be traced, the modules in it that hold blocks are looked at one by one.
-
-    Args:
-        module: what may be or hold networks.
-        blocks: all residual blocks in it; a graph has their calls as they are.
-        kept: those of them that are not fused; a graph shows what happens within them where that can be traced.
-        name: the module's.
-    """
-    alone = module in blocks and not isinstance(module, fx.GraphModule)  # one that `torch.fx` made has no blocks
-    if alone or not any(m in blocks for m in module.modules()):
-        return
-    try:
-        if not isinstance(module, FusedNetwork):
-            swapped_class(FusedNetwork, type(module))
-        found = traced(module, stops={m for m in blocks if not (m in kept and _is_open(m))})
-    except Exception:  # no graph, or no class can be derived from the module's
-        for child_name, child in module.named_children():
-            yield from find_networks(child, blocks, kept, f"{name}.{child_name}" if name else child_name)
-    else:
-        yield name, found
-
-
-def _is_open(block: nn.Module) -> bool:
-    """Whether the graph of a network may show the forward of a block, and stems be found in it.
-
-    Not if other things happen when it is called, nor if it asks for a memory format: a stem's result is channels_last.
-    """
-    try:
-        leaves.check_untouched(block)
-        graph, doubt, _ = traced(block)
-    except Unsupported:
-        return False
-    return doubt is None and not any(nodes.called(n) and nodes.name(n) in _OF_FORMAT for n in graph.nodes)
-
-
-def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
-    """The names, within a network, of the modules of every stem in the graph of its forward; fused ones come first.
-
-    A stem is a convolution followed by a batch norm, a ReLU and a max-pool, some of which may be absent, each of them
-    reading the one before it and nothing else reading what lies between.
-    """
-    modules = dict(module.named_modules())
-    fused: tuple[tuple[str, ...], ...] = module._fused_stems if isinstance(module, FusedNetwork) else ()
-    found = [stem for stem in fused if isinstance(modules.get(stem[0]), StemConv)]
-    for node in graph.nodes:
-        names, kind, end = [str(node.target)], 0, node
-        if node.op != "call_module" or _kind(modules[names[0]]) != 0:
-            continue
-        while len(end.users) == 1 and end.next in end.users:
-            end = end.next
-            following = modules[str(end.target)] if end.op == "call_module" and not end.kwargs else None
-            if following is None or _kind(following) <= kind:
-                break
-            kind = _kind(following)
-            names.append(str(end.target))
-        if len(names) > 1:
-            found.append(tuple(names))
-    return found
-
-
-def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool) -> bool:
-    """Whether to fuse these stems of a network makes it faster.
-
-    Not on a CPU in NCHW where most of its convolutions run as they are: a stem's result is channels_last, and to bring
-    their weights into that form at every call takes more time than the stems save.
-
-    Args:
-        network: what holds the stems.
-        stems: as `find_stems` gives them.
-        fused: whether any of its blocks are.
-    """
-    weights: list[Any] = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
-    plain = [w for w in weights if type(w) in PLAIN_TYPES]  # others may have no memory yet
-    nchw = any(not (w.is_cuda or w.is_contiguous(memory_format=torch.channels_last)) for w in plain)
-    return fused or not nchw or 2 * len(stems) >= len(weights)
-
-
 def _is_stem(graph: fx.Graph, stem: Sequence[str]) -> bool:
     """Whether each module of a stem directly follows the one before it and alone reads it, wherever they are called."""
     for node in graph.nodes:
@@ -187,25 +102,6 @@ def _is_stem(graph: fx.Graph, stem: Sequence[str]) -> bool:
                 return False
             end = end.next
     return True
-
-
-def _kind(module: nn.Module) -> int:
-    """0 for a convolution, 1 for a norm, 2 for a ReLU, 3 for a max-pool that a stem may hold; -1 for anything else."""
-    if isinstance(module, Swapped):
-        return -1
-    try:
-        leaves.check_untouched(module)
-        if isinstance(module, nn.Conv2d):
-            leaves.conv_geometry(module)
-            return 0
-        if type(module) is nn.ReLU:
-            return 2
-        if type(module) is nn.MaxPool2d:
-            return -1 if module.return_indices else 3
-        leaves.norm_relu(module)
-    except Unsupported:
-        return -1
-    return 1
 
 
 def fuse_network(network: nn.Module) -> None:
@@ -218,14 +114,14 @@ def know_graph(network: FusedNetwork, found: Traced) -> None:
     network.__dict__.update(_fused_stops=found.stops, _fused_looks=0, _fused_stale=False)
 
 
-def fuse_stem(network: Any, stem: Sequence[str], backend: str, inner: bool) -> None:
+def fuse_stem(network: Any, stem: Sequence[str], backend: str, many: bool) -> None:
     """Give the modules of a stem, which begins with a convolution, and their network the classes that fuse them.
 
     Args:
         network: the module whose forward calls them.
         stem: their names in the network.
         backend: a backend's name or "auto".
-        inner: whether they are within a block.
+        many: whether there are many such stems in the network.
     """
     if not isinstance(network, FusedNetwork):
         fuse_network(network)
@@ -236,7 +132,7 @@ def fuse_stem(network: Any, stem: Sequence[str], backend: str, inner: bool) -> N
     network.__dict__["_fused_stems"] = tuple(dict.fromkeys((*network._fused_stems, tuple(stem))))
     if not isinstance(first, StemConv):  # else somebody made it by the class of another one
         first.__class__ = swapped_class(StemConv, type(first))
-    first.__dict__.update(_fused_length=len(stem), _fused_inner=inner)
+    first.__dict__.update(_fused_length=len(stem), _fused_many=many)
     first.__dict__["_fused_around"] = [network.get_submodule(path) for path in _around(stem)]
     for module in rest:
         if not isinstance(module, StemFollower):  # a ReLU may serve several stems

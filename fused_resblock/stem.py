@@ -24,8 +24,10 @@ from .swap import Swapped, intact, undone
 from .touched import touch_statistics
 from .watch import Guard
 
-#: elements of outputs and weight below which to leave work to others, 0.13 ms on a CPU, takes more time than it saves
-SMALL = 1 << 17
+#: elements below which to leave work to others, 0.1 ms on a CPU, takes more time than it saves: those of the output for
+#: each module behind the convolution, 0.15 ns each, and those of the weight, which is packed at every call otherwise
+SMALL = 1 << 19
+_PACKING = 3  # what packing takes of an element in terms of those
 
 
 class StemConv(Freezable):
@@ -33,13 +35,14 @@ class StemConv(Freezable):
 
     It computes as ever outside of its network, under autograd, with hooks on it or on what a module of the stem is in,
     while it is traced, and on an input that does not fit it. Unless frozen, it does so on a CPU on one that is `SMALL`,
-    and on a GPU within a block, of which a network has many: each takes longer to ask than to launch apart.
+    and on a GPU where there are many, as within blocks: each takes longer to ask than to launch apart.
     """
 
     _fused_around: list[nn.Module] | None = (
         None  # what the stem's modules are in; None if it was made by its class alone
     )
-    _fused_inner = False  # whether it is within a block that is kept
+    _fused_many = False  # whether its network has many, which are not worth what each takes to ask on a GPU
+    _fused_small: torch.Size | None = None  # the last shape for which to run as one did not pay
 
     def forward(self, input: Tensor) -> Tensor:
         if undone(StemConv, self):
@@ -52,7 +55,9 @@ class StemConv(Freezable):
         if torch.is_grad_enabled():
             self.look_again(x)
             return None
-        if not isinstance(x, Tensor) or not dispatch.plain((x,)) or not allowed():
+        if not isinstance(x, Tensor) or (x.shape == self._fused_small and not self.unasked()):
+            return None
+        if not dispatch.plain((x,)) or not allowed():
             return None
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device:
@@ -66,14 +71,17 @@ class StemConv(Freezable):
         if x.shape[1] != weight.shape[1] * conv.groups or min(conv.output_size(*x.shape[2:])) <= 0:
             return None
         size = conv.output_shape(x)
-        return size if self.unasked() or self._pays(size) else None
+        if self.unasked() or self._pays(size):
+            return size
+        self.__dict__["_fused_small"] = x.shape
+        return None
 
     def _pays(self, size: tuple[int, ...]) -> bool:
         """Whether to run as one saves more than it takes: a pass over the output for each module, and the packing."""
         weight: Any = self.weight
         if weight.is_cuda:
-            return not self._fused_inner
-        return math.prod(size) * (self.__dict__["_fused_length"] - 1) + weight.numel() >= SMALL
+            return not self._fused_many
+        return math.prod(size) * (self.__dict__["_fused_length"] - 1) + _PACKING * weight.numel() >= SMALL
 
 
 class StemFollower(Swapped):

@@ -193,8 +193,8 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a copy in the mode in which it comes",
-            "        copied.train(model.training)\n",
-            "        pass\n",
+            "            module.train(modes[name])\n",
+            "            pass\n",
             "tests/test_lifecycle.py::test_a_feature_extractor_is_joined[False-False]",
         ),
         (

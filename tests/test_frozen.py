@@ -259,3 +259,14 @@ def test_an_edit_before_the_promise():
                 weight.mul_(1.7)
         frb.fuse(fused, inplace=True, frozen=True)
         torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_that_makes_a_tensor_of_numbers():
+    class Normalises(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward((x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / 0.2)
+
+    model = frb.fuse(Normalises(nn.Conv2d(3, 8, 1), BasicBlock(8, 8)).eval(), frozen=True)
+    run_in(model, images())
+    (part,) = (part for part in frb.explain(model).parts if part.modules == "the network")
+    assert part.reason == "frozen: its own forward: its forward makes a tensor of numbers"

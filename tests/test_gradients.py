@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     BACKENDS,
     BF16,
@@ -251,3 +252,16 @@ def test_backward_twice_repeats_bit_for_bit(backend):
     first, second = (gradients(conv_bn_act, args, backend=backend) for _ in range(2))
     for name, grad in first.items():
         assert torch.equal(grad, second[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_dilated_groups_of_one_image(dtype):
+    """In 16 bits, channels_last, torch reads unwritten memory for the weight's gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((1, 16, 40, 40), (16, 1, 3, 3)))
+    x, weight = x.contiguous(memory_format=torch.channels_last).requires_grad_(), weight.requires_grad_()
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    F.conv2d(*exact, None, 1, 2, 2, 16).square().mean().backward()
+    conv_bn_act(x, weight, padding=2, dilation=2, groups=16, relu=False).square().mean().backward()
+    for ours, theirs in zip((x, weight), exact, strict=True):
+        assert (ours.grad - theirs.grad).abs().max() < 0.02 * theirs.grad.abs().max()

@@ -217,3 +217,22 @@ def test_state_dict_of_the_original_loads_into_the_fused():
         fused.load_state_dict(original.state_dict())
         torch.testing.assert_close(fused(x), original(x), rtol=1e-4, atol=1e-4)
     assert fused(x).dtype == FP32
+
+
+def test_a_graph_module_within_a_model_keeps_its_mode():
+    """A copy that torchvision's make of themselves is in train mode."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = extraction.create_feature_extractor(randomize(TV.resnet18()), ["layer1"])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)["layer1"]
+
+    reference = Wrapped().eval()
+    fused, x = frb.fuse(reference), torch.randn(1, 3, 40, 40)
+    assert not any(module.training for module in fused.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)

@@ -193,3 +193,61 @@ def test_a_norm_that_is_given_its_input_by_name(frozen):
     with torch.no_grad():
         for _ in range(5):
             torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["default", "frozen"])
+def test_a_network_without_blocks(frozen):
+    rows = [nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for i in (3, 8)]
+    reference = randomize_norms(nn.Sequential(*rows, nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(5))).eval()
+    x = torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        reference(x)
+        fused = frb.fuse(reference, frozen=frozen)
+        for _ in range(5):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+    row = "Conv2d + BatchNorm2d + ReLU"
+    assert parts(fused) == [row, f"{row} + MaxPool2d"] + ["the network"] * frozen
+    assert str(frb.explain(fused)).startswith("no residual blocks found")
+
+
+def test_nothing_is_done_to_networks_without_convolutions():
+    for layers in ([nn.Linear(3, 3), nn.ReLU()], [nn.Conv2d(3, 3, 1), nn.Tanh()]):
+        fused = frb.fuse(nn.Sequential(*layers).eval(), frozen=True)
+        assert [type(m) for m in fused.modules()] == [nn.Sequential, *map(type, layers)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("frozen", [False, True], ids=["default", "frozen"])
+def test_a_convolution_that_is_called_again(mode, frozen):
+    """Its second input changes before the result is read."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+            self.block = BasicBlock(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.block(self.relu(self.norm(self.conv(x))))
+            y = self.conv(x)
+            x.mul_(2)
+            return self.norm(y) + x
+
+    reference = randomize_norms(Again()).eval()
+    fused, x = frb.fuse(reference, frozen=frozen), torch.randn(2, 8, 9, 7)
+    with mode():
+        for _ in range(5):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_that_is_called_again_in_the_same_row():
+    class Shared(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = (self.relu(self.bn1(self.conv1(t))) for t in (x, x.flip(3)))
+            return self.fc(self.layer1(self.maxpool(a + b)).mean((2, 3)))
+
+    reference = randomize_norms(Shared()).eval()
+    fused, x = frb.fuse(reference), torch.randn(2, 3, 20, 20)
+    assert parts(fused) == ["Conv2d + BatchNorm2d + ReLU"]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)

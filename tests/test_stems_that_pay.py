@@ -24,7 +24,7 @@ def bound(monkeypatch) -> list[object]:
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["default", "frozen"])
-@pytest.mark.parametrize(("size", "pays"), [(20, False), (256, True)])
+@pytest.mark.parametrize(("size", "pays"), [(20, False), (320, True)])
 def test_small_images(size, pays, frozen, bound):
     reference = network()
     fused, x = frb.fuse(reference, frozen=frozen), torch.randn(1, 3, size, size)
@@ -33,13 +33,23 @@ def test_small_images(size, pays, frozen, bound):
     assert len(bound) == (pays or frozen)
 
 
+def test_a_larger_image_behind_a_small_one(bound):
+    reference = network()
+    fused = frb.fuse(reference)
+    with torch.no_grad():
+        for size in (20, 20, 320, 20):
+            x = torch.randn(1, 3, size, size)
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+    assert len(bound) == 1
+
+
 def test_large_weights_pay(bound):
     """Packing them at every call is what takes time there."""
-    conv, relu = nn.Conv2d(256, 64, 3, padding=1), nn.ReLU()
+    conv, relu = nn.Conv2d(512, 64, 3, padding=1), nn.ReLU()
     block = frb.reference.BasicBlock(64, 64)
     fused = frb.fuse(nn.Sequential(nn.Sequential(conv, relu), block).eval())
     with torch.no_grad():
-        fused(torch.randn(1, 256, 4, 4))
+        fused(torch.randn(1, 512, 4, 4))
     assert len(bound) == 1
 
 
