@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _USER = "tests/test_user_changes.py::test_"
 _GATES = "tests/test_gates.py::test_"
+_SMALL = "tests/test_small.py::test_"
 _FILTER = "tests/test_filter.py::test_"
 
 
@@ -78,6 +79,27 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             'return bool(given.get("inplace"))',
             "return False",
             _GATES + "what_is_no_gate[ChangesItsInputByName]",
+        ),
+    ],
+    "fused_resblock/backends/small.py": [
+        ("small in 16 bits", "x.dtype == torch.float32 and ", "", _SMALL + "what_is_not_small[bf16]"),
+        (
+            "many products are small",
+            " and k * c * r * s * p * q <= PRODUCTS",
+            "",
+            _SMALL + "what_is_not_small[many products]",
+        ),
+        (
+            "a small residual at stride 1",
+            "z += strided(other, stride)",
+            "z += strided(other, 1)",
+            _SMALL + "parity[1x1-relu-strided residual]",
+        ),
+        (
+            "no ReLU behind a small convolution",
+            "return z.relu_() if relu else z",
+            "return z",
+            _SMALL + "parity[3x3-relu-none]",
         ),
     ],
     "fused_resblock/backends/triton.py": [

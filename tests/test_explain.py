@@ -176,7 +176,7 @@ def test_backend_is_that_of_the_gpu_and_of_its_table(monkeypatch):
 def test_weights_that_are_inference_tensors():
     with torch.inference_mode():
         block = frb.fuse(frb.reference.BasicBlock(8, 8).eval(), inplace=True)
-        x, calls = torch.randn(1, 8, 5, 5), []
+        x, calls = torch.randn(2, 8, 5, 5), []
         with pytest.MonkeyPatch.context() as patch:
             fold = frb.backends.layouts.fold
             patch.setattr(frb.backends.layouts, "fold", lambda *args: calls.append(args) or fold(*args))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..params import BatchNorm, Bound, Conv, Epilogue
-from . import eager
+from . import eager, small
 from .eager import strided
-from .folding import TensorCache
+from .folding import TensorCache, fold
 from .layouts import Layouts
 from .select import Problem
 
@@ -47,6 +47,8 @@ def unsupported(problem: Problem) -> str | None:
 
 def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
     """See `backends.bind_conv_bn_act`."""
+    if small.is_small(x, conv):
+        return _bind_small(x, conv, other, epilogue)
     layouts = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:]), Layouts)
     weight, bias = layouts.fit(x, conv)
     args = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
@@ -65,6 +67,17 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
         return join
     # a copy even of what is dense already: it is written to
     return lambda x, other: join(x, strided(other, stride).clone(memory_format=torch.channels_last))
+
+
+def _bind_small(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue) -> Bound:
+    """The operation where its convolution is `small`."""
+    folded = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:], "small"), lambda: fold(conv, x.dtype))
+    if other is None:
+        return small.bind(folded, conv, 0, None, epilogue.relu)
+    branch = None
+    if epilogue.shortcut is not None:
+        branch = bind_conv_bn_act(other, epilogue.shortcut, None, Epilogue(relu=False), False)
+    return small.bind(folded, conv, epilogue.residual_stride, branch, epilogue.relu)
 
 
 def _ambiguous(residual: Tensor) -> bool:
