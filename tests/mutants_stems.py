@@ -115,8 +115,8 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a convolution that is called elsewhere, too",
-            "if len(row) > 1 and not others]",
-            "if len(row) > 1]",
+            "[row for (row, *others) in rows.values() if len(row) > 1 and not others]",
+            "[row for calls in rows.values() if len(row := max(calls, key=len)) > 1]",
             "tests/test_stem_recognition.py::test_a_convolution_that_is_called_again[default-inference_mode]",
         ),
     ],
