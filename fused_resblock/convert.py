@@ -19,7 +19,7 @@ from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
 from .stage import FusedStage, fuse_stage, is_stage
 from .stem import StemConv, StemFollower
-from .stems import find_networks, find_stems, worth_it
+from .stems import find_networks, find_stems, opened, worth_it
 from .swap import swapped_class, undo
 from .tracing import Traced
 
@@ -126,8 +126,9 @@ def fuse(
 
 def _networks(model: nn.Module, found: Sequence[tuple[str, nn.Module, Plan | str]]) -> Iterator[tuple[str, Traced]]:
     """What `find_networks` finds around blocks; those that `filter_fn` leaves out stay closed."""
-    kept = {module for _, module, outcome in found if isinstance(outcome, str) and outcome != _LEFT_OUT}
-    return find_networks(model, {module for _, module, _ in found}, kept)
+    every = {module for _, module, _ in found}
+    kept = [module for _, module, outcome in found if isinstance(outcome, str) and outcome != _LEFT_OUT]
+    return find_networks(model, every, every - opened(model, kept))
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -177,7 +178,8 @@ def unfuse(model: nn.Module) -> nn.Module:
         if isinstance(module, Freezable):
             module.freeze(False)
         forget(module)
-        any(undo(mixin, module) for mixin in _MIXINS)
+        for mixin in _MIXINS:
+            undo(mixin, module)
     return model
 
 

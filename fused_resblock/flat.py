@@ -23,6 +23,7 @@ from .per_module import PerModule
 from .plan import Unsupported
 from .program import signature
 from .recorder import Recorder
+from .snapshot import CONSTANT
 from .tracing import Traced
 
 Call = Callable[[Any], Any]
@@ -175,7 +176,7 @@ def _flattened(network: nn.Module, tape: Sequence[Ran]) -> Call:
     found = _graphs[network]
     if found.doubt is not None:
         raise Unsupported(found.doubt)
-    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in found.graph.nodes):
+    if any(node.op == "get_attr" and str(node.target).startswith(CONSTANT) for node in found.graph.nodes):
         raise Unsupported("its forward makes a tensor of numbers")
     graph = copy.deepcopy(found.graph)
     modules = dict(network.named_modules())

@@ -42,9 +42,10 @@ def _conv_grads(dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, need_x: bool,
         rows, columns = conv.stride
         dx, dw = _conv_grads(dz, x[:, :, ::rows, ::columns], weight, conv._replace(stride=(1, 1)), need_x, need_w)
         return (residual_grad(dx, x.shape, conv.stride) if need_x else None), dw
-    nchw = x.device.type == "cpu" and x.dtype.itemsize == 2 and conv.groups > 1 and max(conv.dilation) > 1
-    dz, x, weight = (t.contiguous() if nchw else t for t in (dz, x, weight))
-    x = x if nchw else x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu" and x.dtype.itemsize == 2 and conv.groups > 1 and max(conv.dilation) > 1:
+        dz, x, weight = dz.contiguous(), x.contiguous(), weight.contiguous()
+    else:
+        x = x.contiguous(memory_format=torch.channels_last)
     geometry = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
     dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, (need_x, need_w, False))
     return dx, dw

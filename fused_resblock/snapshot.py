@@ -43,6 +43,10 @@ def holds_the_same(container: Any, before: Any) -> bool:
     return len(now) == len(then) and all(map(is_, now, then))
 
 
+#: how the names begin under which `torch.fx` puts a module's tensors of numbers on it
+CONSTANT = "_tensor_constant"
+
+
 class Snapshot:
     """Attributes, the contents of containers among them, and buffers of a block, to be put back."""
 
@@ -58,7 +62,7 @@ class Snapshot:
         """Put everything back; True if anything had changed."""
         changed = False
         for now in self._attributes:
-            for name in [name for name in now if name.startswith("_tensor_constant")]:  # what `torch.fx` puts there
+            for name in [name for name in now if name.startswith(CONSTANT)]:
                 del now[name]
         for container, before in self._before:
             if not holds_the_same(container, before):

@@ -38,11 +38,12 @@ class StemConv(Freezable):
     and on a GPU where there are many, as within blocks: each takes longer to ask than to launch apart.
     """
 
-    _fused_around: list[nn.Module] | None = (
-        None  # what the stem's modules are in; None if it was made by its class alone
-    )
-    _fused_many = False  # whether its network has many, which are not worth what each takes to ask on a GPU
-    _fused_small: torch.Size | None = None  # the last shape for which to run as one did not pay
+    #: what the stem's modules are in; None if it was made by its class alone
+    _fused_around: list[nn.Module] | None = None
+    #: whether its network has many, which are not worth what each takes to ask on a GPU
+    _fused_many = False
+    #: the last shape, and where, for which to run as one did not pay
+    _fused_small: tuple[torch.Size, torch.device] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if undone(StemConv, self):
@@ -55,9 +56,9 @@ class StemConv(Freezable):
         if torch.is_grad_enabled():
             self.look_again(x)
             return None
-        if not isinstance(x, Tensor) or (x.shape == self._fused_small and not self.unasked()):
+        if not isinstance(x, Tensor) or not dispatch.plain((x,)) or not allowed():
             return None
-        if not dispatch.plain((x,)) or not allowed():
+        if (x.shape, x.device) == self._fused_small and not self.unasked():
             return None
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device:
@@ -73,7 +74,7 @@ class StemConv(Freezable):
         size = conv.output_shape(x)
         if self.unasked() or self._pays(size):
             return size
-        self.__dict__["_fused_small"] = x.shape
+        self.__dict__["_fused_small"] = x.shape, x.device
         return None
 
     def _pays(self, size: tuple[int, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .tracing import Traced, traced
 
 
 def find_networks(
-    module: nn.Module, blocks: Collection[nn.Module], kept: Collection[nn.Module] = (), name: str = ""
+    module: nn.Module, blocks: Collection[nn.Module], stops: Collection[nn.Module], name: str = ""
 ) -> Iterator[tuple[str, Traced]]:
     """The name and the graph, in eval mode, of every network that holds residual blocks or may hold stems.
 
@@ -26,8 +26,8 @@ def find_networks(
 
     Args:
         module: what may be or hold networks.
-        blocks: all residual blocks in it; a graph has their calls as they are.
-        kept: those of them that are not fused; a graph shows what happens within them where that can be traced.
+        blocks: all residual blocks in it.
+        stops: those of them whose calls a graph has as they are; see `opened`.
         name: the module's.
     """
     alone = module in blocks and not isinstance(module, fx.GraphModule)  # one that `torch.fx` made has no blocks
@@ -36,11 +36,10 @@ def find_networks(
     try:
         if not isinstance(module, FusedNetwork):
             swapped_class(FusedNetwork, type(module))
-        nchw = _is_nchw(module)
-        found = traced(module, stops={m for m in blocks if not (m in kept and _is_open(m, nchw))})
+        found = traced(module, stops=stops)
     except Exception:  # no graph, or no class can be derived from the module's
         for child_name, child in module.named_children():
-            yield from find_networks(child, blocks, kept, f"{name}.{child_name}" if name else child_name)
+            yield from find_networks(child, blocks, stops, f"{name}.{child_name}" if name else child_name)
     else:
         yield name, found
 
@@ -58,6 +57,12 @@ def _is_nchw(network: nn.Module) -> bool:
     weights: list[Any] = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
     plain = (w for w in weights if type(w) in PLAIN_TYPES)  # others may have no memory yet
     return not all(w.is_contiguous(memory_format=torch.channels_last) for w in plain)
+
+
+def opened(model: nn.Module, kept: Iterable[nn.Module]) -> set[nn.Module]:
+    """The blocks of a model, of those that are not fused, in which a network's graph shows what happens."""
+    nchw = _is_nchw(model)
+    return {block for block in kept if _is_open(block, nchw)}
 
 
 def _is_open(block: nn.Module, nchw: bool) -> bool:

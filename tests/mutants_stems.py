@@ -51,7 +51,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a small stem is small at every size",
-            "x.shape == self._fused_small and",
+            "(x.shape, x.device) == self._fused_small and",
             "self._fused_small and",
             "tests/test_stems_that_pay.py::test_a_larger_image_behind_a_small_one",
         ),
@@ -97,8 +97,8 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "kept blocks stay closed",
-            "if not (m in kept and _is_open(m, nchw))",
-            "if True",
+            "if _is_open(block, nchw)}",
+            "if False}",
             _OPEN + "stems_within_a_kept_block[default]",
         ),
         (
