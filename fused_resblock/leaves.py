@@ -72,6 +72,8 @@ def norm_relu(module: nn.Module) -> bool:
     if is_frozen_norm(module):
         return False
     if _timm_norm_act(module):
+        if any(hooked(inner) or replaced(inner) for inner in module.children()):
+            raise Unsupported(f"hooks or another forward on the activation of {cls.__name__}")
         if not isinstance(module.drop, nn.Identity):
             raise Unsupported(f"{cls.__name__} with {type(module.drop).__name__} inside")
         if isinstance(module.act, nn.Identity):

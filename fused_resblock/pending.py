@@ -12,13 +12,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import dispatch
+from .program import Program
 from .swap import own_class
 
 _made: ContextVar[list[weakref.ref[Pending]] | None] = ContextVar("made", default=None)
@@ -48,18 +49,29 @@ def allowed() -> bool:
     return _made.get() is not None
 
 
+class Expected(NamedTuple):
+    """The modules that are to join the first of a chain, and what computes them all; known to hold at the first."""
+
+    followers: tuple[nn.Module, ...]
+    program: Program
+
+
 class Pending(Tensor):
     """What a chain of modules gives for x, `[N, C, H, W]` channels_last, before anybody has asked for the values."""
 
     @staticmethod
-    def __new__(cls, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> Pending:
+    def __new__(
+        cls, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...], expected: Expected | None = None
+    ) -> Pending:
         _, c, h, w = size
         return torch.Tensor._make_wrapper_subclass(
             cls, size, (c * h * w, 1, c * w, c), dtype=dispatch.autocast_dtype(x) or x.dtype, device=x.device
         )
 
-    def __init__(self, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...]) -> None:
-        self._x, self.chain, self.extent = x, chain, size
+    def __init__(
+        self, x: Tensor, chain: tuple[nn.Module, ...], size: tuple[int, ...], expected: Expected | None = None
+    ) -> None:
+        self._x, self.chain, self.extent, self._expected = x, chain, size, expected
         self._seen = None if x.is_inference() else x._version
         self._inference = torch.is_inference_mode_enabled()
         self.computed: Tensor | None = None
@@ -67,12 +79,21 @@ class Pending(Tensor):
         assert made is not None
         made.append(weakref.ref(self))
 
+    def program(self, module: nn.Module) -> Program | None:
+        """What computes the whole chain, if that is known and the module is the one that is expected next."""
+        if self._expected is None:
+            return None
+        followers, program = self._expected
+        joined = len(self.chain) - 1
+        return program if joined < len(followers) and followers[joined] is module else None
+
     def behind(self, module: nn.Module) -> Pending:
         """What is pending once a module that changes neither shape nor dtype has joined: this, if it works in place."""
+        expected = None if self.program(module) is None else self._expected
         if getattr(module, "inplace", False):
-            self.chain = (*self.chain, module)
+            self.chain, self._expected = (*self.chain, module), expected
             return self
-        return Pending(self.source(), (*self.chain, module), self.extent)
+        return Pending(self.source(), (*self.chain, module), self.extent, expected)
 
     def source(self) -> Tensor:
         """The x that the chain begins with.

@@ -7,6 +7,7 @@ computing; those behind it add themselves to what is pending, and the last one c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from . import backends, dispatch, flat, leaves
 from .frozen import Freezable
 from .params import BatchNorm, Conv, Epilogue
-from .pending import Pending, allowed
+from .pending import Expected, Pending, allowed
 from .per_module import PerModule
 from .plan import Unsupported
 from .program import Operation, Program
@@ -48,11 +49,11 @@ class StemConv(Freezable):
     def forward(self, input: Tensor) -> Tensor:
         if undone(StemConv, self):
             return type(self).forward(self, input)
-        size = self._deferred(input)
-        return super().forward(input) if size is None else Pending(input, (self,), size)
+        pending = self._pending(input)
+        return super().forward(input) if pending is None else pending
 
-    def _deferred(self, x: Tensor) -> tuple[int, ...] | None:
-        """The output's shape if the work may be left to others, else None."""
+    def _pending(self, x: Tensor) -> Pending | None:
+        """What stands for the output if the work may be left to others, else None."""
         if torch.is_grad_enabled():
             self.look_again(x)
             return None
@@ -60,20 +61,24 @@ class StemConv(Freezable):
             return None
         if (x.shape, x.device) == self._fused_small and not self.unasked():
             return None
+        around = self._fused_around
+        if around is None or hooked(self) or any(map(hooked, around)) or changed(self) is not None:
+            return None
+        followers, programs = _programs.get(self) or ((), None)
+        program: Any = None if programs is None else programs.find(x, self.unasked())
+        if program is not None:
+            return Pending(x, (self,), program.size, Expected(followers, program))
         weight: Any = self.weight
         if x.dim() != 4 or x.shape[0] == 0 or x.device != weight.device:
             return None
-        around = self._fused_around
-        if around is None or hooked(self) or any(map(hooked, around)):
-            return None
-        if (x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None) or changed(self) is not None:
+        if x.dtype != weight.dtype and dispatch.autocast_dtype(x) is None:
             return None
         conv = Conv(weight, None, None, *leaves.conv_geometry(self))
         if x.shape[1] != weight.shape[1] * conv.groups or min(conv.output_size(*x.shape[2:])) <= 0:
             return None
         size = conv.output_shape(x)
         if self.unasked() or self._pays(size):
-            return size
+            return Pending(x, (self,), size)
         self.__dict__["_fused_small"] = x.shape, x.device
         return None
 
@@ -94,12 +99,13 @@ class StemFollower(Swapped):
         x = args[0] if args and not kwargs else None
         if type(x) is not Pending:
             return self._alone(*args, **kwargs)
-        if x.computed is not None or hooked(self) or not _joins(self, x.chain):
+        program = x.program(self)
+        if x.computed is not None or (program is None and (hooked(self) or not _joins(self, x.chain))):
             return self._alone(x.value())
         chain = (*x.chain, self)
         if len(chain) < chain[0].__dict__["_fused_length"] and not isinstance(self, nn.MaxPool2d):
             return x.behind(self)
-        y = _run(x.source(), chain)
+        y = _run(x.source(), chain, program)
         if y is None:
             return super().forward(x.value())
         if getattr(self, "inplace", False):  # whoever holds the input sees what became of it
@@ -145,29 +151,50 @@ def _joins(module: nn.Module, chain: tuple[nn.Module, ...]) -> bool:
     return len(chain) == 1 and not leaves.uses_batch_statistics(module)
 
 
-#: of a stem's convolution, with the identities of all its modules; the ReLU may be part of other stems, too
-_programs: PerModule[tuple[tuple[int, ...], Programs]] = PerModule("stem")
+#: of a stem's convolution, with the modules behind it, which may be part of other stems, too
+_programs: PerModule[tuple[tuple[nn.Module, ...], Programs]] = PerModule("stem")
 
 
-def _run(x: Tensor, chain: tuple[nn.Module, ...]) -> Tensor | None:
-    """The result of a chain of modules on x; None if its parameters are no plain tensors."""
-    first = chain[0]
-    identities = tuple(map(id, chain))  # the guard keeps all but the first alive, so they stay unique
-    known, programs = _programs.get(first) or (None, None)
-    if programs is None or known != identities:
-        programs = Programs()
-        _programs[first] = identities, programs
-    program = programs.find(x, first.unasked())  # type: ignore[operator]
+class _Program(Program):
+    """That of a stem; `size` is the shape that its convolution gives."""
+
+    def __init__(self, dtype: torch.dtype | None, operations: Sequence[Operation], size: tuple[int, ...]) -> None:
+        super().__init__(dtype, operations)
+        self.size = size
+
+
+def _run(x: Tensor, chain: tuple[nn.Module, ...], program: Program | None) -> Tensor | None:
+    """The result of a chain of modules on x; None if its parameters are no plain tensors.
+
+    Args:
+        x: the input.
+        chain: the modules, in order.
+        program: what computes them, if that is known.
+    """
     if program is None:
-        conv, relu = _conv_of(chain)
-        tensors = [t for t in conv.tensors() if t is not None]
-        if not dispatch.plain(tensors):
-            return None
-        before = Before(chain, tensors)
-        program = _bind(x, chain, conv, relu)
-        programs.keep(x, program, before, lambda: Guard(chain, tensors, all_modes=False))
+        program = _program(x, chain)
+    if program is None:
+        return None
     flat.note(chain, program, lambda x: program.run(x)[0])
     return program(x)
+
+
+def _program(x: Tensor, chain: tuple[nn.Module, ...]) -> Program | None:
+    """The program of a chain, bound now and kept; None if its parameters are no plain tensors."""
+    first, *followers = chain
+    conv, relu = _conv_of(chain)
+    tensors = [t for t in conv.tensors() if t is not None]
+    if not dispatch.plain(tensors):
+        return None
+    known, programs = _programs.get(first) or ((), None)
+    if programs is None or list(map(id, known)) != list(map(id, followers)):
+        programs = Programs()
+        _programs[first] = tuple(followers), programs
+    modules = [inner for module in chain for inner in module.modules()]  # a norm may hold its ReLU
+    before = Before(modules, tensors)
+    program = _bind(x, chain, conv, relu)
+    programs.keep(x, program, before, lambda: Guard(modules, tensors, all_modes=False))
+    return program
 
 
 def _conv_of(chain: tuple[nn.Module, ...]) -> tuple[Conv, bool]:
@@ -190,10 +217,11 @@ def _bind(x: Tensor, chain: tuple[nn.Module, ...], conv: Conv, relu: bool) -> Pr
     backend = backends.check_name(first.__dict__["_fused_backend"])
     settings = () if pool is None else (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
     whole = backends.bind_stem(example, conv, relu, settings, backend=backend) if settings else None
+    size = conv.output_shape(x)
     if whole is not None:
-        return Program(dtype, [Operation(whole, 0, -1, 1, ())])
+        return _Program(dtype, [Operation(whole, 0, -1, 1, ())], size)
     run = backends.bind_conv_bn_act(example, conv, None, Epilogue(relu=relu), backend=backend)
     operations = [Operation(run, 0, -1, 1, ())]
     if settings:
         operations.append(Operation(lambda y, _: torch.max_pool2d(y, *settings), 1, -1, 2, (1,)))
-    return Program(dtype, operations)
+    return _Program(dtype, operations, size)

@@ -15,8 +15,8 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "stems bound by their last module",
-            "    first = chain[0]\n",
-            "    first = chain[-1]\n",
+            "first, *followers = chain",
+            "*followers, first = chain",
             "tests/test_stem.py::test_stems_that_share_a_relu_are_bound_once",
         ),
         (
@@ -39,9 +39,21 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "hooks on what a stem is in",
-            " or any(map(hooked, around)):",
-            ":",
+            " or any(map(hooked, around))",
+            "",
             "tests/test_stem_recognition.py::test_hooks_on_what_a_stem_is_in_see_tensors[forward]",
+        ),
+        (
+            "the convolution's own change in a stem that is known",
+            " or changed(self) is not None",
+            "",
+            "tests/test_stem.py::test_change[_conv_forward of the convolution]",
+        ),
+        (
+            "a stem's guard without what its modules hold",
+            "[inner for module in chain for inner in module.modules()]",
+            "list(chain)",
+            "tests/test_own_modules.py::test_activation_of_a_norm_in_a_stem[hook]",
         ),
         (
             "many stems on a GPU",
@@ -60,6 +72,14 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
             "x = args[0] if args and not kwargs else None",
             "(x,) = args",
             "tests/test_stem_recognition.py::test_a_norm_that_is_given_its_input_by_name[default]",
+        ),
+    ],
+    "fused_resblock/leaves.py": [
+        (
+            "hooks on the activation within a norm",
+            "hooked(inner) or replaced(inner)",
+            "False",
+            "tests/test_own_modules.py::test_activation_of_a_norm_in_a_stem[hook]",
         ),
     ],
     "fused_resblock/network.py": [
@@ -121,6 +141,12 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/pending.py": [
+        (
+            "a module that was not expected joins a known stem",
+            "expected = None if self.program(module) is None else self._expected",
+            "expected = self._expected",
+            "tests/test_stem.py::test_change[norm of another stem]",
+        ),
         (
             "a reader's inference mode",
             "with torch.inference_mode(self._inference), torch.no_grad():",

@@ -253,14 +253,23 @@ def test_pool_that_gives_its_indices():
     same(fused, reference, images())
 
 
-def test_activation_of_a_norm_in_a_stem():
+ACTIVATIONS = {
+    "another": lambda norm: setattr(norm, "act", nn.SiLU()),
+    "hook": lambda norm: norm.act.register_forward_hook(lambda m, a, y: y * 2),
+    "forward": lambda norm: setattr(norm.act, "forward", lambda x: x * 2),
+    "class": lambda norm: setattr(norm.act, "__class__", nn.SiLU),
+}
+
+
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in ACTIVATIONS.items()])
+def test_activation_of_a_norm_in_a_stem(change):
     layers = pytest.importorskip("timm.layers")
     net = network()
     reference = nn.Sequential(net.conv1, layers.BatchNormAct2d(8), net.maxpool, *net.layer1).eval()
     fused = frb.fuse(reference)
     same(fused, reference, images())
     for model in (reference, fused):
-        model[1].act = nn.SiLU()
+        change(model[1])
     same(fused, reference, images())
 
 

@@ -111,6 +111,7 @@ CHANGES = {
     "norm in train mode": lambda n: n.bn1.train(),
     "all in train mode": lambda n: n.train(),
     "norm replaced": lambda n: setattr(n, "bn1", nn.GroupNorm(2, 8)),
+    "norm of another stem": lambda n: setattr(n, "bn1", frb.fuse(randomize_norms(Network(), seed=9)).eval().bn1),
     "ReLU replaced": lambda n: setattr(n, "relu", nn.SiLU()),
     "pool replaced": lambda n: setattr(n, "maxpool", nn.AvgPool2d(2)),
     "pool removed": lambda n: setattr(n, "maxpool", nn.Identity()),
@@ -125,6 +126,9 @@ CHANGES = {
     "hook on the pool": lambda n: n.maxpool.register_forward_hook(lambda m, a, y: y * 2),
     "forward of the convolution": lambda n: setattr(
         n.conv1, "forward", lambda x: n.conv1._conv_forward(x, n.conv1.weight * 2, None)
+    ),
+    "_conv_forward of the convolution": lambda n: setattr(
+        n.conv1, "_conv_forward", lambda x, w, b: torch.conv2d(x, w * 2, b, 2, 3)
     ),
     "forward of the norm": lambda n: setattr(n.bn1, "forward", lambda x: x * 2),
     "forward of the network": lambda n: setattr(n, "forward", lambda x: n.bn1(n.conv1(x)) * 2),
