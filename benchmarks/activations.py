@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import fused_resblock as frb
-from fused_resblock import backends, flat
+from fused_resblock import backends, flatten
 from fused_resblock.backends import Problem, cudnn, triton, tuned
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.launch import Launch
@@ -42,7 +42,7 @@ RESULTS = FOLDER / "activations.csv"
 HEADERS = ("table", "network", "dtype", "batch", "eager_mib", "fused_mib", "frozen_mib", "held_mib")
 BATCHES = (1, 32, 128)
 SIZE = 224
-WARM_UP = 6  # calls until everything is bound, and a frozen network is one function
+WARM_UP = 6  # calls until everything is bound, and a network is one function
 
 
 def _convolved(x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
@@ -68,7 +68,7 @@ def nothing_computed() -> Iterator[None]:
         (F, "conv2d", lambda x, w, b, *geometry: _convolved(x, w, *geometry[:3])),
         (F, "batch_norm", lambda x, *parameters: torch.empty_like(x)),
         (F, "relu", lambda x, inplace: x if inplace else torch.empty_like(x)),
-        (flat, "_equal", lambda mine, others: True),
+        (flatten, "_equal", lambda mine, others: True),
     ]
     with ExitStack() as stack:
         backends.resolve.cache_clear()

@@ -18,12 +18,13 @@ from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, hooked
 from .swap import base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
+from .trusted import is_trusted
 
 
 class FusedNetwork(Freezable):
     """Mixin of a network around blocks: its stems may leave work pending while its forward runs.
 
-    If it is frozen, and called with one tensor, its forward becomes one function; see `flat`.
+    If it is frozen or of a known package, and called with one tensor, its forward becomes one function; see `flat`.
     """
 
     LOOKS = 8  # at the graph of a network whose attributes change; then its stems are given up
@@ -39,10 +40,8 @@ class FusedNetwork(Freezable):
             return
         own = base_class(cls).forward
 
-        def scoped(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
-            if allowed():
-                return own(self, *args, **kwargs)
-            with scope():
+        def scoped(self: FusedNetwork, every: bool, args: Any, kwargs: Any) -> Any:
+            with scope(every):
                 y = own(self, *args, **kwargs)
                 return y if type(y) is Tensor else _computed(y)
 
@@ -55,10 +54,12 @@ class FusedNetwork(Freezable):
                 return own(self, *args, **kwargs)
             if self._fused_stale and not any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
                 self._look()
+            if allowed():  # within the forward of a network around this one
+                return own(self, *args, **kwargs)
             image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-            if image and self.unasked() and dispatch.plain(args):
-                return flat.run(self, functools.partial(scoped, self), args[0])
-            return scoped(self, *args, **kwargs)
+            if image and flat.applies(self) and dispatch.plain(args):
+                return flat.run(self, lambda x: scoped(self, True, (x,), {}), args[0])
+            return scoped(self, False, args, kwargs)
 
         cls.forward = forward
 
@@ -83,7 +84,7 @@ class FusedNetwork(Freezable):
             if first in modules:
                 undo(StemConv, modules[first])
         self.__dict__["_fused_stems"] = kept
-        flat.know(self, found if self._fused_frozen else None)
+        flat.know(self, found if self._fused_frozen or is_trusted(self) else None)
 
 
 def _computed(y: Any) -> Any:

@@ -23,19 +23,25 @@ from .program import Program
 from .swap import own_class
 
 _made: ContextVar[list[weakref.ref[Pending]] | None] = ContextVar("made", default=None)
+_every: ContextVar[bool] = ContextVar("every", default=False)
 
 
 @contextmanager
-def scope() -> Iterator[None]:
-    """Work may be left pending in here; what is still pending at the end is done then."""
+def scope(every: bool = False) -> Iterator[None]:
+    """Work may be left pending in here; what is still pending at the end is done then.
+
+    Args:
+        every: leave also that pending which takes no more time apart.
+    """
     made: list[weakref.ref[Pending]] = []
-    token = _made.set(made)
+    token, token_every = _made.set(made), _every.set(every)
     failed = True
     try:
         yield
         failed = False
     finally:
         _made.reset(token)
+        _every.reset(token_every)
         errors = contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext()  # the first is to be seen
         for reference in made:
             pending = reference()
@@ -47,6 +53,11 @@ def scope() -> Iterator[None]:
 def allowed() -> bool:
     """Whether this is within a `scope`."""
     return _made.get() is not None
+
+
+def every() -> bool:
+    """Whether this is within a `scope` in which work is left pending also where that takes more time."""
+    return _every.get()
 
 
 class Expected(NamedTuple):

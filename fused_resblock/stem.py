@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import backends, dispatch, flat, leaves
 from .frozen import Freezable
 from .params import BatchNorm, Conv, Epilogue
-from .pending import Expected, Pending, allowed
+from .pending import Expected, Pending, allowed, every
 from .per_module import PerModule
 from .plan import Unsupported
 from .program import Operation, Program
@@ -59,7 +59,8 @@ class StemConv(Freezable):
             return None
         if not isinstance(x, Tensor) or not dispatch.plain((x,)) or not allowed():
             return None
-        if (x.shape, x.device) == self._fused_small and not self.unasked():
+        always = self.unasked() or every()
+        if (x.shape, x.device) == self._fused_small and not always:
             return None
         around = self._fused_around
         if around is None or hooked(self) or any(map(hooked, around)) or changed(self) is not None:
@@ -77,7 +78,7 @@ class StemConv(Freezable):
         if x.shape[1] != weight.shape[1] * conv.groups or min(conv.output_size(*x.shape[2:])) <= 0:
             return None
         size = conv.output_shape(x)
-        if self.unasked() or self._pays(size):
+        if always or self._pays(size):
             return Pending(x, (self,), size)
         self.__dict__["_fused_small"] = x.shape, x.device
         return None

@@ -20,10 +20,10 @@ from .swap import Swapped
 from .touched import listen, now, when
 
 _VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
-_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "ceil_mode")
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "ceil_mode", "return_indices")
 #: what a layer may hold in its `__dict__`: settings, what `fuse` left there, tensors that are no parameters or buffers
 _WATCHED = (
-    *("eps", *_SETTINGS, "_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel"),
+    *("eps", *_SETTINGS, "output_size", "_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel"),
     *("weight", "bias", "running_mean", "running_var"),
 )
 _OF_ANY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"}

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 import pytest
 import quick_interpreter
 
-from fused_resblock import stem
+from fused_resblock import stem, trusted
 
 
 def _make_torchvision_importable() -> None:
@@ -83,3 +83,10 @@ def poisoned_memory():
     if tf32:
         torch.backends.cudnn.allow_tf32 = True
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The networks of tests are trusted."""
+    tests = {"frozen_networks", "test_one_function", "test_function_changes"}
+    monkeypatch.setattr(trusted, "_PACKAGES", trusted._PACKAGES | tests)

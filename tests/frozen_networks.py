@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import fused_resblock as frb
 from fused_resblock import flat, watch
-from fused_resblock.frozen import generation
 from fused_resblock.models import randomize_norms
 from fused_resblock.reference import BasicBlock
 
@@ -48,7 +47,7 @@ def images(n: int = 2, size: int = 20, seed: int = 1) -> Tensor:
 def functions(model: nn.Module) -> list:
     """The functions that a network has become, one for each signature; None where it runs its own forward."""
     known = flat._flats.get(model)
-    old = known is None or known.generation != generation()
+    old = known is None or not known.holds(model)
     return [] if old else [None if isinstance(f, str) else f for f in known.functions.values()]
 
 

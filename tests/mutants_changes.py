@@ -6,7 +6,6 @@ _FROZEN = "tests/test_frozen.py::test_"
 _ANSWERS = "tests/test_proxies.py::test_what_a_tensor_answers"
 _PASSING = "tests/test_forwards.py::test_what_is_done_to_a_tensor_in_passing"
 _CHANGES = "tests/test_forwards.py::test_what_a_forward_asks_of_its_block_changes"
-_FLAT = "tests/test_flat.py::test_"
 _THREADS = "tests/test_threads.py::test_"
 _TOUCHED = "tests/test_touched.py::test_"
 _COMPILED = "tests/test_compiled_weights.py::test_"
@@ -69,6 +68,18 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/watch.py": [
+        (
+            "the size that a pool gives",
+            '"output_size", ',
+            "",
+            "tests/test_function_changes.py::test_change[output size]",
+        ),
+        (
+            "a pool that returns indices",
+            ', "return_indices")',
+            ")",
+            "tests/test_function_changes.py::test_a_pool_that_returns_indices",
+        ),
         (
             "settings of pools are not looked at",
             "if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]",
@@ -238,62 +249,6 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             '            twin.__dict__["training"] = training',
             '            module.__dict__["training"] = training',
             _THREADS + "what_is_traced_stays_as_it_is",
-        ),
-    ],
-    "fused_resblock/flat.py": [
-        (
-            "learning draws random numbers",
-            "with Draws():  # which are put back",
-            "if True:",
-            _FLAT + "what_is_drawn_while_learning_is_put_back",
-        ),
-        (
-            "learning for ever",
-            "if self._empty[key] > 2:",
-            "if False:",
-            _FLAT + "a_network_of_which_nothing_is_fused_stops_learning",
-        ),
-        (
-            "a NaN in an image is like nothing",
-            "((x == y) | ((x != x) & (y != y))).all()",
-            "(x == y).all()",
-            _FLAT + "a_nan_in_the_first_images_keeps_no_network_from_becoming_one_function",
-        ),
-        (
-            "strides of a frozen network's input do not matter",
-            "key = (*signature(x), x.stride())",
-            "key = signature(x)",
-            "tests/test_forwards.py::test_frozen_network_whose_input_lies_otherwise",
-        ),
-        (
-            "function of a frozen network believed",
-            'function if same else "its graph gives another result"',
-            "function",
-            _FLAT + "networks_that_run_their_own_forward[Asking]",
-        ),
-        (
-            "own forward told to be a function",
-            "    if not reasons:\n",
-            "    if functions:\n",
-            _FLAT + "explain_tells_why_it_runs_its_own_forward[Asking-another result]",
-        ),
-        (
-            "what lies between the parts of a function held",
-            "            held = [call(held)]\n        return held[0]",
-            "            held.append(call(held[-1:]))\n        return held[-1]",
-            "tests/test_activations.py::test_a_function_holds_nothing_that_has_been_read",
-        ),
-        (
-            "parts put together although others read what lies between",
-            "len(a.users) == 1 for a, b in pairwise(run)",
-            "True for a, b in pairwise(run)",
-            _FLAT + "networks_that_become_a_function[Features]",
-        ),
-        (
-            "function of a network with hooks",
-            " or any(map(leaves.hooked, list(network.modules())[1:])):",
-            ":",
-            _FLAT + "hooks_from_before_run",
         ),
     ],
 }

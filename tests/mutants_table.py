@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutant import Mutant
 from mutants_changes import CHANGES
+from mutants_functions import FUNCTIONS
 from mutants_halo import HALO
 from mutants_kernels import KERNELS
 from mutants_ring import RING
@@ -27,6 +28,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
     **STAGES,
     **STEMS,
+    **FUNCTIONS,
     **HALO,
     **RING,
     **USERS,

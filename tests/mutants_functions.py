@@ -1,0 +1,131 @@
+"""Faults in networks that run as one function; the tests that must notice each."""
+
+from __future__ import annotations
+
+_FLAT = "tests/test_flat.py::test_"
+_ONE = "tests/test_one_function.py::test_"
+_CHANGES = "tests/test_function_changes.py::test_"
+
+#: (name, old text, new text, killers) by file.
+FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
+    "fused_resblock/flat.py": [
+        (
+            "learning for ever",
+            "if self._empty[key] > 2:",
+            "if False:",
+            _FLAT + "a_network_of_which_nothing_is_fused_stops_learning",
+        ),
+        (
+            "strides of a frozen network's input do not matter",
+            "key = (*signature(x), x.stride())",
+            "key = signature(x)",
+            "tests/test_forwards.py::test_frozen_network_whose_input_lies_otherwise",
+        ),
+        (
+            "own forward told to be a function",
+            "    if not reasons:\n",
+            "    if functions:\n",
+            _FLAT + "explain_tells_why_it_runs_its_own_forward[Asking-another result]",
+        ),
+        (
+            "functions of a network that is not frozen hold for ever",
+            "return self._guard is None or self._guard.holds()",
+            "return True",
+            _CHANGES + "change[stem]",
+        ),
+        (
+            "the guard of a function knows no tensors",
+            "return Guard(modules, tensors, all_modes=True)",
+            "return Guard(modules, [], all_modes=True)",
+            _CHANGES + "change[stem]",
+        ),
+        (
+            "functions of a network in parts in train mode",
+            "any(module.training for module in modules) or ",
+            "",
+            _ONE + "a_part_in_train_mode_is_no_function",
+        ),
+        (
+            "the graph of what a network was before",
+            " or layout(network) != known.layout",
+            "",
+            _CHANGES + "another_attribute_within_is_another_graph",
+        ),
+        (
+            "what was learnt before a change",
+            "if self._guard is not None and not self._guard.holds():",
+            "if False:",
+            _CHANGES + "a_change_while_it_learns",
+        ),
+        (
+            "a network that changes all the time learns all the time",
+            "if flat.rests():",
+            "if False:",
+            _ONE + "a_network_that_changes_all_the_time_is_left_alone",
+        ),
+        (
+            "a function for ever after another graph",
+            "    _flats.pop(network)\n",
+            "",
+            _CHANGES + "change[attribute]",
+        ),
+    ],
+    "fused_resblock/flatten.py": [
+        (
+            "learning draws random numbers",
+            "with Draws():  # which are put back",
+            "if True:",
+            _FLAT + "what_is_drawn_while_learning_is_put_back",
+        ),
+        (
+            "a NaN in an image is like nothing",
+            "((x == y) | ((x != x) & (y != y))).all()",
+            "(x == y).all()",
+            _FLAT + "a_nan_in_the_first_images_keeps_no_network_from_becoming_one_function",
+        ),
+        (
+            "function of a frozen network believed",
+            'return function if _equal((result, x), expected) else "its graph gives another result"',
+            "return function",
+            _FLAT + "networks_that_run_their_own_forward[Asking]",
+        ),
+        (
+            "what lies between the parts of a function held",
+            "            held = [call(held)]\n        return held[0]",
+            "            held.append(call(held[-1:]))\n        return held[-1]",
+            "tests/test_activations.py::test_a_function_holds_nothing_that_has_been_read",
+        ),
+        (
+            "parts put together although others read what lies between",
+            "len(a.users) == 1 for a, b in pairwise(run)",
+            "True for a, b in pairwise(run)",
+            _FLAT + "networks_that_become_a_function[Features]",
+        ),
+        (
+            "function of a network with hooks",
+            " or any(map(leaves.hooked, list(network.modules())[1:])):",
+            ":",
+            _FLAT + "hooks_from_before_run",
+        ),
+    ],
+    "fused_resblock/trusted.py": [
+        (
+            "functions of anybody trusted",
+            " and not any(map(_is_foreign, vars(module).values()))",
+            "",
+            _ONE + "what_is_not_trusted[own function]",
+        ),
+        (
+            "graphs of anybody trusted",
+            "if isinstance(module, (fx.GraphModule, jit.ScriptModule)):",
+            "if False:",
+            _ONE + "what_is_not_trusted[graph]",
+        ),
+        (
+            "everybody trusted",
+            "return _is_from(own_class(module)) and",
+            "return",
+            _ONE + "what_is_not_trusted[own class]",
+        ),
+    ],
+}

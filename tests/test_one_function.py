@@ -1,0 +1,152 @@
+"""Networks that are not frozen as one function: which become one, and every change that must end it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import weakref
+
+import pytest
+import torch
+from frozen_networks import CALLS, Network, functions, images, network, run_in
+from parity import assert_parity
+from torch import Tensor, nn
+
+import fused_resblock as frb
+from fused_resblock import flat, trusted, watch
+from fused_resblock.models import ResNet, randomize_norms
+from fused_resblock.reference import BasicBlock, Bottleneck
+
+
+def test_ours():
+    reference = randomize_norms(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5)).eval()
+    model = frb.fuse(reference)
+    x = images(size=33)
+    y = run_in(model, x)
+    assert None not in functions(model)
+    assert len(functions(model)) == 1
+    with torch.no_grad():
+        assert_parity(y, reference(x), copy.deepcopy(reference).double()(x.double()), what="logits", floor=1e-5)
+
+
+def test_torchvisions():
+    torchvision = pytest.importorskip("torchvision")
+    reference = randomize_norms(torchvision.models.mnasnet0_5()).eval()
+    model = frb.fuse(reference)
+    torch.testing.assert_close(run_in(model, images(size=32)), reference(images(size=32)), rtol=1e-3, atol=1e-4)
+    assert None not in functions(model)
+
+
+class Own(Network):
+    """Somebody's."""
+
+
+def foreign(x: Tensor) -> Tensor:
+    return x
+
+
+def holding(value: object) -> nn.Module:
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    model.layer1[0].function = value
+    return model
+
+
+UNTRUSTED = {
+    "own class": lambda: Own(),
+    "own block": lambda: nn.Sequential(nn.ReLU(), Own()),
+    "own function": lambda: holding(foreign),
+    "own function in part": lambda: holding(functools.partial(foreign)),
+    "graph": lambda: torch.fx.symbolic_trace(ResNet(BasicBlock, [1, 1, 1, 1])),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in UNTRUSTED.items()])
+def test_what_is_not_trusted(make):
+    assert not trusted.is_trusted(make())
+    model = frb.fuse(make().eval())
+    run_in(model, images(size=32))
+    assert not functions(model)
+
+
+@pytest.mark.parametrize("value", [torch.relu, functools.partial(torch.relu), nn.ReLU, None, [1]])
+def test_what_is_trusted(value):
+    assert trusted.is_trusted(holding(value))
+
+
+@pytest.mark.usefixtures("known")
+def test_a_function_again_once_its_weights_stay():
+    model, x = frb.fuse(network()), images()
+    for _ in range(2):
+        run_in(model, x)
+        assert functions(model)
+        with torch.no_grad():
+            model.conv1.weight.mul_(2)
+        for _ in range(CALLS):
+            run_in(model, x)
+    assert functions(model)
+
+
+@pytest.mark.usefixtures("known")
+def test_a_network_that_changes_all_the_time_is_left_alone(monkeypatch):
+    model, x = frb.fuse(network()), images()
+    recorded = []
+    learn = flat._Flat.learn
+    monkeypatch.setattr(flat._Flat, "learn", lambda *args: recorded.append(1) or learn(*args))
+    with torch.no_grad():
+        for _ in range(100):
+            model(x)
+            model.conv1.weight.mul_(1.01)
+    assert len(recorded) < 25
+
+
+@pytest.mark.usefixtures("known")
+def test_asked_once_a_call(monkeypatch):
+    model, x = frb.fuse(network()), images()
+    run_in(model, x)
+    asked = []
+    holds = watch.Guard.holds
+    monkeypatch.setattr(watch.Guard, "holds", lambda self: asked.append(self) or holds(self))
+    with torch.no_grad():
+        model(x)
+    assert len(asked) == 1
+
+
+@pytest.mark.usefixtures("known")
+def test_a_part_in_train_mode_is_no_function():
+    """Its graph, which is that of eval mode, would be right only as long as all of it is."""
+    model = frb.fuse(network())
+    model.layer1[0].train()
+    run_in(model, images())
+    assert not functions(model)
+
+
+@pytest.mark.usefixtures("known")
+def test_a_network_within_another():
+    inner = frb.fuse(network())
+    outer = frb.fuse(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), inner).eval())
+    with torch.no_grad():
+        for _ in range(CALLS + 1):
+            torch.testing.assert_close(outer(images()), inner(outer[1](outer[0](images()))), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("known")
+def test_freed():
+    model = frb.fuse(network())
+    run_in(model, images())
+    assert functions(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.usefixtures("known")
+def test_frozen_and_back():
+    model, x = frb.fuse(network()), images()
+    first = run_in(model, x)
+    for frozen in (True, False, True):
+        frb.fuse(model, inplace=True, frozen=frozen)
+        assert not functions(model)
+        assert torch.equal(run_in(model, x), first)
+        assert functions(model)
