@@ -46,14 +46,20 @@ def _folds_anyway(x: Tensor, backend: str) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float64 and backends.check_name(backend) != "triton"
 
 
-def _given(weights: Iterable[Tensor]) -> bool:
-    """Whether a graph that Dynamo makes is given these tensors: others may be computed in it, at every call.
+def _learned(weights: Iterable[Tensor], parameters: Iterable[Tensor | None]) -> int:
+    """What `ops` wants to know of the tensors that a graph is given which Dynamo makes; 0 outside of one.
 
     An export that traces by other means has no parameters meanwhile, and torch's own operations run its graph.
+
+    Args:
+        weights: those that have to be parameters for anything to be cached.
+        parameters: all tensors but the activations.
     """
     if not torch.compiler.is_dynamo_compiling():
-        return True
-    return all(isinstance(weight, torch.nn.Parameter) for weight in weights)
+        return 0
+    if not all(isinstance(weight, torch.nn.Parameter) for weight in weights):
+        return ops.UNCACHED
+    return sum(1 << i for i, tensor in enumerate(parameters) if isinstance(tensor, torch.nn.Parameter))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -76,18 +82,19 @@ def conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue,
         with uncached():
             return ops.conv_bn_act(x, conv, other, epilogue, backend=backend)
     weights = [conv.weight] + ([] if epilogue.shortcut is None else [epilogue.shortcut.weight])
-    return ops.conv_bn_act(x, conv, other, epilogue, backend=backend, cached=_given(weights))
+    return ops.conv_bn_act(x, conv, other, epilogue, backend=backend, learned=_learned(weights, parameters))
 
 
 def bn_act(
     x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue, *, backend: str = "auto"
 ) -> Tensor:
     """`functional.bn_act` on arguments that are known to fit."""
-    tensors = (x, other, *(norm[:4] if norm else ()), *epilogue.tensors())
+    parameters = (*(norm[:4] if norm else ()), *epilogue.tensors())
+    tensors = (x, other, *parameters)
     if plain(tensors):
         return backends.bn_act(x, norm, other, epilogue, backend=backend)
     if composed(tensors):
         return backends.eager.bn_act(x, norm, other, epilogue)
     norms = [present for present in (norm, epilogue.residual_norm) if present is not None]
-    given = _given([present.mean if present.weight is None else present.weight for present in norms])
-    return ops.bn_act(x, norm, other, epilogue, backend=backend, cached=given)
+    weights = [present.mean if present.weight is None else present.weight for present in norms]
+    return ops.bn_act(x, norm, other, epilogue, backend=backend, learned=_learned(weights, parameters))

@@ -1,9 +1,11 @@
 """The fused operations as `torch.library` ops: schema, fake and gradient, so that autograd, `torch.compile` and
 `torch.export` see them. Documented in `functional`; below here tensors are plain and arguments are bundled.
 
-A norm is absent when its `mean` is None. The gradients save the inputs and the output only: see `gradients`. `cached`
-is False for weights that a compiled graph computes: inductor writes such tensors again without a new version, which
-is what a cache of folded weights goes by.
+A norm is absent when its `mean` is None. The gradients save the inputs and the output only: see `gradients`.
+
+Inductor writes tensors that a graph computes again without a new version, which is what a cache of folded weights goes
+by. So `learned` has a bit for each tensor of a norm or convolution that was an `nn.Parameter` when the graph was made:
+one that is none by now was computed, as an edit of the parameter in the graph is. `UNCACHED` if a weight never was one.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ _library.define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, " + _NORM.format(i="") + ", SymInt[2] stride, "
     "SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor? residual, SymInt residual_stride, "
     "Tensor? x2, Tensor? weight2, Tensor? bias2, " + _NORM.format(i="2") + ", SymInt stride2, bool relu, "
-    "str backend, bool cached=True) -> Tensor",
+    "str backend, int learned=0) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "bn_act(Tensor x, " + _NORM.format(i="") + ", Tensor? residual, " + _NORM.format(i="2") + ", "
-    "SymInt residual_stride, bool relu, str backend, bool cached=True) -> Tensor",
+    "SymInt residual_stride, bool relu, str backend, int learned=0) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -39,6 +41,7 @@ _library.define(
 )
 
 
+UNCACHED = -1
 _NO_CONV = Conv(None)  # type: ignore[arg-type]
 
 
@@ -66,7 +69,7 @@ def conv_bn_act(
     epilogue: Epilogue,
     *,
     backend: str = "auto",
-    cached: bool = True,
+    learned: int = 0,
 ) -> Tensor:
     """Call the op with bundled arguments."""
     weight, bias, norm, *geometry = conv
@@ -87,7 +90,7 @@ def conv_bn_act(
         branch.stride[0],
         epilogue.relu,
         backend,
-        cached,
+        learned,
     )
 
 
@@ -98,7 +101,7 @@ def bn_act(
     epilogue: Epilogue,
     *,
     backend: str = "auto",
-    cached: bool = True,
+    learned: int = 0,
 ) -> Tensor:
     """Call the op with bundled arguments."""
     return torch.ops.fused_resblock.bn_act(
@@ -109,7 +112,7 @@ def bn_act(
         epilogue.residual_stride,
         epilogue.relu,
         backend,
-        cached,
+        learned,
     )
 
 
@@ -123,15 +126,22 @@ def _bundle(args: tuple[Any, ...]) -> tuple[Tensor, Conv, Tensor | None, Epilogu
     return x, conv, residual if x2 is None else x2, Epilogue(residual_stride, None, branch, args[23]), args[24]
 
 
-def _caching(cached: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """`uncached` where the op's last argument, which the dispatcher leaves out if it is the default, is False."""
-    return nullcontext() if all(cached) else uncached()
+def _caching(learned: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> AbstractContextManager[None]:
+    """`uncached` if one of the tensors was computed by a graph.
+
+    Args:
+        learned: the op's last argument, which the dispatcher leaves out if it is the default.
+        tensors: all but the activations.
+    """
+    bits = sum(learned)
+    computed = any(bits >> i & 1 and not isinstance(tensor, torch.nn.Parameter) for i, tensor in enumerate(tensors))
+    return uncached() if bits == UNCACHED or computed else nullcontext()
 
 
 @torch.library.impl(_library, "conv_bn_act", "CompositeExplicitAutograd")
 def _conv_bn_act(*args: Any) -> Tensor:
     x, conv, other, epilogue, backend = _bundle(args)
-    with _caching(args[25:]):
+    with _caching(args[25:], (*conv.tensors(), *epilogue.tensors())):
         return _canonical(backends.conv_bn_act(x, conv, other, epilogue, backend=backend))
 
 
@@ -144,9 +154,9 @@ def _conv_bn_act_fake(*args: Any) -> Tensor:
 
 @torch.library.impl(_library, "bn_act", "CompositeExplicitAutograd")
 def _bn_act(x: Tensor, *args: Any) -> Tensor:
-    epilogue = Epilogue(args[11], _norm(*args[6:11]), None, args[12])
-    with _caching(args[14:]):
-        y = backends.bn_act(x, _norm(*args[:5]), args[5], epilogue, backend=args[13])
+    norm, epilogue = _norm(*args[:5]), Epilogue(args[11], _norm(*args[6:11]), None, args[12])
+    with _caching(args[14:], (*(norm[:4] if norm else ()), *epilogue.tensors())):
+        y = backends.bn_act(x, norm, args[5], epilogue, backend=args[13])
     return _canonical(y.clone() if y is x else y)
 
 

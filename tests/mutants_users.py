@@ -152,6 +152,12 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/ops.py": [
         (
+            "parameters that a graph edits",
+            "return uncached() if bits == UNCACHED or computed",
+            "return uncached() if bits == UNCACHED",
+            "tests/test_compiled_weights.py::test_parameters_that_a_graph_edits[bn1.weight]",
+        ),
+        (
             "tangent of the gradient lost",
             "if not torch.compiler.is_compiling() and dual((dy,)):",
             "if False:",

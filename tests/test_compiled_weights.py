@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resblock as frb
+from fused_resblock import ops
 from fused_resblock.backends import folding, triton
 from fused_resblock.functional import BatchNorm, bn_act, conv_bn_act
 from fused_resblock.params import Conv
@@ -35,7 +36,7 @@ def cached(function, *args) -> list[bool]:
 
     def spy(graph, _):
         nodes = [node for node in graph.graph.nodes if node.op == "call_function" and node.target in OPS | overloads]
-        found.extend(node.args[-1] for node in nodes)
+        found.extend(node.args[-1] != ops.UNCACHED for node in nodes)
         return graph
 
     overloads = {op.overloadpacket for op in OPS}
@@ -93,7 +94,26 @@ def test_weights_of_a_module_are_cached(make):
         graph = torch.export.export(fused, (x,), strict=strict).graph
         exported = [node for node in graph.nodes if node.target in OPS]
         assert len(exported) == len(flags)
-        assert not any(node.args[-1] is False or "cached" in node.kwargs for node in exported)
+        assert not any(node.args[-1] == ops.UNCACHED or "learned" in node.kwargs for node in exported)
+
+
+@pytest.mark.parametrize("edited", ["conv1.weight", "bn1.weight", "bn2.bias", "downsample.0.weight"])
+def test_parameters_that_a_graph_edits(unsampled, edited):
+    """What the op is given is no parameter then, and inductor writes it again at the next edit."""
+    shortcut = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+    reference = frb.models.randomize_norms(frb.reference.BasicBlock(16, 16, downsample=shortcut)).eval()
+    fused, x = frb.fuse(reference), torch.randn(2, 16, 7, 7)
+
+    def steps(block: nn.Module, x: Tensor) -> list[Tensor]:
+        results = []
+        with torch.no_grad():
+            for i in range(4):
+                block.get_parameter(edited)[i] += 1.0
+                results.append(block(x))
+        return results
+
+    compiled = torch.compile(steps, fullgraph=True)(fused, x)
+    torch.testing.assert_close(compiled, steps(reference, x), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_kept_of_an_uncached_call():
@@ -102,7 +122,7 @@ def test_nothing_is_kept_of_an_uncached_call():
     rest = (None, None, None, None, None, 0.0, [1, 1], [1, 1], [1, 1], 1, None, 1, None, None, None)
     rest = (*rest, None, None, None, None, 0.0, 1, True, "auto")
     before = len(frb.backends.onednn._packed)
-    y = op(x, weight, *rest, False)
+    y = op(x, weight, *rest, ops.UNCACHED)
     assert len(frb.backends.onednn._packed) == before
     torch.testing.assert_close(op(x, weight, *rest), y)
     assert len(frb.backends.onednn._packed) == before + 1
