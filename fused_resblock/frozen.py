@@ -5,22 +5,42 @@ That question touches every tensor and every module at each call: 0.9 of 25 ms i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .swap import Swapped
 from .touched import touch
 
+NEVER = -1  # no generation
 _generation = [0]
+_FUNCTIONAL_CALL = torch.nn.utils.stateless._functional_call.__code__
 
 
 def generation() -> int:
     """Another number after each occasion at which anything that is frozen may have changed: all is asked once more."""
     return _generation[0]
+
+
+def substituted() -> bool:
+    """Whether this is within `torch.func.functional_call`, after which modules have their own parameters again."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _FUNCTIONAL_CALL:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _loaded(module: nn.Module, _: object) -> None:
+    """Look again behind `load_state_dict`, of a module or of one that it is in, when all in the module is loaded."""
+    if isinstance(module, Freezable):
+        module.look_again()
 
 
 class Freezable(Swapped):
@@ -37,8 +57,12 @@ class Freezable(Swapped):
         if frozen or self._fused_frozen:  # programs may have been asked last before the promise
             _generation[0] += 1
         self.__dict__.pop("_fused_frozen", None)
+        hooks = self._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _loaded]:
+            del hooks[key]
         if frozen:
             self.__dict__["_fused_frozen"] = True
+            self.register_load_state_dict_post_hook(_loaded)
 
     def unasked(self) -> bool:
         """Whether the programs need not be asked, in the module's present mode."""
@@ -69,11 +93,3 @@ class Freezable(Swapped):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         with self._changing():
             return super()._apply(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._changing():
-            return super().load_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # called by the `load_state_dict` of a parent
-        with self._changing():
-            super()._load_from_state_dict(*args, **kwargs)

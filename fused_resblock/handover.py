@@ -163,7 +163,7 @@ def _claim(stage: nn.Module, program: Program, x: Tensor) -> list[Tensor] | None
 def _state(y: Tensor) -> tuple[object, ...]:
     """What an edit of y changes: its version, its place, sampled words of memory on a CPU; and the stream on a GPU."""
     stream = torch.cuda.current_stream(y.device).cuda_stream if y.is_cuda else None
-    return y._version, y.data_ptr(), y.stride(), stream, *read(words([y]))
+    return y._version, y.data_ptr(), y.stride(), stream, *read(words([y])[0])
 
 
 def _capture(y: Tensor) -> object:

@@ -81,17 +81,19 @@ class FusedBlock(Freezable):
         if "_fused_plan" in self.__dict__ and not own:
             self.replan()  # a module was replaced, or a flag that the forward asks
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.replan()  # its class may have a flag of that name
+
     def replan(self) -> None:
         """Recognise the block's own forward again, as after a module in it was replaced."""
-        cls = type(self)
         plan = reason = None
-        object.__setattr__(self, "__class__", base_class(cls))
+        own = object.__new__(base_class(type(self)))  # not this very block, which others may be calling
+        object.__setattr__(own, "__dict__", self.__dict__)
         try:
-            plan = recognize(self)
+            plan = recognize(own)
         except Unsupported as error:
             reason = str(error)
-        finally:
-            object.__setattr__(self, "__class__", cls)
         self.adopt(plan, reason)
 
     def adopt(self, plan: Plan | None, reason: str | None) -> None:

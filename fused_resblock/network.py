@@ -70,6 +70,10 @@ class FusedNetwork(Freezable):
         if not own and not (isinstance(before, Tensor) and isinstance(value, Tensor)):
             self.__dict__["_fused_stale"] = True  # the forward may ask it, and read now what lies within a stem
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.__dict__["_fused_stale"] = True  # its class may have another of that name
+
     def _look(self) -> None:
         """Look at the graph once more, and give up the stems that are none any more."""
         self.__dict__.update(_fused_stale=False, _fused_looks=self._fused_looks + 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from . import dispatch
-from .frozen import generation
+from .frozen import NEVER, generation, substituted
 from .program import Program, bind, signature
 from .runner import Runner
 from .watch import Guard
@@ -22,10 +22,19 @@ class Before:
     """
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
-        self.generation = generation()
+        self.generation = NEVER if substituted() else generation()
         self.guard: Guard | None = None
         if not any(tensor.is_inference() for tensor in tensors):  # those record no changes
             self.guard = Guard(modules, tensors, all_modes=True)
+
+
+class _Kept:
+    """Programs by `signature`, and what they all hold under."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.programs: dict[tuple[object, ...], Program] = {}
+        self.generation = 0  # in which they were last known to hold, if frozen
 
 
 class Programs:
@@ -34,18 +43,18 @@ class Programs:
     LIMIT = 32  # signatures; images of every size may come, and each has its own
 
     def __init__(self) -> None:
-        self._guard: Guard | None = None
-        self._programs: dict[tuple[object, ...], Program] = {}
-        self._generation = 0  # in which they were last known to hold
+        self._kept: _Kept | None = None  # read once a method: other threads may replace it
         self._watched: set[nn.Module] = set()  # by the guard, besides the owner
 
     @property
     def guard(self) -> Guard | None:
         """What the programs hold under; another one as soon as they had to be bound again."""
-        return self._guard
+        kept = self._kept
+        return None if kept is None else kept.guard
 
     def __iter__(self) -> Iterator[Program]:
-        return iter(list(self._programs.values()))
+        kept = self._kept
+        return iter([] if kept is None else list(kept.programs.values()))
 
     def find(self, x: Tensor, frozen: bool = False) -> Program | None:
         """The program for such an input; None if there is none, or if something that went into it has changed.
@@ -54,16 +63,16 @@ class Programs:
             x: an input.
             frozen: ask no more than once in a generation whether anything has; see `frozen`.
         """
-        guard = self._guard  # read before the programs: another thread may be replacing both
-        if guard is None or not isinstance(x, Tensor):
+        kept = self._kept
+        if kept is None or not isinstance(x, Tensor):
             return None
         now = generation()
-        known = frozen and self._generation == now
-        if known or guard.holds():  # also where there is no such program: the next one is kept under the same guard
-            self._generation = now
-            return self._programs.get(signature(x))
-        self._guard = None
-        self._programs.clear()
+        known = frozen and kept.generation == now
+        if known or kept.guard.holds():  # also where there is no such program: the next one is kept under this guard
+            if frozen and not known and not substituted():
+                kept.generation = now
+            return kept.programs.get(signature(x))
+        self._kept = None
         return None
 
     def keep(self, x: Tensor, program: Program, before: Before, guard: Callable[[], Guard]) -> None:
@@ -77,13 +86,14 @@ class Programs:
         """
         if before.guard is None:
             return
-        guard_of_all = self._guard or guard()
-        if not (before.guard.holds() and guard_of_all.holds()):
+        kept = self._kept or _Kept(guard())
+        if not (before.guard.holds() and kept.guard.holds()):
             return
-        if len(self._programs) >= self.LIMIT:
-            self._programs.clear()
-        self._guard, self._generation = guard_of_all, before.generation
-        self._programs[signature(x)] = program
+        if len(kept.programs) >= self.LIMIT:
+            kept.programs.clear()
+        kept.programs[signature(x)] = program
+        kept.generation = before.generation
+        self._kept = self._kept or kept
 
     def bind(
         self,
@@ -119,9 +129,8 @@ class Programs:
         if following is not None and found[0].ends.ahead is not None:
             runners.append(following[0])
             modules, tensors = everything
-        if self._guard is None or not self._watched.issuperset(modules[1:]):  # a guard of all these is to be made
-            self._guard, self._watched = None, set(modules[1:])
-            self._programs.clear()
+        if self._kept is None or not self._watched.issuperset(modules[1:]):  # a guard of all these is to be made
+            self._kept, self._watched = None, set(modules[1:])
         all_modes = any(runner.eval_only for runner in runners)
         self.keep(x, found[0], before, lambda: Guard(modules, tensors, all_modes))
         return found

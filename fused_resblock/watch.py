@@ -20,12 +20,17 @@ from .swap import Swapped
 from .touched import listen, now, when
 
 _VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
-_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "ceil_mode", "return_indices")
+_SETTINGS = (
+    *("stride", "padding", "dilation", "groups", "padding_mode"),
+    *("kernel_size", "ceil_mode", "return_indices", "inplace"),
+)
 #: what a layer may hold in its `__dict__`: settings, what `fuse` left there, tensors that are no parameters or buffers
 _WATCHED = (
     *("eps", *_SETTINGS, "output_size", "_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel"),
     *("weight", "bias", "running_mean", "running_var"),
 )
+#: the layers that may be in a plan and have settings that it depends on
+_PLANNED = (nn.Conv2d, nn.MaxPool2d, nn.ReLU)
 _OF_ANY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"}
 
 
@@ -65,8 +70,7 @@ class Watch:
         inner = modules[1:]
         self._children = [(m._modules, name, child, type(child)) for m in modules for name, child in m._modules.items()]
         self._sizes = [(m._modules, len(m._modules)) for m in modules]
-        self._planned = [(m, _planned_settings(m)) for m in inner if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
-        self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
+        self._planned = [(m, _planned_settings(m)) for m in inner if isinstance(m, _PLANNED)]
         self._inner = inner
         own = [m.__dict__ for m in inner if _asks_itself(m)]
         self._own = [(d, len(d), [(name, value) for name, value in d.items() if name != "training"]) for d in own]
@@ -89,7 +93,7 @@ class Watch:
 
     def obstacle(self) -> str | None:
         """Why inner modules must be called one by one; None when they need not."""
-        if any(self._hooks):
+        if any(map(leaves.hooked, self._inner)):
             return "hooks on inner modules"
         if any(map(leaves.replaced, self._inner)):
             return "the forward of an inner module is overridden on the instance"
@@ -130,7 +134,6 @@ class Guard:
         self._sized = [m._modules for m in modules if not leaves.is_leaf(m)]
         self._sized += own
         self._sizes = list(map(len, self._sized))
-        self._hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
         self._attributes = [m.__dict__ for m in inner]
         self._convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
         self._collections = _collections(modules)
@@ -140,9 +143,10 @@ class Guard:
         self._now = now()
         self._when = list(map(when, self._tensors))
         self._states = self._states_now()
-        self._words = words(self._tensors)
+        self._words, self._storages = words(self._tensors)
         # one copy touches them all at once; one after the other they would be as many misses of the cache in a row
-        touched = (*self._places, *self._values, *inner, *self._hooks, *self._attributes, *self._tensors, *self._words)
+        hooks = [hooks for m in inner for hooks in leaves.hook_dicts(m)]
+        touched = (*self._places, *self._values, *inner, *hooks, *self._attributes, *self._tensors, *self._words)
         self._touched = list({id(thing): thing for thing in touched}.values())
         self._seen = read(self._words)
 
@@ -173,7 +177,7 @@ class Guard:
         return (
             list(map(type, self._modules)) == self._types
             and list(map(len, self._sized)) == self._sizes
-            and not any(self._hooks)
+            and not any(any(map(dict.get, self._attributes, repeat(name))) for name in leaves.HOOKS)
             and not any(map(contains, self._attributes, repeat("forward")))
             and not any(map(contains, self._convs, repeat("_conv_forward")))
             and not nn.modules.module._has_any_global_hook()

@@ -84,6 +84,12 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/network.py": [
         (
+            "an attribute of a network that is deleted",
+            'super().__delattr__(name)\n        self.__dict__["_fused_stale"] = True',
+            "super().__delattr__(name)",
+            "tests/test_edits_by_hand.py::test_attribute_of_a_network_deleted",
+        ),
+        (
             "a stem with something between",
             "if list(end.users) != [end.next] or end.next.target != following:\n                return False\n            end = end.next",
             "if [node.target for node in end.users] != [following]:\n                return False\n            end = next(iter(end.users))",

@@ -64,7 +64,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/programs.py": [
         (
             "frozen for ever",
-            "known = frozen and self._generation == now",
+            "known = frozen and kept.generation == now",
             "known = frozen",
             "tests/test_frozen.py::test_what_ends_the_promise[load_state_dict of a block]",
         ),
@@ -82,8 +82,8 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a guard that watches less is kept",
-            "if self._guard is None or not self._watched.issuperset(modules[1:]):",
-            "if self._guard is None:",
+            "if self._kept is None or not self._watched.issuperset(modules[1:]):",
+            "if self._kept is None:",
             "tests/test_handover_changes.py::test_a_hook_that_came_and_went",
         ),
     ],
@@ -108,13 +108,13 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a head of the tensor before an edit",
-            "return y._version, y.data_ptr(), y.stride(), stream, *read(words([y]))",
+            "return y._version, y.data_ptr(), y.stride(), stream, *read(words([y])[0])",
             "return y.data_ptr(), y.stride(), stream",
             "tests/test_handover.py::test_only_the_very_tensor_has_a_head[edited in place-no_grad]",
         ),
         (
             "edits that are not recorded",
-            "stream, *read(words([y]))",
+            "stream, *read(words([y])[0])",
             "stream",
             "tests/test_handover.py::test_only_the_very_tensor_has_a_head[edited through NumPy-no_grad]",
         ),
@@ -214,8 +214,8 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/backends/folding.py": [
         (
             "cache ignores the version",
-            "(id(t), t._version, when(t), t.data_ptr(), t.stride())",
-            "(id(t), when(t), t.data_ptr(), t.stride())",
+            "(id(t), t._version, when(t), ",
+            "(id(t), when(t), ",
             "tests/test_mutants.py::test_edit_of_one_number_is_seen[onednn]",
         ),
         (

@@ -27,7 +27,7 @@ def fresh_compiler():
 @pytest.fixture
 def unsampled(monkeypatch):
     """No samples of weights are compared, as on a GPU."""
-    monkeypatch.setattr(folding, "words", lambda parts: [])
+    monkeypatch.setattr(folding, "words", lambda parts: ([], []))
 
 
 def cached(function, *args) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -22,6 +23,14 @@ def test_text_stands_exactly_once(mutant):
     for killer in mutant.killers:
         file, _, test = killer.partition("::")
         assert f"def {test.split('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_no_part_of_the_table_hides_another():
+    every = {(mutant.file, mutant.name) for mutant in MUTANTS}
+    for path in sorted((ROOT / "tests").glob("mutants_*.py")):
+        module = importlib.import_module(path.stem)
+        parts = [value for name, value in vars(module).items() if name.isupper() and isinstance(value, dict)]
+        assert all((file, name) in every for part in parts for file, faults in part.items() for name, *_ in faults)
 
 
 def test_names_are_unique_in_a_file():

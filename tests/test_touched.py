@@ -20,7 +20,7 @@ from fused_resblock.reference import BasicBlock, Bottleneck
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     for module in (folding, watch):
-        monkeypatch.setattr(module, "words", lambda tensors: [])
+        monkeypatch.setattr(module, "words", lambda tensors: ([], []))
 
 
 def check(model: nn.Module, x: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -61,9 +61,10 @@ def keep(value: object) -> None:
         kept.append(value)
 
 
-def _stamp(parts: Parts) -> tuple[Any, ...]:
+def _stamp(parts: Parts, places: Sequence[int]) -> tuple[Any, ...]:
     """Identity, version and place of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
-    return tuple(None if t is None else (id(t), t._version, when(t), t.data_ptr(), t.stride()) for t in parts)
+    stamp = (None if t is None else (id(t), t._version, when(t), t.storage_offset(), t.stride()) for t in parts)
+    return *places, *stamp
 
 
 class _Entry(NamedTuple):
@@ -99,8 +100,9 @@ class TensorCache:
             return compute()
         head = parts[0]
         assert head is not None
+        held = [t.untyped_storage() for t in parts if t is not None]  # until words of it are read: others may let it go
         try:
-            stamp = (settings, head.shape, *_stamp(parts))
+            stamp = (settings, head.shape, *_stamp(parts, [storage.data_ptr() for storage in held]))
         except RuntimeError:  # inference tensors carry no version: nothing tells when they change
             return compute()
         key = id(head)
@@ -108,11 +110,12 @@ class TensorCache:
         if entry is not None and entry.stamp == stamp and read(entry.words) == entry.seen:
             return entry.value
         listen()
-        sampled = words(parts)
+        sampled, sources = words(parts)
         seen = read(sampled)  # before what is computed: another thread may be editing
+        del sources
         value = compute()
         entries = self._entries
-        storages = [weakref.ref(t.untyped_storage(), lambda _: entries.pop(key, None)) for t in parts if t is not None]
+        storages = [weakref.ref(storage, lambda _: entries.pop(key, None)) for storage in held]
         entries[key] = _Entry(stamp, sampled, seen, value, storages)
         if len(entries) > self.LIMIT:
             entries.pop(next(iter(entries)))
