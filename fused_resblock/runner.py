@@ -91,15 +91,17 @@ class BoundStep:
         self.residual_norm = None if step.residual_norm is None else block.get_submodule(step.residual_norm)
 
     def arguments(self, values: Sequence[Tensor], autocast: bool) -> Arguments | None:
-        """The operation on the values before it; None if the terms of its add differ in shape.
+        """The operation on the values before it; None if the terms of its add differ in shape, or nothing is left.
 
-        They may broadcast, which no kernel does.
+        Terms may broadcast, which no kernel does; of an image smaller than the filter torch says what is wrong.
         """
         step = self.step
         x = values[step.main.source]
         conv = None if self.main.conv is None else self.main.tensors(x, autocast)
         norm = self.main.batch_norm() if conv is None else None
         shape = tuple(x.shape) if conv is None else conv.output_shape(x)
+        if not torch.compiler.is_compiling() and min(shape[2:]) < 1:
+            return None
         other = branch = None
         if step.residual is not None:
             other = values[step.residual]
