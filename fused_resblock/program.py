@@ -93,13 +93,12 @@ def _reads(step: Step) -> list[int]:
     return [step.main.source] if other is None else [step.main.source, other]
 
 
-def last_reads(blocks: Sequence[tuple[Runner, str]]) -> dict[int, int]:
+def last_reads(runners: Sequence[Runner]) -> dict[int, int]:
     """For each value of a chain the number of the last operation that reads it."""
-    last, base, number = {}, 0, 0
-    for runner, _ in blocks:
-        for step in runner.steps:
+    last, base = {}, 0  # the number of a block's input, and of its first operation
+    for runner in runners:
+        for number, step in enumerate(runner.steps, base):
             last.update({base + value: number for value in _reads(step.step)})
-            number += 1
         base += len(runner.steps)
     return last
 
@@ -122,7 +121,7 @@ class _Chain:
         self.operations: list[Operation] = []
         runners = [runner for runner, _ in blocks]
         self._result = sum(len(runner.steps) for runner in runners)
-        self._last_read = {**last_reads(blocks), self._result: NEVER}
+        self._last_read = {**last_reads(runners), self._result: NEVER}
         self._force = bool(stage_kernel)
         self._following = following
         self._tails = {} if stage_kernel is None else find_tails(runners, self._last_read, following)

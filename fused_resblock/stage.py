@@ -124,9 +124,10 @@ def kernel_state(stage: nn.Sequential) -> str:
     """
     if not stage.__dict__.get("_fused_kernel"):
         return ""
-    blocks: list[Any] = [(block.runner(), block._fused_backend) for block in stage]  # type: ignore[operator]
-    tails = find_tails([runner for runner, _ in blocks], last_reads(blocks))
-    backend = backends.check_name(blocks[0][1])
+    blocks: Any = stage
+    runners = [block.runner() for block in blocks]
+    tails = find_tails(runners, last_reads(runners))
+    backend = backends.check_name(blocks[0]._fused_backend)
     obstacles = [_kernel_obstacle(tail, backend) for tail in tails.values()]
     count = obstacles.count(None)
     why = next((reason for reason in obstacles if reason is not None), "no 3x3 with an expand behind it")

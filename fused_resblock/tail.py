@@ -50,7 +50,7 @@ def find_tails(
         last_read: for each value of the chain the number of the last step that reads it; see `program.bind`.
         behind: a step that reads the last block's result, if one is known.
     """
-    found, first, base = {}, 0, 0
+    found, base = {}, 0  # the number of a block's input, and of its first step
     for place, runner in enumerate(runners):
         following = runners[place + 1].steps[0] if place + 1 < len(runners) else behind
         steps = runner.steps
@@ -59,12 +59,10 @@ def find_tails(
             inner = len(steps) - 1  # the value, within the block, between the two
             source = expand.shortcut.source if expand.shortcut is not None else expand.step.residual
             assert source is not None
-            alone = last_read[base + inner] == first + len(steps) - 1 and source != inner
+            alone = last_read[base + inner] == base + len(steps) - 1 and source != inner
             if alone and expand.main.source == inner:
                 reads_y = following is not None and _plain(following) and following.main.source == 0
                 reduce = following.main if following is not None and reads_y else None
-                number = first + len(steps) - 2
-                found[number] = Tail(conv.main, expand.main, base + source, expand.shortcut, reduce)
-        first += len(steps)
+                found[base + len(steps) - 2] = Tail(conv.main, expand.main, base + source, expand.shortcut, reduce)
         base += len(steps)
     return found
