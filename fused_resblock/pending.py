@@ -20,9 +20,12 @@ from torch.utils import _pytree as pytree
 
 from . import dispatch
 from .program import Program
+from .recorder import Recorder
 from .swap import own_class
 
-_made: ContextVar[list[weakref.ref[Pending]] | None] = ContextVar("made", default=None)
+_made: Recorder[weakref.ref[Pending]] = Recorder("made")
+#: whether this is within a `scope`
+allowed = _made.active
 _every: ContextVar[bool] = ContextVar("every", default=False)
 
 
@@ -34,25 +37,20 @@ def scope(every: bool = False) -> Iterator[None]:
         every: leave also that pending which takes no more time apart.
     """
     made: list[weakref.ref[Pending]] = []
-    token, token_every = _made.set(made), _every.set(every)
+    token = _every.set(every)
     failed = True
     try:
-        yield
+        with _made.recording(made):
+            yield
         failed = False
     finally:
-        _made.reset(token)
-        _every.reset(token_every)
+        _every.reset(token)
         errors = contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext()  # the first is to be seen
         for reference in made:
             pending = reference()
             if pending is not None:
                 with errors:
                     pending.value()
-
-
-def allowed() -> bool:
-    """Whether this is within a `scope`."""
-    return _made.get() is not None
 
 
 def every() -> bool:
@@ -86,9 +84,8 @@ class Pending(Tensor):
         self._seen = None if x.is_inference() else x._version
         self._inference = torch.is_inference_mode_enabled()
         self.computed: Tensor | None = None
-        made = _made.get()
-        assert made is not None
-        made.append(weakref.ref(self))
+        assert allowed()
+        _made.note(weakref.ref(self))
 
     def program(self, module: nn.Module) -> Program | None:
         """What computes the whole chain, if that is known and the module is the one that is expected next."""

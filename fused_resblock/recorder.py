@@ -21,14 +21,18 @@ class Recorder(Generic[T]):
         self._noted: ContextVar[list[T] | None] = ContextVar(name, default=None)
 
     @contextmanager
-    def recording(self) -> Iterator[list[T]]:
-        """Within this context what is noted goes into the list."""
-        noted: list[T] = []
+    def recording(self, noted: list[T] | None = None) -> Iterator[list[T]]:
+        """Within this context what is noted goes into the list, a new one where none is given."""
+        noted = [] if noted is None else noted
         token = self._noted.set(noted)
         try:
             yield noted
         finally:
             self._noted.reset(token)
+
+    def current(self) -> list[T] | None:
+        """The list of `recording`, None if this is not within one."""
+        return self._noted.get()
 
     def active(self) -> bool:
         """Whether this is within `recording`."""

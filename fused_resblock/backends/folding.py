@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..params import BatchNorm, Conv
+from ..recorder import Recorder
 from ..sampling import read, words
 from ..touched import listen, when
 
@@ -36,29 +37,13 @@ def bypassed() -> bool:
     return _bypass.get()
 
 
-_kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
-
-
-@contextmanager
-def keeping(kept: list[object]) -> Iterator[None]:
-    """Within this context all that kernels are given besides activations is appended to `kept`, to stay in memory."""
-    token = _kept.set(kept)
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-
-
-def kept() -> list[object] | None:
-    """The list of `keeping`, None if this is not within one."""
-    return _kept.get()
-
-
-def keep(value: object) -> None:
-    """Append a value to the list of `keeping`, if this is within one."""
-    kept = _kept.get()
-    if kept is not None:
-        kept.append(value)
+_kept: Recorder[object] = Recorder("kept")
+#: a context: within it all that kernels are given besides activations is put into a list, to stay in memory
+keeping = _kept.recording
+#: put a value into that list, if this is within such a context
+keep = _kept.note
+#: the list, None if this is not within such a context
+kept = _kept.current
 
 
 def _stamp(parts: Parts, places: Sequence[int]) -> tuple[Any, ...]:
