@@ -91,17 +91,17 @@ def allocated(call: Callable[[], object]) -> tuple[int, int]:
     return now, most
 
 
-def count(network: str, batch: int, kind: str, dtype: torch.dtype = torch.float16) -> tuple[float, float]:
-    """MiB that a network's forward takes at its peak besides weights and images, and those held between calls.
+def count(network: str, batch: int, kind: str) -> tuple[float, float]:
+    """MiB that a network's forward in fp16 takes at its peak besides weights and images, and those held between calls.
 
     `kind` is "eager", "fused" or "frozen".
     """
     with torch.device("meta"):
-        model = build(network).eval().to(dtype)
+        model = build(network).eval().to(torch.float16)
     backends.clear_caches()
     gc.collect()  # what is freed later is this network's own
     model = model.to_empty(device="cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.empty(batch, 3, SIZE, SIZE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.empty(batch, 3, SIZE, SIZE, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     with nothing_computed(), torch.no_grad():
         if kind != "eager":
             model = frb.fuse(model, inplace=True, frozen=kind == "frozen")

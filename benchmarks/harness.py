@@ -17,6 +17,8 @@ from fused_resblock.machine import other_busy_seconds
 #: the largest exact value is allowed on top, for the case where PyTorch happens to be exact.
 SLACK, FLOOR = 2.0, 1e-6
 WARM_UP = 3
+#: the provider whose error sets the bound of all
+BASELINE = "eager"
 
 Call = Callable[[Tensor], Tensor]
 
@@ -155,8 +157,6 @@ def compare(
     exact: Tensor,
     *,
     rounds: int,
-    warm_up: int = WARM_UP,
-    baseline: str = "eager",
     clock: Callable[[], int] = perf_counter_ns,
     tick: Callable[[], object] = _nothing,
 ) -> list[Outcome]:
@@ -166,19 +166,18 @@ def compare(
     an `Outcome` with the reason and without times.
 
     Args:
-        providers: name -> what makes the callable, `baseline` among them; all runs under `torch.no_grad()`.
+        providers: name -> what makes the callable, `BASELINE` among them; all runs under `torch.no_grad()`.
         x: the input of each.
         exact: the right output, in float64.
-        rounds, warm_up, clock, tick: see `time_in_turns`.
-        baseline: the provider whose error sets the bound.
+        rounds, clock, tick: see `time_in_turns`.
 
     Raises:
-        RuntimeError: if the baseline's output is not finite: nothing can be held against it.
+        RuntimeError: if the output of `BASELINE` is not finite: nothing can be held against it.
     """
     before = x.clone()
-    same_dtype = providers[baseline]()(x)
+    same_dtype = providers[BASELINE]()(x)
     if not (torch.isfinite(same_dtype).all() and torch.isfinite(exact).all()):
-        raise RuntimeError(f"{baseline} must give finite numbers, got {same_dtype.isnan().sum()} NaN")
+        raise RuntimeError(f"{BASELINE} must give finite numbers, got {same_dtype.isnan().sum()} NaN")
     calls: dict[str, Callable[[], object]] = {}
     verdicts: dict[str, tuple[str | None, float | None, float | None]] = {}
     for name, make in providers.items():
@@ -194,6 +193,6 @@ def compare(
         if verdicts[name][0] is None:
             calls[name] = lambda call=call: call(x)  # type: ignore[misc]
     disturbance = Disturbance()
-    spreads = time_in_turns(calls, rounds=rounds, warm_up=warm_up, clock=clock, tick=tick)
+    spreads = time_in_turns(calls, rounds=rounds, clock=clock, tick=tick)
     others = disturbance.cores()
     return [Outcome(name, spreads.get(name), *verdicts[name], others) for name in providers]

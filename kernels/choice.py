@@ -68,9 +68,9 @@ def chip_of(gpu: Gpu) -> Ceilings:
     )
 
 
-def power_of_two(value: int, low: int, high: int) -> int:
-    """The smallest power of two that is >= value, kept within [low, high]."""
-    return min(high, max(low, 1 << max(0, value - 1).bit_length()))
+def power_of_two(value: int, high: int) -> int:
+    """The smallest power of two that is >= value, kept within [16, high]."""
+    return min(high, max(16, 1 << max(0, value - 1).bit_length()))
 
 
 def _spills_with_3_9(gemm: Gemm, itemsize: int) -> bool:
@@ -101,8 +101,8 @@ def candidates(
     if tma and not second and takes_halo(gemm, itemsize, gpu):
         yield HALO
     shared = chip_of(gpu).shared
-    width = power_of_two(gemm.n // gemm.groups, 16, 256)
-    block_k = power_of_two(gemm.k // gemm.groups, 16, 128 // itemsize)
+    width = power_of_two(gemm.n // gemm.groups, 256)
+    block_k = power_of_two(gemm.k // gemm.groups, 128 // itemsize)
     for block_m, block_n, warps in SHAPES:
         if block_n > max(width, 32) or (gpu.capability // 10 == 10 and block_n > 64):
             continue

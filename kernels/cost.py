@@ -121,9 +121,9 @@ def conv_bn_act_cost(
     return cost
 
 
-def halo_l2(pixels: int, filters: int, programs: int, rows: int = 8) -> int:
-    """Bytes that `halo` loads: boxes of `rows` rows three times, each with a row above and below, filters a program."""
-    return pixels * 3 * (rows + 2) // rows + programs * filters
+def halo_l2(pixels: int, filters: int, programs: int) -> int:
+    """Bytes that `halo` loads: boxes of 8 rows three times, each with a row above and below, filters a program."""
+    return pixels * 3 * (8 + 2) // 8 + programs * filters
 
 
 def conv_halo_cost(gemm: Gemm, itemsize: int, programs: int, *, residual: bool = False) -> Cost:
@@ -135,9 +135,9 @@ def conv_halo_cost(gemm: Gemm, itemsize: int, programs: int, *, residual: bool =
     return Cost(gemm.dram(itemsize) + epilogue, loaded + epilogue, gemm.flops)
 
 
-def elementwise_cost(elements: int, itemsize: int, reads: int, writes: int = 1) -> Cost:
-    """Cost of a pass that reads and writes tensors of `elements` each."""
-    moved = elements * itemsize * (reads + writes)
+def elementwise_cost(elements: int, itemsize: int, reads: int) -> Cost:
+    """Cost of a pass that reads some tensors of `elements` each and writes one."""
+    moved = elements * itemsize * (reads + 1)
     return Cost(moved, moved, 0)
 
 

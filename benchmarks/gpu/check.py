@@ -64,15 +64,17 @@ def others(context: Context) -> Iterator[Job]:
 class Oracle:
     """The operation of a shape, its exact result and torch's own, for the shapes seen last."""
 
-    def __init__(self, device: str, keep: int = 8) -> None:
-        self._device, self._keep = device, keep
+    LIMIT = 8
+
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._known: dict[tuple[ConvShape, int, str], tuple] = {}
 
     def of(self, shape: ConvShape, images: int, dtype_name: str) -> tuple:
         """(operation, torch's result in its dtype as `own` gives it, the exact result)."""
         key = shape, images, dtype_name
         if key not in self._known:
-            while len(self._known) >= self._keep:
+            while len(self._known) >= self.LIMIT:
                 del self._known[next(iter(self._known))]
             with precision(dtype_name) as dtype, torch.no_grad():
                 operation = build(shape, images, dtype, self._device)

@@ -72,8 +72,8 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
     gemm, second = gemms_of(arguments[0], arguments[1], arguments[3])
     residual = shape.residual
     shared = chip_of(gpu).shared
-    width = power_of_two(gemm.n // gemm.groups, 16, 256)
-    block_k = power_of_two(gemm.k // gemm.groups, 16, 128 // item)
+    width = power_of_two(gemm.n // gemm.groups, 256)
+    block_k = power_of_two(gemm.k // gemm.groups, 128 // item)
 
     def fits(tile: Tile) -> int:
         return resident_programs(tile, item, shared, residual=residual, second=second is not None)

@@ -114,7 +114,7 @@ class TensorCache:
         return len(self._entries)
 
 
-def scale_shift(norm: BatchNorm, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def scale_shift(norm: BatchNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """scale = weight / sqrt(var + eps) and shift = bias - mean * scale, each `[C]` in `dtype`."""
     scale = torch.rsqrt(norm.var.to(dtype) + norm.eps)
     if norm.weight is not None:
