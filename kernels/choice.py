@@ -63,9 +63,8 @@ def chip_of(gpu: Gpu) -> Ceilings:
     nearest = max((known for known in CHIPS if known <= gpu.capability), default=80)
     chip = CHIPS[nearest]
     share = gpu.multiprocessors / chip.multiprocessors
-    return Ceilings(
-        chip.name, chip.dram * share, chip.l2 * share, chip.matrix * share, gpu.multiprocessors, chip.shared
-    )
+    rates = {"dram": chip.dram * share, "l2": chip.l2 * share, "matrix": chip.matrix * share}
+    return replace(chip, multiprocessors=gpu.multiprocessors, **rates)
 
 
 def power_of_two(value: int, high: int) -> int:
@@ -124,14 +123,12 @@ def candidates(
             tile = Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=int(tma))
             resident = resident_programs(tile, itemsize, shared, residual=residual, second=second)
             if resident:
-                if tma:
-                    tile = Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=resident)
-                yield tile
+                yield replace(tile, persistent=resident if tma else 0)
                 if tma or one_by_one:  # the rest split the loop
                     continue
                 for split in SPLITS[1:]:
                     if gemm.steps(tile) >= 4 * split:
-                        yield Tile(block_m, min(block_n, width), block_k, warps, stages, split)
+                        yield replace(tile, split_k=split)
 
 
 def takes_halo(gemm: Gemm, itemsize: int, gpu: Gpu) -> bool:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .bn_act import bind_bn_act
 from .dependent import wait_for_input
-from .epilogue import eps_of, nan_relu, scale_shift, strided_rows, vectors
+from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift, strided_rows
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .tiles import Tile
 
@@ -190,18 +190,14 @@ def bind_conv_bn_act(x, conv, other, epilogue, tile: Tile):
     m = n * p * q
     branch = epilogue.shortcut
     split = tile.split_k if branch is None else 1
-    weight2, bias2, norm2 = (None, None, None) if branch is None else branch[:3]
+    weight2, norm2 = (None, None) if branch is None else (branch.weight, branch.norm)
     h2, w2 = (1, 1) if other is None else other.shape[2:]
     launch = Launch(
         _conv_bn_act_kernel,
         (triton.cdiv(m, tile.block_m) * triton.cdiv(k // groups, tile.block_n) * groups, split),
         (
-            conv.weight,
-            conv.bias,
-            *vectors(conv.norm),
-            weight2,
-            bias2,
-            *vectors(norm2),
+            *(conv.weight, *layer_vectors(conv)),
+            *(weight2, *layer_vectors(branch)),
             *(m, h, w, p, q, h2, w2),
             *(c, k // groups, 1 if branch is None else branch.weight.shape[1], groups, r, s),
             *(*conv.stride, *conv.padding, *conv.dilation),

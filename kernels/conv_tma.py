@@ -15,7 +15,7 @@ import triton.language as tl
 from .boxes import Descriptors, choose_box, image_box, matrix_box, tiles_of, unaligned
 from .conv_bn_act import bind_conv_bn_act
 from .dependent import wait_for_input
-from .epilogue import eps_of, nan_relu, scale_shift, vectors
+from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .gpu import gpu_of
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .tiles import Tile
@@ -192,10 +192,8 @@ def bind_conv_tma(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fal
         (
             matrix_box(conv.weight, k, r * s * c, (tile.block_n, block_k)),
             None if branch is None else matrix_box(branch.weight, k, channels2, (tile.block_n, block_k)),
-            conv.bias,
-            *vectors(conv.norm),
-            None if branch is None else branch.bias,
-            *vectors(norm2),
+            *layer_vectors(conv),
+            *layer_vectors(branch),
             *tiles,
             *(c, k // conv.groups, channels2, conv.groups, r, s, conv.stride[0] - 1, *conv.padding, *conv.dilation),
             *(eps_of(conv.norm), eps_of(norm2), branch is not None, epilogue.relu),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .dependent import wait_for_input
-from .epilogue import eps_of, nan_relu, scale_shift, strided_rows, vectors
+from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift, strided_rows
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .tail_call import tail_call
 from .tiles import StageTile
@@ -257,4 +257,4 @@ def bind_expand_shift(h, conv, expand, other, shortcut, reduce, tile: StageTile,
 
 def _parameters(conv):
     """Weight, bias and the norm's vectors, None each where they are absent."""
-    return (None,) * 6 if conv is None else (conv.weight, conv.bias, *vectors(conv.norm))
+    return (None if conv is None else conv.weight, *layer_vectors(conv))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .dependent import wait_for_input
-from .epilogue import eps_of, nan_relu, scale_shift, vectors
+from .epilogue import eps_of, layer_vectors, nan_relu, scale_shift
 from .gpu import gpu_of
 from .launch import Launch, accumulator, dot_precision, interpreted
 from .pool import is_stem_pool
@@ -254,7 +254,7 @@ def bind_stem(x, conv, packed, tile: StemTile | None = None):
         x.device,
         num_warps=4,
     )
-    norm = conv.bias, *vectors(conv.norm)
+    norm = layer_vectors(conv)
     sizes = p, q, p2, q2, rows_in, columns_in
     if tile is None and _on_hopper(x, packed):
         from .stem_hopper import launch_of

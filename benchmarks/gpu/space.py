@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -92,7 +93,7 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
                 resident = fits(tile)
                 wide = block_n > max(64, width)
                 if resident and not wide and refusal(*arguments, tile) is None:
-                    yield Tile(block_m, min(block_n, width), block_k, warps, stages, persistent=min(4, resident))
+                    yield replace(tile, persistent=min(4, resident))
     steps = gemm.steps(Tile(64, 64, block_k, 4, 1))
     for block_m, block_n, warps in POINTERS:
         for stages in (3, 1) if steps > 1 or second is not None else (1,):
