@@ -1,10 +1,11 @@
 """What a chip's ceilings allow each block and network, and what our plan should take: `python -m benchmarks.roofline`.
 
-Three floors a block: eager (every operation reads and writes memory), per-conv (every convolution fused with what
-follows it, the best that fusion conv by conv can do), and whole (a block that reads its input and writes its output
-once). Beside them the prediction for our kernels with the tiles that the heuristic picks. Ceilings come from the
-`ceilings.json` of a measured chip in `benchmarks/results/` (`make gpu-check`), and what was measured from the
-`bench.csv` beside it; with `--assumed`, or without such a file, from `NOMINAL`, which no run of this code measured.
+Four floors a block: eager (every operation reads and writes memory), per-conv (every convolution fused with what
+follows it, the best that fusion conv by conv can do), stage (a block's tail and the next one's head as one kernel) and
+whole (a block that reads its input and writes its output once). Beside them the prediction for our kernels with the
+tiles that the heuristic picks. Ceilings come from the `ceilings.json` of a measured chip in `benchmarks/results/`
+(`make gpu-check`), and what was measured from the `bench.csv` beside it; with `--assumed`, or without such a file, from
+`NOMINAL`, which no run of this code measured.
 """
 
 from __future__ import annotations

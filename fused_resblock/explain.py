@@ -39,7 +39,7 @@ class BlockReport(NamedTuple):
 
 
 class PartReport(NamedTuple):
-    """A stem, a stage run as one chain, or a fast head: its name, its modules, whether it is so now, and why."""
+    """A stem, a chain of blocks, a frozen network or a fast head: name, modules, whether it is so now, and why."""
 
     name: str
     modules: str

@@ -62,7 +62,7 @@ class Watch:
     """Notices what a plan cannot see: modules replaced by hand, hooks and forwards added after fusing.
 
     Args:
-        root: a block, or a chain of blocks.
+        root: a block.
     """
 
     def __init__(self, root: nn.Module) -> None:

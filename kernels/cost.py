@@ -22,7 +22,7 @@ LATENCY = 0.36e-6
 class Ceilings:
     """Rates of a chip: bytes a second of device memory and of L2, matrix operations a second, multiprocessors.
 
-    `shared` is the shared memory of a multiprocessor in bytes, of which a program's share also counts `registers`.
+    `shared` is the shared memory of a multiprocessor in bytes.
     """
 
     name: str

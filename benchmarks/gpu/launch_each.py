@@ -54,7 +54,7 @@ TINY_TAILS_OF_CHIP = (
 
 
 def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch: the ResNet-50 and ResNet-18 convolutions at batch 32 in fp16, then the elementwise kernels."""
+    """Name and launch: convolutions of ResNet-50 and 18, tails, stem, elementwise kernels, at batch 32 in fp16."""
     shapes = TINY if tiny else (*bottleneck_shapes(), *basic_shapes())
     dtype, batch = (torch.float32, 3) if device == "cpu" else (torch.float16, 3 if tiny else BATCH)
     for shape in shapes:

@@ -109,7 +109,7 @@ class Operation:
         return [t for t in found if t is not None]
 
     def bytes(self) -> int:
-        """Every tensor read once and the output written once, as far as strides let pixels be skipped or not."""
+        """Bytes of all tensors that are read, those that a stride skips included, and of the output."""
         out = self.conv.output_shape(self.x)
         return sum(t.nbytes for t in self.tensors()) + self.x.element_size() * out[0] * out[1] * out[2] * out[3]
 

@@ -14,7 +14,7 @@ from . import eager
 
 
 class Asked(NamedTuple):
-    """A fused convolution; or, with three or four layers, a bottleneck's tail and the next one's head.
+    """A fused convolution; or, with two or three layers, a bottleneck's tail and the next one's head.
 
     Attributes:
         size: of x, `[N, C, H, W]`.

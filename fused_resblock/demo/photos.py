@@ -41,7 +41,8 @@ def errors(model: nn.Module, eager: Tensor, fused: Tensor, x: Tensor) -> dict[st
     Returns:
         `max_abs_error` and `max_rel_error` (that over the largest output) of fused against eager; `eager_error` and
         `fused_error`, the largest absolute errors against float64; `parity`, whether the latter keeps to
-        `SLACK` and `ROUNDINGS`; `same_top1`, how many images have the same largest output.
+        `SLACK` and `ROUNDINGS`; `same_top1`, how many images have the same largest output, and `top1`, which that is
+        for each image in fused.
     """
     eager, fused = eager.double(), fused.double()
     with torch.no_grad():
