@@ -29,7 +29,7 @@ from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 from fused_resblock.params import Affine, Conv
 
 from .gpu import space
-from .gpu.operations import build
+from .gpu.operations import build, precision
 from .kernel_table import KEY, Kept, Row, key_of, read, read_kept, table_of, write
 from .offline import CHIPS, compiling_for, inspect
 from .other_triton import run_with
@@ -202,16 +202,12 @@ def compile_job(job: Job, kept: Kept | None = None) -> tuple[str, Row]:
     Only a job that is made from something else than its kept row is compiled.
     """
     name, row = (kept or {}).get(key_of(job), (None, {}))
-    allow_tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = True
     try:
-        with compiling_for(job.capability) as compiled, not_again(name):
+        with precision(job.dtype), compiling_for(job.capability) as compiled, not_again(name):
             job.launch()
     except Unchanged:
         assert name is not None
         return name, row
-    finally:
-        torch.backends.cudnn.allow_tf32 = allow_tf32
     # the last of its name: a branch may have a launch of its own before it
     *_, kernel = (k for name, k in compiled if name == f"_{job.kernel}_kernel")
     facts = inspect(kernel, CHIPS[job.capability])

@@ -25,10 +25,10 @@ class Goal:
     parts: tuple[str, ...]
 
     def __str__(self) -> str:
-        names = [f"{self.network} {_either(self.dtypes)}, batch {_either(self.batches)}, {_either(self.parts)}"]
+        cases = f"{self.network} {_either(self.dtypes)}, batch {_either(self.batches)}, {_either(self.parts)}"
         if self.measure == "speedup_vs_eager":
-            return f"{names[0]}: at least {self.limit}x as fast as eager"
-        return f"{names[0]}: frozen, at most {self.limit}x the time of compile"
+            return f"{cases}: at least {self.limit}x as fast as eager"
+        return f"{cases}: frozen, at most {self.limit}x the time of compile"
 
     @property
     def provider(self) -> str:

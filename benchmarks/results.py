@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from fused_resblock import machine
 
@@ -76,8 +77,8 @@ _FLOATS = {field.name for field in fields(Row) if field.type == "float | None"}
 
 def stamp() -> dict[str, object]:
     """The columns that say what a row was measured with; take it once, before the first result is written."""
-    told = machine.stamp()
-    features = machine.cpu_features()
+    told: dict[str, Any] = machine.stamp()
+    features = told["cpu_features"]
     return {
         "cpu": told["cpu"],
         "cpu_features": " ".join(features),
@@ -85,7 +86,7 @@ def stamp() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": told["threads"],
         "system": told["system"],
-        "malloc": " ".join(f"{name}={value}" for name, value in dict(told["malloc"]).items()),  # type: ignore[call-overload]
+        "malloc": " ".join(f"{name}={value}" for name, value in told["malloc"].items()),
         **{name: told[name] or "" for name in ("python", "torch", "triton", "fused_resblock", "commit")},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

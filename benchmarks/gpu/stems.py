@@ -111,7 +111,7 @@ def tune(context: Context, table: Records, dtype: str, batch: int) -> int:
                 ways: dict[str, Callable[[], Call]] = {"triton": lambda op=op: fused(op)}  # type: ignore[misc]
                 for name in ("cudnn", "eager"):
                     ways[name] = lambda op=op, name=name: apart(op, name)  # type: ignore[misc]
-                lost = {row["backend"] for row in table.rows(**{**key, "batch": str(batch)}, status="crash")}
+                lost = {row["backend"] for row in table.rows(**key, status="crash")}
                 for backend, bind in ways.items():
                     if backend in lost:
                         continue
@@ -135,7 +135,7 @@ def winners(context: Context, table: Records) -> list[dict[str, Any]]:
     """The fastest way of each stem that was timed: rows of a table."""
     found = []
     for dtype, batch, size in plan(context.quick):
-        rows = table.rows(dtype=dtype, case=f"{_case(size)}.{size}px", batch=str(batch), status="ok")
+        rows = table.rows(dtype=dtype, case=f"{_case(size)}.{size}px", batch=batch, status="ok")
         times = {row["backend"]: float(row["median_us"]) for row in rows if row["median_us"]}
         if times:
             backend = min(times, key=times.__getitem__)

@@ -225,7 +225,7 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
     for shape in (shape for kind, images, shape in plan(context.quick) if (kind, images) == (dtype, batch)):
         key = {"dtype": dtype, "case": shape.key(), "batch": batch}
         rows = verdicts.rows(kernel="expand_shift", dtype=dtype, case=shape.key(), status="ok")
-        met = {row["tile"] for row in table.rows(**{**key, "batch": str(batch)}) if row["backend"] == "stage"}
+        met = {row["tile"] for row in table.rows(**key) if row["backend"] == "stage"}
         new = [row for row in rows if row["tile"] not in met]
         if table.done(dtype, shape.key(), batch, "tail", "") and not new:
             continue
@@ -264,7 +264,7 @@ def winners(context: Context, table: Records) -> list[dict[str, Any]]:
     """For each tail that was timed whether the stage kernel is faster, and its fastest tile: rows of a table."""
     found = []
     for dtype, batch, shape in plan(context.quick):
-        rows = table.rows(dtype=dtype, case=shape.key(), batch=str(batch), status="ok")
+        rows = table.rows(dtype=dtype, case=shape.key(), batch=batch, status="ok")
         times = {(row["backend"], row["tile"]): float(row["median_us"]) for row in rows if row["median_us"]}
         stage = {tile: us for (backend, tile), us in times.items() if backend == "stage"}
         apart = times.get(("apart", ""))
