@@ -18,6 +18,7 @@ from . import leaves, nodes
 from .gates import gates as find_gates
 from .plan import Branch, Plan, Step, Unsupported
 from .proxies import RANDOM
+from .snapshot import CONSTANT
 from .swap import own_class
 from .tracing import graph_of, traced
 
@@ -141,7 +142,7 @@ class _Builder:
         if function is operator.getitem:
             return self._lower_slice(node)
         if node.op == "get_attr":
-            made = str(node.target).startswith("_tensor_constant")  # in the forward itself
+            made = str(node.target).startswith(CONSTANT)  # in the forward itself
             what = "a tensor" if made else f"the tensor {node.target}"
             raise Unsupported(f"its forward uses {what} outside of a layer")
         raise Unsupported(f"its forward calls {nodes.name(node)}, which is not a convolution, norm, ReLU or add")

@@ -59,17 +59,16 @@ def undone(mixin: type[Swapped], module: object) -> bool:
     return not isinstance(module, mixin)
 
 
-def undo(mixin: type[Swapped], module: nn.Module) -> bool:
-    """Give a module its former class back; False if its class was not made by a swap, or derived from one.
+def undo(mixin: type[Swapped], module: nn.Module) -> None:
+    """Give a module its former class back, unless its class was not made by a swap, or derived from one.
 
     What a mixin keeps in attributes of the module has names that begin with `_fused_`, and goes.
     """
     if not intact(mixin, module):
-        return False
+        return
     object.__setattr__(module, "__class__", base_class(type(module)))
     for attribute in [name for name in module.__dict__ if name.startswith("_fused_")]:
         del module.__dict__[attribute]
-    return True
 
 
 def _rebuild(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:
