@@ -236,7 +236,7 @@ def _conv_pair_kernel(
     tma.store_wait(0)
 
 
-def bind_conv_pair(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = False):
+def bind_conv_pair(x, conv, other, epilogue, tile: Tile):
     """Prepare `_conv_pair_kernel` for parameters and shapes; arguments and result are those of `bind_conv_bn_act`.
 
     A call with an activation that is no multiple of 16 bytes into its memory, and one in the interpreter, which knows
@@ -245,9 +245,8 @@ def bind_conv_pair(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fa
     Args:
         x, conv, other, epilogue: see `bind_conv_bn_act`; `ring.refusal` must be None.
         tile: `num_stages` are the ring's; `persistent` programs a multiprocessor.
-        overwrite: has no meaning here, there is no residual.
     """
-    stand_in = bind_conv_tma(x, conv, other, epilogue, by_boxes(tile), overwrite=overwrite)
+    stand_in = bind_conv_tma(x, conv, other, epilogue, by_boxes(tile))
     if interpreted():
         return stand_in
     branch = epilogue.shortcut

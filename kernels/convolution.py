@@ -98,7 +98,7 @@ def bind_convolution(x, conv, other, epilogue, tile: Tile | None = None, *, over
             return bind_conv_ring(x, conv, other, epilogue, tile, overwrite=overwrite)
         from .conv_pair import bind_conv_pair
 
-        return bind_conv_pair(x, conv, other, epilogue, tile, overwrite=overwrite)
+        return bind_conv_pair(x, conv, other, epilogue, tile)
     if tile.persistent:
         return bind_conv_tma(x, conv, other, epilogue, tile, overwrite=overwrite)
     return bind_conv_bn_act(x, conv, other, epilogue, tile)
