@@ -17,13 +17,13 @@ SHARED = 228 << 10
 BLOCKS = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 256, 8), (256, 128, 8))
 
 
-def _steps_of(tile: Tile, second: bool) -> int:
+def _ring_bytes(tile: Tile, second: bool) -> int:
     """Bytes of the ring, with a barrier a step, and of fp32 vectors: `conv_pair` has one at a time, `conv_ring` two."""
     ring = tile.num_stages * (2 * (tile.block_m + tile.block_n) * WIDTH + 8)
     return ring + (4 if second else 8) * tile.block_n + 8  # barriers begin at multiples of 16 bytes
 
 
-def _piece_of(tile: Tile) -> int:
+def _piece_bytes(tile: Tile) -> int:
     """Bytes of 64 channels of the result, with the barrier of those of a residual."""
     return 2 * tile.block_m * WIDTH + 8
 
@@ -33,8 +33,8 @@ def buffers_of(tile: Tile, *, residual: bool = False, second: bool = False) -> i
 
     One is enough without a residual. With one all of a tile have to, and those of two tiles are of use.
     """
-    free = SHARED // max(1, tile.persistent) - 1024 - _steps_of(tile, second)
-    fit, pieces = free // _piece_of(tile), tile.block_n // WIDTH
+    free = SHARED // max(1, tile.persistent) - 1024 - _ring_bytes(tile, second)
+    fit, pieces = free // _piece_bytes(tile), tile.block_n // WIDTH
     if residual:
         return 0 if fit < pieces else min(fit, 2 * pieces)
     return 0 if fit < 1 else 1 << min(fit, pieces).bit_length() - 1  # a power of two divides their number
@@ -44,7 +44,7 @@ def shared_of(tile: Tile, *, residual: bool = False, second: bool = False) -> in
     """Bytes of shared memory of a program, with as many pieces of the result as it cannot do without."""
     least = tile.block_n // WIDTH if residual else 1
     pieces = max(least, buffers_of(tile, residual=residual, second=second))
-    return _steps_of(tile, second) + pieces * _piece_of(tile)
+    return _ring_bytes(tile, second) + pieces * _piece_bytes(tile)
 
 
 def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
