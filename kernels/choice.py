@@ -134,7 +134,7 @@ def candidates(
 def takes_halo(gemm: Gemm, itemsize: int, gpu: Gpu) -> bool:
     """Whether `conv_halo` takes a 3x3: blocks of 64 channels in 16 bits, as many pixels out as in."""
     fits = gemm.taps == 9 and gemm.m == gemm.in_pixels and blocks_of(gemm.n, gemm.k, gemm.groups) > 0
-    return fits and itemsize == 2 and gpu.halo
+    return fits and itemsize == 2 and gpu.gluon
 
 
 def rings(gemm: Gemm, second: Gemm | None, itemsize: int, gpu: Gpu) -> list[Tile]:
@@ -143,7 +143,7 @@ def rings(gemm: Gemm, second: Gemm | None, itemsize: int, gpu: Gpu) -> list[Tile
     Where there are no more steps than GEMMs, smaller tiles without a ring, several a multiprocessor, are faster.
     """
     channels = [one.k for one in (gemm, second) if one is not None]
-    if not gpu.halo or itemsize != 2 or gemm.taps > 1 or gemm.groups > 1 or any(k % WIDTH for k in channels):
+    if not gpu.gluon or itemsize != 2 or gemm.taps > 1 or gemm.groups > 1 or any(k % WIDTH for k in channels):
         return []
     if max(channels) <= WIDTH:
         return []

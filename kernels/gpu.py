@@ -43,8 +43,8 @@ class Gpu:
         return self.capability != 90 or block_n >= 64
 
     @property
-    def halo(self) -> bool:
-        """Whether 3x3s may read their taps from shared memory: on Hopper, and while Triton's Gluon is as it was."""
+    def gluon(self) -> bool:
+        """Whether the kernels in Gluon run on it: they are for Hopper, and for Tritons whose Gluon is known."""
         return self.capability == 90 and (3, 6) <= triton_release() <= (3, 9)
 
 

@@ -74,7 +74,7 @@ def _refused(x, conv) -> str | None:
     """What both kernels ask of a 3x3."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"{x.dtype}: only 16-bit filters fit"
-    if not gpu_of(x.device).halo:
+    if not gpu_of(x.device).gluon:
         return "another chip than Hopper, or a Triton whose Gluon is not known"
     if tuple(conv.weight.shape[2:]) != (3, 3) or (conv.stride, conv.padding, conv.dilation) != ((1, 1), (1, 1), (1, 1)):
         return "no 3x3 with a stride, padding and dilation of 1"

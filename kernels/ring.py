@@ -52,7 +52,7 @@ def refusal(x, conv, other, epilogue, tile: Tile) -> str | None:
     branch = epilogue.shortcut
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"{x.dtype}: only 16 bits"
-    if not gpu_of(x.device).halo:
+    if not gpu_of(x.device).gluon:
         return "another chip than Hopper, or a Triton whose Gluon is not known"
     k, c, r, s = conv.weight.shape
     if (r, s) != (1, 1) or (conv.stride, conv.padding, conv.groups) != ((1, 1), (0, 0), 1):

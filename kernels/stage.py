@@ -97,9 +97,9 @@ def candidates(width: int, outputs: int, itemsize: int, second: bool, gpu: Gpu) 
     held = second and gpu.tail_tma and itemsize == 2 and known == 64
     tiles = [StageTile(m, n, block_k, warps, stages, chunk_stages, gpu.tail_tma, False, held) for m, n, warps in blocks]
     buffers = halo_buffers(width, 4 * width, outputs, second)
-    if buffers and gpu.halo and itemsize == 2:
+    if buffers and gpu.gluon and itemsize == 2:
         tiles.append(StageTile(PIXELS, width, width, 4, 1, buffers, True, True))
-    if gpu.halo and itemsize == 2:
+    if gpu.gluon and itemsize == 2:
         tiles += tail_ring.tiles_for(width, 4 * width, outputs, 2 * width if second else 0)
     return tiles
 

@@ -200,7 +200,7 @@ def _on_hopper(x, packed) -> bool:
     """Whether `stem_hopper` runs: 16-bit values, blocks of 64 output channels, a filter of seven rows and columns."""
     k, r, taps = packed.shape
     fits = x.element_size() == 2 and k % 64 == 0 and (r, taps) == (7, 32)
-    return fits and not interpreted() and gpu_of(x.device).halo
+    return fits and not interpreted() and gpu_of(x.device).gluon
 
 
 def _launch_of(dtype: torch.dtype, packed, norm, eps: float, sizes, images: int, tile: StemTile) -> Launch:

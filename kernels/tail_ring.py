@@ -78,7 +78,7 @@ def refusal(h, conv, expand, shortcut, reduce, tile: StageTile) -> str | None:
     """Why the kernel of the tile cannot run a tail that `expand_shift_tma` can; None when it can."""
     if h.dtype not in (torch.float16, torch.bfloat16):
         return f"{h.dtype}: only 16 bits"
-    if not gpu_of(h.device).halo:
+    if not gpu_of(h.device).gluon:
         return "another chip than Hopper, or a Triton whose Gluon is not known"
     k, c, r, s = conv.weight.shape
     if k != c or (r, s, conv.padding, conv.dilation, conv.stride) != (3, 3, (1, 1), (1, 1), (1, 1)):

@@ -1,7 +1,7 @@
 """Taps of a 3x3 from shared memory, and what else the Gluon kernels share: those of `halo`, and those of `ring`.
 
 Only Gluon lets a kernel say where its operands lie. It is an experimental part of Triton, so that this is imported
-where `Gpu.halo` says that its release is known; and it has no interpreter, so that the tests run the compiled code
+where `Gpu.gluon` says that its release is known; and it has no interpreter, so that the tests run the compiled code
 (`benchmarks.emulate`).
 """
 

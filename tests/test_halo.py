@@ -81,10 +81,10 @@ def conv_of(k=64, c=64, size=3, **options):
 @pytest.mark.parametrize(("release", "known"), [((3, 5), False), ((3, 6), True), ((3, 9), True), ((3, 10), False)])
 def test_only_releases_whose_gluon_is_known(release, known, monkeypatch):
     monkeypatch.setattr(gpu, "triton_release", lambda: release)
-    assert Gpu().halo == known
+    assert Gpu().gluon == known
     asked = TailShape("", 64, 56, outputs=64).build(128, FP16, "meta").gemms()
     assert choose_stage_tile(asked, 2, Gpu()).halo == known
-    assert not Gpu(108, 80).halo
+    assert not Gpu(108, 80).gluon
 
 
 @pytest.mark.parametrize(

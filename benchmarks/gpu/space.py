@@ -79,7 +79,7 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
     def fits(tile: Tile) -> int:
         return resident_programs(tile, item, shared, residual=residual, second=second is not None)
 
-    if gpu.halo and conv_refusal(*arguments, HALO) is None:
+    if gpu.gluon and conv_refusal(*arguments, HALO) is None:
         yield HALO
     rings = RESIDUAL_RINGS if residual else RINGS if second is not None else ()
     for block_m, block_n, warps, stages, programs in rings:
