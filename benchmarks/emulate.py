@@ -38,6 +38,7 @@ from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import candidates, kernel_of
 from fused_resblock.kernels.stem import bind_stem
 from fused_resblock.kernels.tiles import StageTile, Tile
+from fused_resblock.table import error_line
 
 from .codegen import convolution_of, shipped, stem_kernel, stem_tile
 from .gpu import space, stems, tails
@@ -84,7 +85,7 @@ class Job:
         try:
             found = self.judge()
         except Exception as error:  # a fault of the program, an instruction that is not known, a compiler's failure
-            found = {"status": "fault", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+            found = {"status": "fault", "note": error_line(error)}
         return {"triton": triton.__version__, **{field: getattr(self, field) for field in KEY}, **found}
 
 

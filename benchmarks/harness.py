@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resblock.machine import other_busy_seconds
+from fused_resblock.table import error_line
 
 #: how many times eager PyTorch's own error (same dtype, against float64) a provider's error may be, and what share of
 #: the largest exact value is allowed on top, for the case where PyTorch happens to be exact.
@@ -185,8 +186,7 @@ def compare(
             call = make()
             verdicts[name] = parity(call(x), same_dtype, exact)
         except Exception as error:  # a provider may fail in any way; the others are measured all the same
-            reason = str(error).strip().splitlines() or [""]
-            verdicts[name] = f"{type(error).__name__}: {reason[0]}", None, None
+            verdicts[name] = error_line(error), None, None
         if not torch.equal(x, before):
             x.copy_(before)
             verdicts[name] = "changes its input", None, None

@@ -15,7 +15,7 @@ import torch
 from . import backends, machine
 from .backends import tuned
 from .kernels.gpu import gpu_of
-from .table import first_line, format_table
+from .table import error_line, format_table
 from .version import __version__
 
 _PACKAGES = ("triton", "torchvision", "timm", "numpy")
@@ -131,8 +131,7 @@ def _problems() -> list[str]:
             if find_spec(package) is not None:
                 importlib.import_module(package)
         except Exception as error:  # whatever a package raises that does not fit this torch
-            got = f"{type(error).__name__}: {first_line(error)}"
-            found.append(f"{package} must fit torch {torch.__version__}, got {got}")
+            found.append(f"{package} must fit torch {torch.__version__}, got {error_line(error)}")
     return found
 
 

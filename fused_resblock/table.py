@@ -17,9 +17,14 @@ def _is_number(cell: object) -> bool:
     return True
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    return (str(error).splitlines() or [repr(error)])[0]
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
+def error_line(error: BaseException) -> str:
+    """An error in one line: its type, and what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

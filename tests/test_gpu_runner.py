@@ -110,7 +110,7 @@ def test_errors_are_told_apart():
     assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert device.is_broken(RuntimeError("CUDA error: unspecified launch failure"))
     assert not device.is_broken(RuntimeError("CUDA out of memory"))
-    assert device.first_line(ValueError("a\nb")) == "ValueError: a"
+    assert device.error_line(ValueError("a\nb")) == "ValueError: a"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ..cases import BODY
 from ..harness import Outcome, compare
 from . import onnx_session
 from .context import Context
-from .device import Broken, first_line, is_broken, is_out_of_memory
+from .device import Broken, error_line, is_broken, is_out_of_memory
 from .networks import Case, exact_output, prepare, providers
 from .records import Records
 
@@ -135,11 +135,11 @@ def run(context: Context) -> int:
             table.add(**dict(zip(KEY, (*label, "all"), strict=True)), status="measured")
         except RuntimeError as error:
             if is_broken(error):
-                _refuse(case, table, "crash", first_line(error))
-                raise Broken(f"{case}: {first_line(error)}") from error
+                _refuse(case, table, "crash", error_line(error))
+                raise Broken(f"{case}: {error_line(error)}") from error
             out = is_out_of_memory(error)
-            _refuse(case, table, "oom" if out else "failed", first_line(error))
-            context.log(f"bench: {case}: {'out of memory' if out else first_line(error)}")
+            _refuse(case, table, "oom" if out else "failed", error_line(error))
+            context.log(f"bench: {case}: {'out of memory' if out else error_line(error)}")
             half = smaller(case) if out else None
             if half is not None and half not in todo:
                 todo.append(half)

@@ -13,7 +13,7 @@ from ..shapes import ConvShape
 from . import space, stems, tails
 from .compiling import Job
 from .context import Context
-from .device import first_line, is_broken, is_out_of_memory
+from .device import error_line, is_broken, is_out_of_memory
 from .elementwise import check_elementwise
 from .judging import judge
 from .operations import DTYPES, build, own, poisoned, precision
@@ -96,7 +96,7 @@ def verdict(call: Callable[[], Tensor], same: Tensor, exact: Tensor, finish: Cal
     except Exception as error:  # a kernel may fail to compile, to load and to run
         if is_out_of_memory(error):
             raise
-        return {"status": "crash" if is_broken(error) else "failed", "note": first_line(error)}
+        return {"status": "crash" if is_broken(error) else "failed", "note": error_line(error)}
     failure, largest, bound = parity(y, same, exact)
     return {"status": "wrong" if failure else "ok", "max_error": largest, "error_bound": bound, "note": failure or ""}
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from fused_resblock.kernels.tiles import Tile
+from fused_resblock.table import error_line
 
 from ..shapes import ConvShape
 from .deadline import Deadline
@@ -75,8 +76,7 @@ def compile_one(job: Compilable, capability: int) -> Compiled:
             job.launch(dtype)
         (_, kernel), *_ = kernels
     except Exception as error:  # the compiler fails in many ways; the tile is then not used
-        lines = str(error).strip().splitlines() or [""]
-        return Compiled(job, f"{type(error).__name__}: {lines[0]}")
+        return Compiled(job, error_line(error))
     shared = kernel.metadata.shared
     limit = CHIPS[capability].shared_limit if capability in CHIPS else None
     if limit is not None and shared > limit:

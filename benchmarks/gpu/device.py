@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.table import error_line
 
 from .compiling import Compilable, Compiled, compile_all
 from .deadline import Deadline
@@ -63,12 +64,6 @@ def is_broken(error: BaseException) -> bool:
     return any(word in text for word in (*fatal, "unspecified launch failure", "launch timed out"))
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
 class CudaDevice:
     """The current CUDA device.
 
@@ -85,7 +80,7 @@ class CudaDevice:
             properties = torch.cuda.get_device_properties(0)
             torch.zeros(1, device="cuda")
         except RuntimeError as error:
-            raise Unusable(f"the GPU must take work, got {first_line(error)}") from error
+            raise Unusable(f"the GPU must take work, got {error_line(error)}") from error
         self.name = properties.name
         self.capability = 10 * properties.major + properties.minor
         self.gpu = Gpu(properties.multi_processor_count, self.capability)

@@ -14,7 +14,7 @@ from fused_resblock.params import BatchNorm, Epilogue
 
 from ..harness import parity
 from .context import Context
-from .device import Broken, first_line, is_broken
+from .device import Broken, error_line, is_broken
 from .operations import DTYPES, poisoned
 from .records import Records
 
@@ -109,6 +109,6 @@ def check_elementwise(context: Context, table: Records) -> None:
             verdict = {"status": "wrong" if failure else "ok", "max_error": error, "error_bound": bound}
             table.add(**row, **verdict, note=failure or "")
         except Exception as error:  # a kernel may fail to compile, to load and to run
-            table.add(**row, status="crash" if is_broken(error) else "failed", note=first_line(error))
+            table.add(**row, status="crash" if is_broken(error) else "failed", note=error_line(error))
             if is_broken(error):
-                raise Broken(first_line(error)) from error
+                raise Broken(error_line(error)) from error

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from .compiling import Compilable
 from .context import Context
-from .device import Broken, first_line
+from .device import Broken, error_line
 from .records import Records
 
 Kind = TypeVar("Kind", bound=Compilable)
@@ -45,7 +45,7 @@ def judge(
             try:
                 row = verdict(compiled.job)
             except RuntimeError as error:
-                row = {"status": "error", "note": first_line(error)}
+                row = {"status": "error", "note": error_line(error)}
                 context.device.free()
         names = key(compiled.job)
         table.add(**dict(zip(table.key, names, strict=True)), shared=compiled.shared, **row)

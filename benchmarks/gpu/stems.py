@@ -15,7 +15,7 @@ from fused_resblock.params import PLAIN, Epilogue
 
 from ..shapes import ConvShape
 from .context import Context
-from .device import Broken, first_line, is_out_of_memory
+from .device import Broken, error_line, is_out_of_memory
 from .operations import DTYPES, Operation, build, own, precision
 from .records import Records
 from .timing import timed_row
@@ -72,7 +72,7 @@ def check(context: Context, table: Records, verdict: Callable[..., dict[str, obj
                     same, exact = results(op, dtype)
                     row = verdict(lambda op=op: fused(op)(op.x, None), same, exact, context.device.synchronize)  # type: ignore[misc]
                 except RuntimeError as error:
-                    row = {"status": "error", "note": first_line(error)}
+                    row = {"status": "error", "note": error_line(error)}
                     context.device.free()
             table.add(**key, **row)
             if row["status"] == "crash":
@@ -125,7 +125,7 @@ def tune(context: Context, table: Records, dtype: str, batch: int) -> int:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                table.add(**key, backend="stem", tile="", status="oom", note=first_line(error))
+                table.add(**key, backend="stem", tile="", status="oom", note=error_line(error))
                 context.device.free()
         context.log(f"tune: stem {dtype} batch {batch}: {', '.join(f'{n} {us:.1f}' for n, us in told.items())} us")
     return left

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from . import bench, ceilings, check, profile, summary, tune, verify
 from .context import Context
-from .device import Broken, first_line, is_broken
+from .device import Broken, error_line, is_broken
 from .records import Row
 
 #: exit status of a process that must be followed by a new one: the GPU's context is lost
@@ -61,6 +61,6 @@ def run_step(step: str, context: Context) -> int:
         return LOST_CONTEXT
     except Exception as error:  # nobody expected it: the whole of it goes to the log, one line to the screen
         context.keep(traceback.format_exc())
-        context.log(f"{step}: {first_line(error)}; what was measured is kept, details are in gpu.log")
+        context.log(f"{step}: {error_line(error)}; what was measured is kept, details are in gpu.log")
         return LOST_CONTEXT if is_broken(error) else 1
     return status

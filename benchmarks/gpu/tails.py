@@ -22,7 +22,7 @@ from fused_resblock.params import BatchNorm, Conv, Epilogue
 from fused_resblock.tuning import MARGIN
 
 from .context import Context
-from .device import Broken, first_line, is_out_of_memory
+from .device import Broken, error_line, is_out_of_memory
 from .judging import judge
 from .operations import DTYPES, own, precision
 from .records import Records
@@ -253,7 +253,7 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                table.add(**key, backend="tail", tile="", status="oom", note=first_line(error))
+                table.add(**key, backend="tail", tile="", status="oom", note=error_line(error))
                 context.device.free()
         best = ", ".join(f"{name} {us:.1f}" for name, us in sorted(told.items(), key=lambda item: item[1])[:3])
         context.log(f"tune: {dtype} {shape.key()} batch {batch}: {best} us")

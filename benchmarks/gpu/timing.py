@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..harness import Spread
 from .context import Context
-from .device import first_line, is_broken, is_out_of_memory
+from .device import error_line, is_broken, is_out_of_memory
 
 ROUNDS = 30
 
@@ -33,5 +33,5 @@ def timed_row(context: Context, bind: Callable[[], Callable[..., Any]], *activat
     except Exception as error:  # a kernel may fail to compile, to load and to run
         if is_out_of_memory(error):
             raise
-        return {"status": "crash" if is_broken(error) else "failed", "note": first_line(error)}
+        return {"status": "crash" if is_broken(error) else "failed", "note": error_line(error)}
     return {"status": "ok", **micros(spread)}

@@ -18,7 +18,7 @@ from ..harness import Spread, parity
 from ..shapes import ConvShape
 from . import check, cudnn_graph, space, stems, tails
 from .context import Context
-from .device import Broken, first_line, is_broken, is_out_of_memory
+from .device import Broken, error_line, is_broken, is_out_of_memory
 from .operations import DTYPES, Operation, build, once_each, own, precision
 from .records import Records, read_json, write_json
 from .timing import ROUNDS, micros
@@ -108,9 +108,9 @@ class Case:
         if is_out_of_memory(error):
             raise error
         status = "crash" if is_broken(error) else "failed"
-        self.table.add(**self.labels, backend=backend, tile=tile, status=status, note=first_line(error))
+        self.table.add(**self.labels, backend=backend, tile=tile, status=status, note=error_line(error))
         if status == "crash":
-            raise Broken(first_line(error)) from error
+            raise Broken(error_line(error)) from error
 
     def measure(self, backend: str, function: Callable[[Operation], Tensor], tile: str = "") -> float | None:
         """Judge, time and record; the median in microseconds, None if there is none."""
@@ -208,7 +208,7 @@ def convolutions(context: Context, verdicts: Records, table: Records, dtype: str
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            table.add(dtype=dtype, case=case, batch=batch, backend="all", tile="", status="oom", note=first_line(error))
+            table.add(dtype=dtype, case=case, batch=batch, backend="all", tile="", status="oom", note=error_line(error))
             context.log(f"tune: {dtype} {case} batch {batch}: out of memory")
             context.device.free()
     return sum(not table.done(dtype, space.key_of(shape), batch, "all", "") for shape in check.shapes(context))

@@ -17,7 +17,7 @@ from fused_resblock.demo.inputs import make_model
 
 from .bootstrap import ROOT
 from .context import Context
-from .device import Broken, first_line, is_broken
+from .device import Broken, error_line, is_broken
 from .networks import in_order
 from .records import Records
 
@@ -141,7 +141,7 @@ def check_graph(context: Context, table: Records) -> None:
             note = "the frozen network's output is another"
         row = {"status": "wrong" if note else "ok", "note": note}
     except Exception as error:  # a capture can fail in any way
-        row = {"status": "crash" if is_broken(error) else "failed", "note": first_line(error)}
+        row = {"status": "crash" if is_broken(error) else "failed", "note": error_line(error)}
     table.add(kernel="cuda-graph", dtype="", case=network, tile="", **row)
     context.log(f"check: CUDA graph of fused {network}: {row['status']} {row['note']}")
     if row["status"] == "crash":

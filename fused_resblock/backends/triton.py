@@ -14,6 +14,7 @@ from ..kernels.gpu import gpu_of, tf32_allowed
 from ..kernels.tf32 import tf32_weight
 from ..kernels.tiles import StageTile
 from ..params import PLAIN, Affine, BatchNorm, Bound, BoundPair, Conv, Epilogue
+from ..table import error_line
 from . import tuned
 from .folding import TensorCache, bypassed, scale_shift
 from .select import Problem
@@ -260,8 +261,7 @@ def _guarded(run: Any, name: str, otherwise: Any, instead: str) -> Any:
         except Exception as error:  # the compiler, the loader and the driver fail in ways of their own
             if isinstance(error, torch.OutOfMemoryError) or not left:
                 raise
-            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            tuned.warn_once(f"tuned {name} does not run here ({why}); it runs {instead} instead")
+            tuned.warn_once(f"tuned {name} does not run here ({error_line(error)}); it runs {instead} instead")
             chosen.append(left[0]())
             y = chosen[0](x, other)
         left.clear()
