@@ -271,19 +271,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(error))
     args.out = args.out or table_of("codegen", triton.__version__)
     kept, known = read(args.out), {} if args.all else read_kept(args.out)
-    faults, rows, inputs, compiled = [], [], [], 0
+    faults, made, compiled = [], {}, 0
     for job, (name, row) in compile_all(args.capability or tuple(CHIPS), args.dtype or tuple(DTYPES), known):
         key = key_of(job)
-        rows.append(row)
-        inputs.append(name)
+        made[key] = name, row
         compiled += known.get(key, ("",))[0] != name
         found = broken_limits(row, job)
         if args.check and kept.get(key, {}).get("triton") == triton.__version__:
             found += worse(row, kept[key])
         faults += [f"{' '.join(key)}: {fault}" for fault in found]
     if not args.check:
-        write(args.out, rows, inputs)
-    print("\n".join(faults) if faults else f"{len(rows)} kernels, every limit holds; compiled now: {compiled}")
+        whole = {**read_kept(args.out), **made}  # with those of other chips and dtypes
+        names, rows = zip(*(whole[key] for key in map(key_of, jobs()) if key in whole), strict=True)
+        write(args.out, rows, names)
+    print("\n".join(faults) if faults else f"{len(made)} kernels, every limit holds; compiled now: {compiled}")
     return 1 if faults else 0
 
 
