@@ -27,26 +27,6 @@ Shape = Sequence[int]
 generation = 0
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "cudnn": cudnn, "onednn": onednn, "eager": eager}
 
-__all__ = [
-    "BACKENDS",
-    "Choice",
-    "Problem",
-    "bind_apart",
-    "bind_bn_act",
-    "bind_conv_bn_act",
-    "bind_expand_shift",
-    "bind_stem",
-    "bn_act",
-    "check_name",
-    "clear_caches",
-    "conv_bn_act",
-    "dense",
-    "environment",
-    "relu_backward",
-    "resolve",
-    "select",
-]
-
 
 def environment() -> str:
     """The value of `FUSED_RESBLOCK_BACKEND`, "" where it is not set."""
