@@ -218,9 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_with(args.triton, "benchmarks.emulate", sys.argv[1:] if argv is None else argv)
         except ValueError as error:
             parser.error(str(error))
+    if args.every < 1:
+        parser.error(f"every must be at least 1, got {args.every}")
     capabilities, dtypes = args.capability or CAPABILITIES, args.dtype or NAMES
     listing = partial(jobs, capabilities, dtypes)
     numbers = [n for n, job in enumerate(listing()) if not args.kernel or job.kernel in args.kernel][:: args.every]
+    if not numbers:
+        parser.error(f"kernel must name kernels of these chips and dtypes, got {' '.join(args.kernel)}")
     rows, faults = [], 0
     for row in in_order(listing, Job.row, numbers, "kernel"):
         rows.append(row)
