@@ -8,12 +8,12 @@ import torch
 
 from fused_resblock.models import ARCHITECTURES
 
-from ..cases import BODY
+from ..cases import BODY, exact_output
 from ..harness import Outcome, compare
 from . import onnx_session
 from .context import Context
 from .device import Broken, error_line, is_broken, is_out_of_memory
-from .networks import Case, exact_output, prepare, providers
+from .networks import Case, prepare, providers
 from .records import Records
 
 KEY = ("network", "part", "batch", "group", "provider")

@@ -22,8 +22,8 @@ from . import onnx_session
 from .device import Device
 
 Call = Callable[[Tensor], Tensor]
-#: images with which the running statistics of a random network are found, and a float64 oracle's at a time
-CALIBRATION, CHUNK = 8, 32
+#: images with which the running statistics of a random network are found
+CALIBRATION = 8
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,6 @@ def prepare(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, Ten
     model(x)
     hook.remove()
     return part, seen[0].contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def exact_output(model: nn.Module, x: Tensor) -> Tensor:
-    """The output in float64 from the rounded weights and input, a few images at a time."""
-    wide = deepcopy(model).double()
-    return torch.cat([wide(part.double()) for part in x.split(CHUNK)])
 
 
 def fold(model: nn.Module) -> nn.Module:
