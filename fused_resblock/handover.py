@@ -44,7 +44,7 @@ class Link:
             self.following = None
 
 
-class Head(NamedTuple):
+class Ahead(NamedTuple):
     """A chain's first step on `y`, computed ahead of its call.
 
     `guard` is that of the chain's programs when the head was computed: as long as it is in force, and holds, nothing
@@ -66,7 +66,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.last: tuple[weakref.ref[nn.Module], weakref.ref[Tensor]] | None = None  # a chain and what it returned
-        self.waiting: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()  # by who may take it
+        self.waiting: weakref.WeakKeyDictionary[nn.Module, Ahead] = weakref.WeakKeyDictionary()  # by who may take it
 
 
 _thread = _Thread()
@@ -141,7 +141,7 @@ def _leave(stage: nn.Module, step: BoundStep, y: Tensor, value: Tensor) -> None:
     _thread.waiting.pop(target, None)
     guard = programs[target].guard if target in programs else None
     if link.following is not None and guard is not None:
-        _thread.waiting[target] = Head(link, step, guard, weakref.ref(y), _state(y), signature(y), _capture(y), value)
+        _thread.waiting[target] = Ahead(link, step, guard, weakref.ref(y), _state(y), signature(y), _capture(y), value)
 
 
 def _claim(stage: nn.Module, program: Program, x: Tensor) -> list[Tensor] | None:

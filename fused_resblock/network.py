@@ -15,7 +15,7 @@ from . import dispatch, flat, leaves
 from .frozen import Freezable
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
-from .stem import StemConv, StemFollower, changed, hooked
+from .stem import StemConv, StemFollower, changed, runs_hooks
 from .swap import base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
 from .trusted import is_trusted
@@ -154,14 +154,14 @@ def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:
     """Why the modules of a stem would compute one by one if they were called now; None when they would not."""
     modules = dict(network.named_modules())
     for path in _around(stem):
-        if path in modules and hooked(modules[path]):
+        if path in modules and runs_hooks(modules[path]):
             return f"hooks on {path}"
     for path in stem:
         module = modules.get(path)
         made = isinstance(module, StemConv) and module._fused_around is None
         if made or not isinstance(module, (StemConv, StemFollower)):
             return f"{path} was replaced"
-        if hooked(module):
+        if runs_hooks(module):
             return f"hooks on {path}"
         if "forward" in module.__dict__:
             return f"the forward of {path} is overridden on the instance"

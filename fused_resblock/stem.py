@@ -63,7 +63,7 @@ class StemConv(Freezable):
         if (x.shape, x.device) == self._fused_small and not always:
             return None
         around = self._fused_around
-        if around is None or hooked(self) or any(map(hooked, around)) or changed(self) is not None:
+        if around is None or runs_hooks(self) or any(map(runs_hooks, around)) or changed(self) is not None:
             return None
         followers, programs = _programs.get(self) or ((), None)
         program: Any = None if programs is None else programs.find(x, self.unasked())
@@ -101,7 +101,7 @@ class StemFollower(Swapped):
         if type(x) is not Pending:
             return self._alone(*args, **kwargs)
         program = x.program(self)
-        if x.computed is not None or (program is None and (hooked(self) or not _joins(self, x.chain))):
+        if x.computed is not None or (program is None and (runs_hooks(self) or not _joins(self, x.chain))):
             return self._alone(x.value())
         chain = (*x.chain, self)
         if len(chain) < chain[0].__dict__["_fused_length"] and not isinstance(self, nn.MaxPool2d):
@@ -120,7 +120,7 @@ class StemFollower(Swapped):
         return y
 
 
-def hooked(module: nn.Module) -> bool:
+def runs_hooks(module: nn.Module) -> bool:
     """Whether something besides the forward runs when the module is called."""
     return leaves.hooked(module) or bool(nn.modules.module._has_any_global_hook())
 

@@ -9,8 +9,8 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/stem.py": [
         (
             "a stem by its class alone",
-            "if around is None or hooked",
-            "around = around or []\n        if hooked",
+            "if around is None or runs_hooks",
+            "around = around or []\n        if runs_hooks",
             "tests/test_made_by_class.py::test_layers_of_a_stem_and_a_head[before a call-default-fp32]",
         ),
         (
@@ -39,7 +39,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "hooks on what a stem is in",
-            " or any(map(hooked, around))",
+            " or any(map(runs_hooks, around))",
             "",
             "tests/test_stem_recognition.py::test_hooks_on_what_a_stem_is_in_see_tensors[forward]",
         ),

@@ -18,6 +18,7 @@ PROVIDERS = (
     "triton",
     "stages",
     "in-order",
+    "conv-by-conv",
     "compile",
     "max-autotune",
     "onnxruntime",
