@@ -104,7 +104,8 @@ class Guard:
     """Whether everything is as it was when a program was bound: modules, settings, modes, hooks and tensors.
 
     It asks what `Watch` asks, and of every tensor what `folding.TensorCache` asks, but of flat lists that built-in
-    functions walk: that takes a tenth of the time, and it is asked at every call.
+    functions walk: that takes a tenth of the time, and it is asked at every call. It holds the memory of CPU tensors,
+    which it reads: a tensor may be given other memory by another thread in the midst of it.
 
     Args:
         modules: all that take part, without repetition; the first one, which the program belongs to, is not kept alive.

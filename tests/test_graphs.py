@@ -155,7 +155,8 @@ def test_moved_parameters_leave_their_memory_to_the_graph(recorded):
     gc.collect()
     assert all(reference() is not None for reference in storages)
     del captured
-    model(X)  # on a CPU its blocks hold what they sampled until they are asked again
+    with torch.no_grad():
+        model(X)  # on a CPU its blocks hold what they sampled until they are asked again
     gc.collect()
     assert all(reference() is None for reference in storages)
 
