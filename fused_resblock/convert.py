@@ -11,9 +11,10 @@ from torch import nn
 from . import backends
 from .flat import know
 from .frozen import Freezable
+from .graph_modules import FusedGraphModule, fuse_network
 from .head import Classifier, GlobalPool, find_heads, fuse_head
 from .modules import FusedBlock, fuse_block
-from .network import FusedNetwork, fuse_network, fuse_stem, know_graph
+from .network import FusedNetwork, fuse_stem, know_graph
 from .per_module import forget
 from .plan import Plan, Unsupported
 from .recognize import looks_residual, recognize
@@ -26,7 +27,7 @@ from .trusted import is_trusted
 
 _LEFT_OUT = "left out by filter_fn"
 #: of all classes that `fuse` gives
-_MIXINS = (FusedBlock, FusedStage, FusedNetwork, StemConv, StemFollower, GlobalPool, Classifier)
+_MIXINS = (FusedBlock, FusedStage, FusedNetwork, FusedGraphModule, StemConv, StemFollower, GlobalPool, Classifier)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -106,6 +107,7 @@ def fuse(
         fused = any(isinstance(outcome, Plan) for path, _, outcome in found if path.startswith(prefix))
         for stem in rows if worth_it(network, rows, fused) else ():
             if prefix + stem[0] not in left_out:
+                fuse_network(network)
                 fuse_stem(network, stem, backend, many=not fused or (prefix + stem[0]).startswith(within))
     for name, _, outcome in found:
         if isinstance(outcome, Plan):

@@ -36,16 +36,18 @@ class FusedNetwork(Freezable):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if FusedNetwork not in cls.__bases__:  # derived from a class that was made here, perhaps with its own forward
-            return
-        own = base_class(cls).forward
+        if len(cls.__bases__) != 2 or base_class(cls.__bases__[0]) is not nn.Module:
+            return  # a mixin, or derived from a class that was made here, perhaps with its own forward
+
+        def own(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+            return base_class(cls).forward(self, *args, **kwargs)
 
         def scoped(self: FusedNetwork, every: bool, args: Any, kwargs: Any) -> Any:
             with scope(every):
                 y = own(self, *args, **kwargs)
                 return y if type(y) is Tensor else _computed(y)
 
-        @functools.wraps(own)  # whoever traces the network asks for the names of its arguments
+        @functools.wraps(base_class(cls).forward)  # whoever traces the network asks for the names of its arguments
         def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
             if undone(FusedNetwork, self):
                 return own(self, *args, **kwargs)
@@ -109,11 +111,6 @@ def _is_stem(graph: fx.Graph, stem: Sequence[str]) -> bool:
     return True
 
 
-def fuse_network(network: nn.Module) -> None:
-    """Give a network, without any stem so far, the class of one."""
-    network.__class__ = swapped_class(FusedNetwork, type(network))
-
-
 def know_graph(network: FusedNetwork, found: Traced) -> None:
     """Note which blocks the graph of a network, which was looked at just now, has as they are."""
     network.__dict__.update(_fused_stops=found.stops, _fused_looks=0, _fused_stale=False)
@@ -123,13 +120,11 @@ def fuse_stem(network: Any, stem: Sequence[str], backend: str, many: bool) -> No
     """Give the modules of a stem, which begins with a convolution, and their network the classes that fuse them.
 
     Args:
-        network: the module whose forward calls them.
+        network: the network whose forward calls them.
         stem: their names in the network.
         backend: a backend's name or "auto".
         many: whether there are many such stems in the network.
     """
-    if not isinstance(network, FusedNetwork):
-        fuse_network(network)
     first, *rest = (network.get_submodule(path) for path in stem)
     first.__dict__["_fused_backend"] = backend
     if getattr(first, "_fused_around", None) is not None:  # fused before
