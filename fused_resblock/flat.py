@@ -106,16 +106,9 @@ class _Flat:
         if tape and last is not None and _same(last, tape):
             known = _graphs.get(network)
             self.functions[key] = _UNKNOWN if known is None else checked(network, known.found, tape, again, (y, x))
-        if not self._frozen:
-            self._keep_only_what_holds(network)
+        if isinstance(self.functions.get(key), str) and self._guard is not None and self._guard.holds():
+            know(network, None)  # it leads nowhere, which nothing that has changed meanwhile explains
         return y
-
-    def _keep_only_what_holds(self, network: nn.Module) -> None:
-        """Let functions go if something has changed since the guard was made, and the graph if it leads nowhere."""
-        if self._guard is not None and not self._guard.holds():
-            self.functions.clear()
-        if any(isinstance(function, str) for function in self.functions.values()):
-            know(network, None)
 
 
 class _Known(NamedTuple):

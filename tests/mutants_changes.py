@@ -85,7 +85,7 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             "the size that a pool gives",
             '"output_size", ',
             "",
-            "tests/test_function_changes.py::test_change[output size]",
+            "tests/test_function_changes.py::test_output_size_of_a_pool_in_16_bits",
         ),
         (
             "a pool that returns indices",

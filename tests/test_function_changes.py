@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from cases import require
 from frozen_networks import CALLS, Network, functions, images, network, other_state, run_in
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -126,25 +127,55 @@ def test_weights_that_somebody_puts_in_for_a_call():
             torch.testing.assert_close(model(x), reference(x), rtol=1e-3, atol=1e-4)
 
 
-class Alike(Changing):
-    """Whose result shows only for large numbers what it asks of its part."""
+class Limited(nn.Module):
+    """Shows only for large numbers what its limit is."""
+
+    limit = 20.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(torch.clamp(x, max=self.scaled.scale))
+        return torch.clamp(x, max=2.0 if self.training else self.limit)
+
+
+class Alike(Network):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__(block)
+        self.limited = Limited()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.limited(x))
 
 
 @pytest.mark.usefixtures("known")
-def test_another_attribute_within_is_another_graph():
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda net: setattr(net.limited, "limit", 10.0), id="attribute"),
+        pytest.param(lambda net: net.limited.train(), id="train mode"),
+    ],
+)
+def test_another_graph_that_gives_the_same_while_it_is_learnt(change):
     reference = network(cls=Alike)
-    reference.scaled.scale = 20.0
     model, x = frb.fuse(reference), images()
     run_in(model, x)
     assert functions(model)
     with torch.no_grad():
         for net in (model, reference):
-            net.scaled.scale = 10.0
-        for factor in (0, 0, 0, 0, 100):
+            change(net)
+        for factor in (*[0] * 2 * CALLS, 100):
             torch.testing.assert_close(model(x * factor), reference(x * factor), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("known")
+def test_output_size_of_a_pool_in_16_bits():
+    require("auto", torch.bfloat16)
+    reference = network().bfloat16()
+    model, x = frb.fuse(reference), images().bfloat16()
+    run_in(model, x)
+    assert functions(model)
+    with torch.no_grad():
+        for net in (model, reference):
+            net.avgpool.output_size, net.fc = 2, nn.Identity()
+        torch.testing.assert_close(model(x).float(), reference(x).float(), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.usefixtures("known")
@@ -160,22 +191,20 @@ def test_a_pool_that_returns_indices():
 
 
 @pytest.mark.usefixtures("known")
-def test_a_change_while_it_learns(monkeypatch):
-    """By another thread, say: what was learnt of the old weights is not kept."""
-    reference = network()
-    model, x = frb.fuse(reference), images()
+def test_a_hook_while_it_learns(monkeypatch):
+    """Another thread's, say: when it is gone the network becomes a function after all."""
+    model, x = frb.fuse(network()), images()
     checked = flat.checked
 
-    def then_edited(*args):
-        function = checked(*args)
-        for net in (model, reference):
-            net.layer1[0].conv1.weight.mul_(2)
-        return function
+    def hooked(*args):
+        model.layer1[0].conv1.register_forward_hook(lambda *_: None)
+        return checked(*args)
 
-    monkeypatch.setattr(flat, "checked", then_edited)
-    with torch.no_grad():
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(flat, "checked", hooked)
         for _ in range(CALLS - 1):
             model(x)
-        monkeypatch.undo()
-        for _ in range(CALLS):
-            torch.testing.assert_close(model(x), reference(x), rtol=1e-3, atol=1e-4)
+    model.layer1[0].conv1._forward_hooks.clear()
+    for _ in range(2):
+        run_in(model, x)
+    assert functions(model)
