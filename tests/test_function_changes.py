@@ -167,7 +167,7 @@ def test_another_graph_that_gives_the_same_while_it_is_learnt(change):
 
 @pytest.mark.usefixtures("known")
 def test_output_size_of_a_pool_in_16_bits():
-    require("auto", torch.bfloat16)
+    require("onednn", torch.bfloat16)
     reference = network().bfloat16()
     model, x = frb.fuse(reference), images().bfloat16()
     run_in(model, x)
