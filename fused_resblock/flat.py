@@ -92,11 +92,8 @@ class _Flat:
             self._empty.clear()
             self.functions.clear()
         again, last = x.clone(), self._last.get(key)
-        if last is not None and not self._frozen and self._guard is None:
-            self._guard = _guard(network)
-            if self._guard is None:
-                know(network, None)
-                return forward(x)
+        if last is not None and not self._frozen and self._guard is None and not self._begin(network):
+            return forward(x)
         with _tape.recording() as tape:
             y = forward(x)
         self._last[key] = tape
@@ -109,6 +106,21 @@ class _Flat:
         if isinstance(self.functions.get(key), str) and self._guard is not None and self._guard.holds():
             know(network, None)  # it leads nowhere, which nothing that has changed meanwhile explains
         return y
+
+    def _begin(self, network: nn.Module) -> bool:
+        """Have everything watched from now on; False if that is of no use."""
+        known = _graphs.get(network)
+        if known is None or layout(network) != known.layout or not is_trusted(network):
+            know(network, None)
+            return False
+        modules = list(network.modules())
+        attributes = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
+        tensors = [*network.parameters(), *network.buffers(), *attributes]
+        if any(module.training for module in modules) or any(t.is_inference() for t in tensors):  # no changes recorded
+            self._rest = self._patience = min(2 * self._patience + 1, self.LONGEST)
+            return False
+        self._guard = Guard(modules, tensors, all_modes=True)
+        return True
 
 
 class _Known(NamedTuple):
@@ -138,17 +150,6 @@ def know(network: nn.Module, found: Traced | None) -> None:
 def applies(network: Any) -> bool:
     """Whether a network may run as one function, in its present mode."""
     return not network.training and (network._fused_frozen or network in _graphs)
-
-
-def _guard(network: nn.Module) -> Guard | None:
-    """What tells whether a network is as it is now; None if nothing can, or if its graph is not of what it is now."""
-    known = _graphs.get(network)
-    modules, tensors = list(network.modules()), [*network.parameters(), *network.buffers()]
-    if known is None or layout(network) != known.layout or not is_trusted(network):
-        return None
-    if any(module.training for module in modules) or any(t.is_inference() for t in tensors):  # these record no changes
-        return None
-    return Guard(modules, tensors, all_modes=True)
 
 
 def run(network: nn.Module, forward: Call, x: Tensor) -> Any:

@@ -74,7 +74,10 @@ def _flattened(network: nn.Module, found: Traced, tape: Sequence[Ran]) -> Call:
         run[-1].replace_all_uses_with(joined)
         for node in reversed(run):
             graph.erase_node(node)
-    return fx.GraphModule(network, graph).forward
+    module = fx.GraphModule(network, graph)
+    # torch keeps the source of every graph for tracebacks, for ever
+    fx.graph_module._loader.eval_cache.pop(type(module).forward.__code__.co_filename, None)
+    return module.forward
 
 
 def _runs(

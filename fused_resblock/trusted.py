@@ -19,13 +19,11 @@ _PACKAGES = {"torch", "torchvision", "timm", "fused_resblock"}
 
 def is_trusted(network: nn.Module) -> bool:
     """Whether all modules of a network, and the functions that they hold, are from packages that are known."""
-    return all(map(_is_known, network.modules()))
-
-
-def _is_known(module: nn.Module) -> bool:
-    if isinstance(module, (fx.GraphModule, jit.ScriptModule)):  # made of somebody's code
-        return False
-    return _is_from(own_class(module)) and not any(map(_is_foreign, vars(module).values()))
+    modules = list(network.modules())
+    classes = {cls for module in modules for cls in own_class(module).__mro__ if cls is not object}
+    held = (value for thing in (*modules, *classes) for value in vars(thing).values())
+    code = any(isinstance(module, (fx.GraphModule, jit.ScriptModule)) for module in modules)  # made of somebody's
+    return not code and all(map(_is_from, classes)) and not any(map(_is_foreign, held))
 
 
 def _is_from(thing: object) -> bool:
@@ -34,7 +32,8 @@ def _is_from(thing: object) -> bool:
 
 
 def _is_foreign(value: object) -> bool:
-    """Whether an attribute is a function that somebody else has written."""
+    """Whether an attribute is a function, or can be called like one, that somebody else has written."""
     while isinstance(value, partial):
         value = value.func
-    return isinstance(value, (FunctionType, MethodType, BuiltinFunctionType)) and not _is_from(value)
+    named = isinstance(value, (type, FunctionType, MethodType, BuiltinFunctionType))
+    return callable(value) and not isinstance(value, nn.Module) and not _is_from(value if named else type(value))

@@ -29,6 +29,7 @@ _WATCHED = (
     *("eps", *_SETTINGS, "output_size", "_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel"),
     *("weight", "bias", "running_mean", "running_var"),
 )
+_SLOTS = ("_modules", "_parameters", "_buffers")  # that a dictionary may be put in the place of
 #: the layers that may be in a plan and have settings that it depends on
 _PLANNED = (nn.Conv2d, nn.MaxPool2d, nn.ReLU)
 _OF_ANY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"}
@@ -69,7 +70,7 @@ class Watch:
         modules = list(root.modules())
         inner = modules[1:]
         self._children = [(m._modules, name, child, type(child)) for m in modules for name, child in m._modules.items()]
-        self._sizes = [(m._modules, len(m._modules)) for m in modules]
+        self._contained = [(m, m._modules, tuple(m._modules)) for m in modules]
         self._planned = [(m, _planned_settings(m)) for m in inner if isinstance(m, _PLANNED)]
         self._inner = inner
         own = [m.__dict__ for m in inner if _asks_itself(m)]
@@ -81,8 +82,8 @@ class Watch:
         for modules, name, child, cls in self._children:
             if modules.get(name) is not child or type(child) is not cls:
                 return False
-        for modules, size in self._sizes:
-            if len(modules) != size:
+        for module, modules, names in self._contained:
+            if module._modules is not modules or tuple(modules) != names:
                 return False
         for attributes, size, before in self._own:
             if len(attributes) != size or any(attributes.get(name) is not value for name, value in before):
@@ -120,7 +121,7 @@ class Guard:
         inner = self._modules = list(modules[1:])
         slots = [places for m in modules for places in (m._modules, m._parameters, m._buffers)]
         entries = [(places, name) for places in slots for name in places if name != "num_batches_tracked"]
-        entries += [(m.__dict__, name) for m in inner for name in _WATCHED if name in m.__dict__]
+        entries += [(m.__dict__, name) for m in inner for name in (*_WATCHED, *_SLOTS) if name in m.__dict__]
         own = [m.__dict__ for m in inner if _asks_itself(m)]
         entries += [(attributes, name) for attributes in own for name in attributes if name != "training"]
         entries += [(m.__dict__, "training") for m in inner if all_modes or "eps" in m.__dict__]
@@ -128,13 +129,13 @@ class Guard:
         self._values = [place[name] for place, name in entries]
         root = vars(modules[0])  # not kept: this guard lies in it, and a cycle would not be freed at once
         self._root = weakref.ref(modules[0])
-        self._root_names = [name for name in _WATCHED if name in root]
+        self._root_names = [name for name in (*_WATCHED, *_SLOTS) if name in root]
         self._root_names += ["training"] if all_modes or "eps" in root else []
         self._root_values = list(map(root.get, self._root_names))
         self._types = list(map(type, inner))
-        self._sized = [m._modules for m in modules if not leaves.is_leaf(m)]
-        self._sized += own
-        self._sizes = list(map(len, self._sized))
+        self._containers = [m._modules for m in modules if not leaves.is_leaf(m)]
+        self._contained = list(map(tuple, self._containers))  # in the order in which a `Sequential` calls them
+        self._own, self._sizes = own, list(map(len, own))
         self._attributes = [m.__dict__ for m in inner]
         self._convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
         self._collections = _collections(modules)
@@ -177,7 +178,8 @@ class Guard:
             return False
         return (
             list(map(type, self._modules)) == self._types
-            and list(map(len, self._sized)) == self._sizes
+            and list(map(tuple, self._containers)) == self._contained
+            and list(map(len, self._own)) == self._sizes
             and not any(any(map(dict.get, self._attributes, repeat(name))) for name in leaves.HOOKS)
             and not any(map(contains, self._attributes, repeat("forward")))
             and not any(map(contains, self._convs, repeat("_conv_forward")))

@@ -76,6 +76,18 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/watch.py": [
         (
+            "modules in another order",
+            "list(map(tuple, self._containers)) == self._contained",
+            "list(map(len, self._containers)) == list(map(len, self._contained))",
+            "tests/test_function_changes.py::test_change[blocks in another order]",
+        ),
+        (
+            "modules in another dictionary",
+            "for m in inner for name in (*_WATCHED, *_SLOTS) if",
+            "for m in inner for name in _WATCHED if",
+            "tests/test_function_changes.py::test_change[blocks in another dictionary]",
+        ),
+        (
             "a ReLU that is in place now",
             '"return_indices", "inplace"',
             '"return_indices"',

@@ -35,8 +35,8 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "the guard of a function knows no tensors",
-            "return Guard(modules, tensors, all_modes=True)",
-            "return Guard(modules, [], all_modes=True)",
+            "self._guard = Guard(modules, tensors, all_modes=True)",
+            "self._guard = Guard(modules, [], all_modes=True)",
             _CHANGES + "change[stem]",
         ),
         (
@@ -64,6 +64,12 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
             _ONE + "a_network_that_changes_all_the_time_is_left_alone",
         ),
         (
+            "tensors that are plain attributes",
+            ", *attributes]",
+            "]",
+            _ONE + "a_weight_that_is_no_parameter",
+        ),
+        (
             "a function for ever after another graph",
             "    _flats.pop(network)\n",
             "",
@@ -71,6 +77,12 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/flatten.py": [
+        (
+            "sources of functions kept",
+            "    fx.graph_module._loader.eval_cache.pop(type(module).forward.__code__.co_filename, None)\n",
+            "",
+            _ONE + "sources_of_functions_are_let_go",
+        ),
         (
             "learning draws random numbers",
             "with Draws():  # which are put back",
@@ -111,20 +123,20 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/trusted.py": [
         (
             "functions of anybody trusted",
-            " and not any(map(_is_foreign, vars(module).values()))",
+            " and not any(map(_is_foreign, held))",
             "",
             _ONE + "what_is_not_trusted[own function]",
         ),
         (
             "graphs of anybody trusted",
-            "if isinstance(module, (fx.GraphModule, jit.ScriptModule)):",
-            "if False:",
+            "return not code and ",
+            "return ",
             _ONE + "what_is_not_trusted[graph]",
         ),
         (
             "everybody trusted",
-            "return _is_from(own_class(module)) and",
-            "return",
+            " and all(map(_is_from, classes))",
+            "",
             _ONE + "what_is_not_trusted[own class]",
         ),
     ],

@@ -52,7 +52,20 @@ def holding(value: object) -> nn.Module:
     return model
 
 
+class Callable:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+def patched() -> nn.Module:
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    model.__class__ = type("ResNet", (ResNet,), {"__module__": ResNet.__module__, "forward": lambda self, x: x})
+    return model
+
+
 UNTRUSTED = {
+    "own object": lambda: holding(Callable()),
+    "own method in a class": patched,
     "own class": lambda: Own(),
     "own block": lambda: nn.Sequential(nn.ReLU(), Own()),
     "own function": lambda: holding(foreign),
@@ -65,7 +78,9 @@ UNTRUSTED = {
 def test_what_is_not_trusted(make):
     assert not trusted.is_trusted(make())
     model = frb.fuse(make().eval())
-    run_in(model, images(size=32))
+    with torch.no_grad():
+        for _ in range(CALLS):
+            model(images(size=32))
     assert not functions(model)
 
 
@@ -119,6 +134,34 @@ def test_a_part_in_train_mode_is_no_function():
     model.layer1[0].train()
     run_in(model, images())
     assert not functions(model)
+    model.eval()
+    for _ in range(2):
+        run_in(model, images())
+    assert functions(model)
+
+
+@pytest.mark.usefixtures("known")
+def test_a_weight_that_is_no_parameter():
+    reference = network()
+    weight = reference.conv1.weight.detach().clone()
+    del reference.conv1.weight
+    reference.conv1.weight = weight
+    model, x = frb.fuse(reference), images()
+    run_in(model, x)
+    for net in (model, reference):
+        net.conv1.weight.mul_(2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("known")
+def test_sources_of_functions_are_let_go():
+    sources = torch.fx.graph_module._loader.eval_cache
+    model = frb.fuse(network())
+    before = len(sources)
+    run_in(model, images())
+    assert functions(model)
+    assert len(sources) == before
 
 
 @pytest.mark.usefixtures("known")
