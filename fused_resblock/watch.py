@@ -19,7 +19,7 @@ from .snapshot import containers, contents, holds_the_same
 from .swap import Swapped
 from .touched import listen, now, when
 
-_VERSION, _POINTER, _STRIDE = attrgetter("_version"), Tensor.data_ptr, Tensor.stride
+_VERSION, _POINTER, _STRIDE, _NUMEL = attrgetter("_version"), Tensor.data_ptr, Tensor.stride, Tensor.numel
 _SETTINGS = (
     *("stride", "padding", "dilation", "groups", "padding_mode"),
     *("kernel_size", "ceil_mode", "return_indices", "inplace"),
@@ -153,9 +153,10 @@ class Guard:
         self._seen = read(self._words)
 
     def _states_now(self) -> tuple[list[Any], ...]:
-        """Version and place of each tensor, and how each filter lies in memory."""
+        """Version, place and size of each tensor, and how each filter lies in memory."""
         tensors = self._tensors
-        return list(map(_VERSION, tensors)), list(map(_POINTER, tensors)), list(map(_STRIDE, self._filters))
+        states = [list(map(state, tensors)) for state in (_VERSION, _POINTER, _NUMEL)]
+        return *states, list(map(_STRIDE, self._filters))
 
     def _untouched(self) -> bool:
         """Whether what was touched since is other tensors."""

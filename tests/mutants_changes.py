@@ -76,6 +76,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/watch.py": [
         (
+            "filters that are cut off",
+            "for state in (_VERSION, _POINTER, _NUMEL)",
+            "for state in (_VERSION, _POINTER)",
+            _EDITS + "filters_cut_off[default]",
+        ),
+        (
             "modules in another order",
             "list(map(tuple, self._containers)) == self._contained",
             "list(map(len, self._containers)) == list(map(len, self._contained))",

@@ -60,6 +60,22 @@ def test_change(change, chain):
             torch.testing.assert_close(fused(x.clone()), reference(x.clone()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["default", "no program"])
+def test_filters_cut_off(kind):
+    """Neither version nor address nor strides of what is left are other ones."""
+    reference = randomize_norms(BasicBlock(16, 16)).eval()
+    fused, x = frb.fuse(reference, strict=True), torch.randn(2, 16, 6, 6)
+    with torch.set_grad_enabled(kind == "no program"):
+        fused(x), fused(x)
+        for block in (fused, reference):
+            block.conv1.weight.data = block.conv1.weight.data[:8]
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                tensor = getattr(block.bn1, name)
+                tensor.data = tensor.data[:8]
+            block.conv2.weight.data = block.conv2.weight.data[:, :8]
+        torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
 def test_attribute_of_a_network_deleted():
     class Scaled(type(network())):
         factor = 2.0

@@ -48,7 +48,9 @@ kept = _kept.current
 
 def _stamp(parts: Parts, places: Sequence[int]) -> tuple[Any, ...]:
     """Identity, version and place of each tensor: an in-place edit, `.data =`, `.to()` or a new tensor changes it."""
-    stamp = (None if t is None else (id(t), t._version, when(t), t.storage_offset(), t.stride()) for t in parts)
+    stamp = (
+        None if t is None else (id(t), t._version, when(t), t.storage_offset(), t.shape, t.stride()) for t in parts
+    )
     return *places, *stamp
 
 
@@ -87,7 +89,7 @@ class TensorCache:
         assert head is not None
         held = [t.untyped_storage() for t in parts if t is not None]  # until words of it are read: others may let it go
         try:
-            stamp = (settings, head.shape, *_stamp(parts, [storage.data_ptr() for storage in held]))
+            stamp = (settings, *_stamp(parts, [storage.data_ptr() for storage in held]))
         except RuntimeError:  # inference tensors carry no version: nothing tells when they change
             return compute()
         key = id(head)
