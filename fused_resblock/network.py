@@ -36,7 +36,8 @@ class FusedNetwork(Freezable):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if len(cls.__bases__) != 2 or base_class(cls.__bases__[0]) is not nn.Module:
+        mixin = cls.__bases__[0]
+        if len(cls.__bases__) != 2 or not issubclass(mixin, FusedNetwork) or base_class(mixin) is not nn.Module:
             return  # a mixin, or derived from a class that was made here, perhaps with its own forward
 
         def own(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:

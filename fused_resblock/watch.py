@@ -70,7 +70,8 @@ class Watch:
         modules = list(root.modules())
         inner = modules[1:]
         self._children = [(m._modules, name, child, type(child)) for m in modules for name, child in m._modules.items()]
-        self._contained = [(m, m._modules, tuple(m._modules)) for m in modules]
+        self._contained = [(m._modules, tuple(m._modules)) for m in modules]
+        self._dictionaries = [(m, m._modules) for m in inner]
         self._planned = [(m, _planned_settings(m)) for m in inner if isinstance(m, _PLANNED)]
         self._inner = inner
         own = [m.__dict__ for m in inner if _asks_itself(m)]
@@ -82,9 +83,10 @@ class Watch:
         for modules, name, child, cls in self._children:
             if modules.get(name) is not child or type(child) is not cls:
                 return False
-        for module, modules, names in self._contained:
-            if module._modules is not modules or tuple(modules) != names:
-                return False
+        if any(module._modules is not modules for module, modules in self._dictionaries):
+            return False
+        if any(tuple(modules) != names for modules, names in self._contained):
+            return False
         for attributes, size, before in self._own:
             if len(attributes) != size or any(attributes.get(name) is not value for name, value in before):
                 return False
