@@ -128,16 +128,10 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
             _ONE + "what_is_not_trusted[own function]",
         ),
         (
-            "graphs of anybody trusted",
-            "return not code and ",
-            "return ",
-            _ONE + "what_is_not_trusted[graph]",
-        ),
-        (
             "everybody trusted",
             " and all(map(_is_from, classes))",
             "",
-            _ONE + "what_is_not_trusted[own class]",
+            _ONE + "what_is_not_trusted[own property]",
         ),
     ],
 }

@@ -57,6 +57,12 @@ class Callable:
         return x
 
 
+class Property(ResNet):
+    """All that is its own is no function."""
+
+    factor = property(lambda self: 2.0)
+
+
 def patched() -> nn.Module:
     model = ResNet(BasicBlock, [1, 1, 1, 1])
     model.__class__ = type("ResNet", (ResNet,), {"__module__": ResNet.__module__, "forward": lambda self, x: x})
@@ -66,6 +72,7 @@ def patched() -> nn.Module:
 UNTRUSTED = {
     "own object": lambda: holding(Callable()),
     "own method in a class": patched,
+    "own property": lambda: Property(BasicBlock, [1, 1, 1, 1]),
     "own class": lambda: Own(),
     "own block": lambda: nn.Sequential(nn.ReLU(), Own()),
     "own function": lambda: holding(foreign),
