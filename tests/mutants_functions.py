@@ -129,8 +129,8 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "everybody trusted",
-            " and all(map(_is_from, classes))",
-            "",
+            "return all(map(_is_from, classes)) and ",
+            "return ",
             _ONE + "what_is_not_trusted[own property]",
         ),
     ],
