@@ -23,7 +23,6 @@ from .stem import StemConv, StemFollower
 from .stems import find_networks, find_stems, opened, worth_it
 from .swap import swapped_class, undo
 from .tracing import Traced
-from .trusted import is_trusted
 
 _LEFT_OUT = "left out by filter_fn"
 #: of all classes that `fuse` gives
@@ -120,7 +119,7 @@ def fuse(
             fuse_network(network)
         if isinstance(network, FusedNetwork):
             know_graph(network, traced)
-        know(network, traced if frozen or is_trusted(network) else None)
+            know(network, traced, frozen)
     for module in model.modules():
         if isinstance(module, Freezable):
             module.freeze(frozen)

@@ -134,17 +134,21 @@ _flats: PerModule[_Flat] = PerModule("flat")
 _graphs: PerModule[_Known] = PerModule("graph")
 
 
-def know(network: nn.Module, found: Traced | None) -> None:
+def know(network: nn.Module, found: Traced | None, promised: bool = False) -> None:
     """Note the graph of a network's forward in eval mode, in which blocks are single calls; None where it has none.
 
-    Unless the network is frozen, it must be one of which a guard can tell whether it is as it was; see `trusted`. A
-    copy of the network has no graph until it is noted.
+    A copy of the network has no graph until it is noted.
+
+    Args:
+        network: unless frozen, its graph is of use only if a guard can tell whether it is as it was; see `trusted`.
+        found: the graph.
+        promised: whether it is frozen.
     """
     _flats.pop(network)
-    if found is None:
-        _graphs.pop(network)
-    else:
+    if found is not None and (promised or is_trusted(network)):
         _graphs[network] = _Known(found, layout(network))
+    else:
+        _graphs.pop(network)
 
 
 def applies(network: Any) -> bool:

@@ -18,7 +18,6 @@ from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, runs_hooks
 from .swap import base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
-from .trusted import is_trusted
 
 
 class FusedNetwork(Freezable):
@@ -91,7 +90,7 @@ class FusedNetwork(Freezable):
             if first in modules:
                 undo(StemConv, modules[first])
         self.__dict__["_fused_stems"] = kept
-        flat.know(self, found if self._fused_frozen or is_trusted(self) else None)
+        flat.know(self, found, self._fused_frozen)
 
 
 def _computed(y: Any) -> Any:
