@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,16 @@ class Entry:
     pixels: int
     backend: str
     tile: Tile | None
+
+    def at(self, pixels: int) -> Entry:
+        """This entry for more pixels: what was split over `split_k` programs to fill the GPU is split less.
+
+        So about as many programs run as were measured, and no more partial sums are held.
+        """
+        if self.tile is None or self.tile.split_k == 1:
+            return self
+        halvings = max(0, round(log2(pixels / self.pixels)))
+        return replace(self, tile=replace(self.tile, split_k=max(1, self.tile.split_k >> halvings)))
 
 
 @dataclass(frozen=True)

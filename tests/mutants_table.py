@@ -191,26 +191,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_tuning.py::test_a_wrong_way_is_never_a_winner",
         ),
     ],
-    "kernels/tables.py": [
-        (
-            "an entry too far away",
-            "REACH = 4.0",
-            "REACH = 400.0",
-            "tests/test_tables.py::test_nearest_within_a_factor_of_four",
-        ),
-        (
-            "cuDNN's copy of the weights is free",
-            '    if fastest != "cudnn" or not others:\n',
-            "    if True:\n",
-            "tests/test_tables.py::test_cudnn_wins_where_it_is_worth_a_second_copy_of_the_weights",
-        ),
-        (
-            "cuDNN only where its weights are few",
-            ' if pays or us[others[0]] >= CUDNN_FACTOR * us["cudnn"] else ',
-            " if pays else ",
-            "tests/test_tables.py::test_cudnn_wins_where_it_is_worth_a_second_copy_of_the_weights",
-        ),
-    ],
     "fused_resblock/backends/folding.py": [
         (
             "cache ignores the version",

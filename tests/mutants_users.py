@@ -240,7 +240,39 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_tiles.py::test_a_stride_of_no_residual_is_not_that_of_the_branch",
         ),
     ],
+    "kernels/tables.py": [
+        (
+            "an entry too far away",
+            "REACH = 4.0",
+            "REACH = 400.0",
+            "tests/test_tables.py::test_nearest_within_a_factor_of_four",
+        ),
+        (
+            "cuDNN's copy of the weights is free",
+            '    if fastest != "cudnn" or not others:\n',
+            "    if True:\n",
+            "tests/test_tables.py::test_cudnn_wins_where_it_is_worth_a_second_copy_of_the_weights",
+        ),
+        (
+            "cuDNN only where its weights are few",
+            ' if pays or us[others[0]] >= CUDNN_FACTOR * us["cudnn"] else ',
+            " if pays else ",
+            "tests/test_tables.py::test_cudnn_wins_where_it_is_worth_a_second_copy_of_the_weights",
+        ),
+        (
+            "a loop is split as much over more pixels",
+            "halvings = max(0, round(log2(pixels / self.pixels)))",
+            "halvings = 0",
+            "tests/test_tables.py::test_a_split_loop_is_split_less_where_there_are_more_pixels",
+        ),
+    ],
     "fused_resblock/backends/tuned.py": [
+        (
+            "an entry's tile is that of its own pixels",
+            "return None if entry is None else entry.at(n * p * q)",
+            "return entry",
+            "tests/test_tuned.py::test_a_tile_is_that_for_the_pixels_asked_for",
+        ),
         (
             "rows that a corrected table left out stay in force",
             "if table.path not in read_again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,20 @@ def test_the_winners_of_the_table_that_ships_are_the_winners_of_its_times():
 def test_nearest_within_a_factor_of_four(pixels, found):
     entry = nearest([Entry(100, "triton", None), Entry(400, "triton", None)], pixels)
     assert (entry and entry.pixels) == found
+
+
+@pytest.mark.parametrize(
+    ("pixels", "split_k"), [(25, 8), (100, 8), (140, 8), (150, 4), (200, 4), (300, 2), (400, 2), (1600, 1), (9999, 1)]
+)
+def test_a_split_loop_is_split_less_where_there_are_more_pixels(pixels, split_k):
+    entry = Entry(100, "triton", Tile(64, 64, 64, 4, 4, split_k=8))
+    assert entry.at(pixels) == Entry(100, "triton", replace(entry.tile, split_k=split_k))
+
+
+@pytest.mark.parametrize("tile", [None, Tile(64, 64, 64, 4, 4, persistent=2)])
+def test_other_tiles_are_those_of_any_number_of_pixels(tile):
+    entry = Entry(100, "triton", tile)
+    assert entry.at(400) == entry
 
 
 @given(st.lists(st.integers(1, 10**9), max_size=5), st.integers(1, 10**9))

@@ -66,6 +66,15 @@ def test_load_config(tmp_path, h100):
     assert tuned.lookup(torch.empty(1, 64, 56, 56, dtype=FP16), CONV, None, PLAIN) is None  # on the CPU
 
 
+def test_a_tile_is_that_for_the_pixels_asked_for(tmp_path, h100):
+    frb.load_config(write(tmp_path, {**CONTENT, "winners": [{**WINNER, "tile": "64x64x64.w4.s4.k4"}]}))
+    assert [str(tuned.lookup(on_gpu(images), CONV, None, PLAIN).tile) for images in (1, 2, 4)] == [
+        "64x64x64.w4.s4.k4",
+        "64x64x64.w4.s4.k2",
+        "64x64x64.w4.s4",
+    ]
+
+
 def test_a_later_table_goes_first_and_a_folder_is_read(tmp_path, h100):
     frb.load_config(write(tmp_path, CONTENT))
     folder = tmp_path / "folder"

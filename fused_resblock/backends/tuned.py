@@ -126,7 +126,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, suffix: str = "") -> Entry | None:
-    """What was measured for a convolution on x's GPU, None if nothing was that is near enough.
+    """What was measured for a convolution on x's GPU, for its pixels; None if nothing was that is near enough.
 
     `suffix` tells a convolution apart that something else follows, such as ".pool".
     """
@@ -134,7 +134,8 @@ def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, suff
         return None
     n, _, p, q = conv.output_shape(x)
     key = dtype_name(x.dtype), case_name(conv, other, epilogue) + suffix
-    return _first(x, "convolutions", key, n * p * q)
+    entry = _first(x, "convolutions", key, n * p * q)
+    return None if entry is None else entry.at(n * p * q)
 
 
 def lookup_stage(h: Tensor, conv: Conv, case: str) -> StageEntry | None:
