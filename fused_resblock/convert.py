@@ -10,6 +10,7 @@ from torch import nn
 
 from . import backends
 from .flat import know
+from .formats import Spread
 from .frozen import Freezable
 from .graph_modules import FusedGraphModule, fuse_network
 from .head import Classifier, GlobalPool, find_heads, fuse_head
@@ -97,17 +98,22 @@ def fuse(
     if not inplace:
         model = _copied(model)
     within = tuple(f"{path}." for path, _, _ in found)
+    planned = {path: isinstance(outcome, Plan) for path, _, outcome in found}
     for name, (graph, *_) in networks:
         network, prefix = model.get_submodule(name), f"{name}." if name else ""
         for path in find_heads(network, graph) if heads else ():
             if prefix + path not in left_out:
                 fuse_head(network.get_submodule(path), backend)
-        rows = find_stems(network, graph) if stems else []
-        fused = any(isinstance(outcome, Plan) for path, _, outcome in found if path.startswith(prefix))
-        for stem in rows if worth_it(network, rows, fused) else ():
-            if prefix + stem[0] not in left_out:
-                fuse_network(network)
-                fuse_stem(network, stem, backend, many=not fused or (prefix + stem[0]).startswith(within))
+        inner = {path[len(prefix) :]: plan for path, plan in planned.items() if path.startswith(prefix)}
+        fused = any(inner.values())
+        spread = Spread(network, graph, inner)
+        rows = spread.unnoticed(find_stems(network, graph)) if stems else []
+        rows = [stem for stem in rows if prefix + stem[0] not in left_out] if worth_it(network, rows, fused) else []
+        if rows:
+            fuse_network(network)
+            network.__dict__["_fused_format"] = spread.returned(rows)
+        for stem in rows:
+            fuse_stem(network, stem, backend, many=not fused or (prefix + stem[0]).startswith(within))
     for name, _, outcome in found:
         if isinstance(outcome, Plan):
             fuse_block(model.get_submodule(name), outcome, backend)
@@ -130,7 +136,7 @@ def _networks(model: nn.Module, found: Sequence[tuple[str, nn.Module, Plan | str
     """What `find_networks` finds around blocks; those that `filter_fn` leaves out stay closed."""
     every = {module for _, module, _ in found}
     kept = [module for _, module, outcome in found if isinstance(outcome, str) and outcome != _LEFT_OUT]
-    return find_networks(model, every, every - opened(model, kept))
+    return find_networks(model, every, every - opened(kept))
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import dispatch, flat, leaves
+from .formats import as_ever
 from .frozen import Freezable
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
-from .stem import StemConv, StemFollower, changed, runs_hooks
+from .stem import StemConv, StemFollower, changed, does_more
 from .swap import base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
 
@@ -32,6 +33,7 @@ class FusedNetwork(Freezable):
     _fused_stops: tuple[str, ...] = ()  # the names of the blocks that its graph has as they are
     _fused_looks = 0
     _fused_stale = False
+    _fused_format = False  # whether a stem has given what it returns another memory format
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,8 +62,10 @@ class FusedNetwork(Freezable):
                 return own(self, *args, **kwargs)
             image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
             if image and flat.applies(self) and dispatch.plain(args):
-                return flat.run(self, lambda x: scoped(self, True, (x,), {}), args[0])
-            return scoped(self, False, args, kwargs)
+                y = flat.run(self, lambda x: scoped(self, True, (x,), {}), args[0])
+            else:
+                y = scoped(self, False, args, kwargs)
+            return as_ever(y, (*args, *kwargs.values())) if self._fused_format else y
 
         cls.forward = forward
 
@@ -149,20 +153,24 @@ def obstacle(network: FusedNetwork, stem: Sequence[str]) -> str | None:
     """Why the modules of a stem would compute one by one if they were called now; None when they would not."""
     modules = dict(network.named_modules())
     for path in _around(stem):
-        if path in modules and runs_hooks(modules[path]):
-            return f"hooks on {path}"
+        if path in modules and does_more(modules[path]):
+            return _besides(path, modules[path])
     for path in stem:
         module = modules.get(path)
         made = isinstance(module, StemConv) and module._fused_around is None
         if made or not isinstance(module, (StemConv, StemFollower)):
             return f"{path} was replaced"
-        if runs_hooks(module):
-            return f"hooks on {path}"
-        if "forward" in module.__dict__:
-            return f"the forward of {path} is overridden on the instance"
+        if does_more(module):
+            return _besides(path, module)
         reason = changed(module)
         if reason is not None:
             return f"{path}: {reason}"
         if hasattr(module, "running_mean") and leaves.uses_batch_statistics(module):
             return "batch statistics (train mode)"
     return None
+
+
+def _besides(path: str, module: nn.Module) -> str:
+    """What runs besides the forward of its class when a module is called, in words."""
+    overridden = "forward" in module.__dict__
+    return f"the forward of {path} is overridden on the instance" if overridden else f"hooks on {path}"

@@ -34,9 +34,10 @@ _PACKING = 3  # what packing takes of an element in terms of those
 class StemConv(Freezable):
     """Mixin of a convolution that begins a stem: it leaves its work to the last module of the stem.
 
-    It computes as ever outside of its network, under autograd, with hooks on it or on what a module of the stem is in,
-    while it is traced, and on an input that does not fit it. Unless frozen, it does so on a CPU on one that is `SMALL`,
-    and on a GPU where there are many, as within blocks: each takes longer to ask than to launch apart.
+    It computes as ever outside of its network, under autograd, with hooks or another forward on it or on what a module
+    of the stem is in, while it is traced, and on an input that does not fit it. Unless frozen, it does so on a CPU on
+    one that is `SMALL`, and on a GPU where there are many, as within blocks: each takes longer to ask than to launch
+    apart.
     """
 
     #: what the stem's modules are in; None if it was made by its class alone
@@ -63,7 +64,7 @@ class StemConv(Freezable):
         if (x.shape, x.device) == self._fused_small and not always:
             return None
         around = self._fused_around
-        if around is None or runs_hooks(self) or any(map(runs_hooks, around)) or changed(self) is not None:
+        if around is None or does_more(self) or any(map(does_more, around)) or changed(self) is not None:
             return None
         followers, programs = _programs.get(self) or ((), None)
         program: Any = None if programs is None else programs.find(x, self.unasked())
@@ -101,7 +102,7 @@ class StemFollower(Swapped):
         if type(x) is not Pending:
             return self._alone(*args, **kwargs)
         program = x.program(self)
-        if x.computed is not None or (program is None and (runs_hooks(self) or not _joins(self, x.chain))):
+        if x.computed is not None or (program is None and (does_more(self) or not _joins(self, x.chain))):
             return self._alone(x.value())
         chain = (*x.chain, self)
         if len(chain) < chain[0].__dict__["_fused_length"] and not isinstance(self, nn.MaxPool2d):
@@ -120,9 +121,9 @@ class StemFollower(Swapped):
         return y
 
 
-def runs_hooks(module: nn.Module) -> bool:
-    """Whether something besides the forward runs when the module is called."""
-    return leaves.hooked(module) or bool(nn.modules.module._has_any_global_hook())
+def does_more(module: nn.Module) -> bool:
+    """Whether something besides the forward of its class runs when the module is called."""
+    return "forward" in module.__dict__ or leaves.hooked(module) or bool(nn.modules.module._has_any_global_hook())
 
 
 def changed(module: nn.Module) -> str | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
 
-import torch
 from torch import fx, nn
 
 from . import leaves, nodes
+from .formats import is_nchw
 from .network import FusedNetwork
 from .params import PLAIN_TYPES
 from .plan import Unsupported
@@ -52,24 +51,15 @@ def _may_hold_stems(module: nn.Module) -> bool:
     return followed and any(isinstance(m, nn.Conv2d) for m in inner)
 
 
-def _is_nchw(network: nn.Module) -> bool:
-    """Whether the weights of a network's convolutions are in NCHW, which some may be in any format."""
-    weights: list[Any] = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
-    plain = (w for w in weights if type(w) in PLAIN_TYPES)  # others may have no memory yet
-    return not all(w.is_contiguous(memory_format=torch.channels_last) for w in plain)
+def opened(kept: Iterable[nn.Module]) -> set[nn.Module]:
+    """The blocks, of those that are not fused, in which a network's graph shows what happens."""
+    return set(filter(_is_open, kept))
 
 
-def opened(model: nn.Module, kept: Iterable[nn.Module]) -> set[nn.Module]:
-    """The blocks of a model, of those that are not fused, in which a network's graph shows what happens."""
-    nchw = _is_nchw(model)
-    return {block for block in kept if _is_open(block, nchw)}
-
-
-def _is_open(block: nn.Module, nchw: bool) -> bool:
+def _is_open(block: nn.Module) -> bool:
     """Whether the graph of a network may show the forward of a block, and stems be found in it.
 
-    Not if other things happen when it is called, nor if it asks for a memory format that it would not have: a stem's
-    result is channels_last, also in a network in NCHW.
+    Not if other things happen when it is called, nor if it asks for a memory format.
     """
     try:
         leaves.check_untouched(block)
@@ -77,7 +67,7 @@ def _is_open(block: nn.Module, nchw: bool) -> bool:
     except Unsupported:
         return False
     asked = {nodes.name(node) for node in graph.nodes if nodes.called(node)}
-    return doubt is None and asked.isdisjoint(nodes.OF_LAYOUT) and not (nchw and "view" in asked)
+    return doubt is None and asked.isdisjoint(nodes.OF_LAYOUT)
 
 
 def find_stems(module: nn.Module, graph: fx.Graph) -> list[tuple[str, ...]]:
@@ -122,7 +112,7 @@ def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool) 
     """
     convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     on_gpu = any(type(conv.weight) in PLAIN_TYPES and conv.weight.is_cuda for conv in convs)
-    return fused or on_gpu or not _is_nchw(network) or 2 * len(stems) >= len(convs)
+    return fused or on_gpu or not is_nchw(network) or 2 * len(stems) >= len(convs)
 
 
 def _kind(module: nn.Module) -> int:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 _OPEN = "tests/test_open_blocks.py::test_"
+_FORMATS = "tests/test_formats.py::test_"
 
 #: (name, old text, new text, killers) by file.
 STEMS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/stem.py": [
         (
+            "a forward on the instance is its class's",
+            'return "forward" in module.__dict__ or leaves.hooked',
+            "return leaves.hooked",
+            "tests/test_wrapped_forwards.py::test_weights_that_a_layer_of_a_stem_has_for_its_call_alone[bn1-later]",
+        ),
+        (
             "a stem by its class alone",
-            "if around is None or runs_hooks",
-            "around = around or []\n        if runs_hooks",
+            "if around is None or does_more",
+            "around = around or []\n        if does_more",
             "tests/test_made_by_class.py::test_layers_of_a_stem_and_a_head[before a call-default-fp32]",
         ),
         (
@@ -39,7 +46,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "hooks on what a stem is in",
-            " or any(map(runs_hooks, around))",
+            " or any(map(does_more, around))",
             "",
             "tests/test_stem_recognition.py::test_hooks_on_what_a_stem_is_in_see_tensors[forward]",
         ),
@@ -102,10 +109,54 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
             _OPEN + "a_network_whose_attributes_change",
         ),
     ],
+    "fused_resblock/formats.py": [
+        (
+            "weights that lie alike in both formats are in channels_last",
+            "return len(plain) > 0 and not told",
+            "return False",
+            _FORMATS + "formats_as_torch_tells_them_apart[weights1-NCHW]",
+        ),
+        (
+            "a view of what follows a stem",
+            "left += node.users.keys() - reached",
+            "left += []",
+            _FORMATS + "a_view_of_stems[further behind-default]",
+        ),
+        (
+            "what is returned is channels_last",
+            "part.contiguous() if _is_channels_last(part) else part",
+            "part",
+            _FORMATS + "what_is_done_to_the_result_of_a_part_is_not_known[default]",
+        ),
+        (
+            "a view behind a fused block",
+            "if not (self._blocks.get(str(node.target)) or _forgets(node, self._modules)):",
+            "if not _forgets(node, self._modules):",
+            _FORMATS + "views_behind_a_fused_block",
+        ),
+        (
+            "every view joins dimensions",
+            "return len(sizes) < _SPLIT",
+            "return True",
+            _FORMATS + "what_may_be_channels_last[channels split]",
+        ),
+        (
+            "one tuple is one size",
+            "        sizes = tuple(sizes[0])\n",
+            "        sizes = (0,) * _SPLIT\n",
+            _FORMATS + "a_view_of_stems[view, sizes in a tuple-default]",
+        ),
+        (
+            "what closed blocks do is known",
+            'closed = node.op == "call_module" and self._blocks.get(str(node.target)) is False',
+            "closed = False",
+            _FORMATS + "a_closed_block_may_do_anything",
+        ),
+    ],
     "fused_resblock/stems.py": [
         (
             "stems in NCHW among convolutions that stay",
-            "return fused or on_gpu or not _is_nchw(network) or 2 * len(stems) >= len(convs)",
+            "return fused or on_gpu or not is_nchw(network) or 2 * len(stems) >= len(convs)",
             "return True",
             "tests/test_stems_that_pay.py::test_networks_in_nchw_of_which_little_is_fused",
         ),
@@ -123,8 +174,8 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "kept blocks stay closed",
-            "if _is_open(block, nchw)}",
-            "if False}",
+            "return set(filter(_is_open, kept))",
+            "return set()",
             _OPEN + "stems_within_a_kept_block[default]",
         ),
         (
@@ -132,12 +183,6 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
             "        leaves.check_untouched(block)\n        graph, doubt",
             "        graph, doubt",
             _OPEN + "blocks_that_stay_closed",
-        ),
-        (
-            "a block that asks for a memory format is open",
-            ' and not (nchw and "view" in asked)',
-            "",
-            _OPEN + "a_block_that_asks_for_nchw",
         ),
         (
             "a convolution that is called elsewhere, too",

@@ -57,3 +57,42 @@ def test_fuse():
     reports = {report.name: report for report in frb.explain(again)}
     assert not reports["layer1.0"].fused
     assert reports["layer1.1"].fused
+
+
+def lend(module: nn.Module, layer: nn.Module) -> None:
+    """Call the module with another weight in a layer of it, which that has for the time of the call alone."""
+    own = module.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        kept = layer.weight
+        layer.weight = nn.Parameter(2 * kept)
+        y = own(x)
+        layer.weight = kept
+        return y
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("after", [0, 6], ids=["before the first forward", "later"])
+@pytest.mark.parametrize("name", ["conv1", "bn1", "front"])
+def test_weights_that_a_layer_of_a_stem_has_for_its_call_alone(name, after):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+            self.conv1, self.bn1, self.relu = nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(self.bn1(self.conv1(self.front(x))))
+
+    reference = frb.models.randomize_norms(Network()).eval()
+    fused, x = frb.fuse(reference), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(after):
+            fused(x)
+        for network in (reference, fused):
+            module = getattr(network, name)
+            lend(module, module[0] if name == "front" else module)
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+    assert f"the forward of {name} is overridden on the instance" in [part.reason for part in frb.explain(fused).parts]
