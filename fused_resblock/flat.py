@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import frozen
+from . import dispatch, frozen
 from .flatten import Call, Emptying, Ran, checked
 from .per_module import PerModule
 from .program import signature
@@ -116,6 +116,9 @@ class _Flat:
         modules = list(network.modules())
         attributes = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
         tensors = [*network.parameters(), *network.buffers(), *attributes]
+        if not dispatch.plain(tensors):  # some have no memory that could be looked at
+            know(network, None)
+            return False
         if any(module.training for module in modules) or any(t.is_inference() for t in tensors):  # no changes recorded
             self._rest = self._patience = min(2 * self._patience + 1, self.LONGEST)
             return False

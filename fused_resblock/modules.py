@@ -147,7 +147,7 @@ class FusedBlock(Freezable):
                 return None
             traced = Runner(self, self._fused_plan)
             return None if traced.mode_obstacle() or traced.unbatched(x) else traced.run(x, self._fused_backend)
-        if untraceable(x):
+        if untraceable(x) or (isinstance(x, Tensor) and x.layout is not torch.strided):
             return None
         state = _states.get(self)
         bindable = isinstance(x, Tensor) and not torch.is_grad_enabled() and dispatch.plain((x,))

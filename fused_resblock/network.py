@@ -19,6 +19,7 @@ from .plan import Unsupported
 from .stem import StemConv, StemFollower, changed, does_more
 from .swap import base_class, swapped_class, undo, undone
 from .tracing import Traced, traced
+from .watch import untraceable
 
 
 class FusedNetwork(Freezable):
@@ -56,7 +57,7 @@ class FusedNetwork(Freezable):
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 self.look_again(*args, *kwargs.values())
                 return own(self, *args, **kwargs)
-            if self._fused_stale and not any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+            if self._fused_stale and not any(map(untraceable, (*args, *kwargs.values()))):
                 self._look()
             if allowed():  # within the forward of a network around this one
                 return own(self, *args, **kwargs)

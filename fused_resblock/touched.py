@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -36,7 +37,8 @@ def when(tensor: Tensor) -> int:
 
 def touch(tensors: Iterable[Tensor | None]) -> None:
     """Note that tensors may have been edited in a way that their version counters do not record."""
-    addresses = {t.untyped_storage().data_ptr() for t in tensors if t is not None and type(t) in PLAIN_TYPES}
+    known = [t for t in tensors if t is not None and type(t) in PLAIN_TYPES]
+    addresses = {t.untyped_storage().data_ptr() for t in known if t.layout is torch.strided}  # others have no storage
     with _lock:  # two at once would share a number, and what asks between them would miss the second
         if len(_when) > LIMIT:
             _forgotten[0] = _now[0]

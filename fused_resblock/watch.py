@@ -16,7 +16,7 @@ from . import leaves
 from .per_module import is_kept
 from .sampling import read, words
 from .snapshot import containers, contents, holds_the_same
-from .swap import Swapped
+from .swap import Swapped, own_class
 from .touched import listen, now, when
 
 _VERSION, _POINTER, _STRIDE, _NUMEL = attrgetter("_version"), Tensor.data_ptr, Tensor.stride, Tensor.numel
@@ -26,7 +26,8 @@ _SETTINGS = (
 )
 #: what a layer may hold in its `__dict__`: settings, what `fuse` left there, tensors that are no parameters or buffers
 _WATCHED = (
-    *("eps", *_SETTINGS, "output_size", "_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel"),
+    *("eps", *_SETTINGS, "output_size"),
+    *("_fused_plan", "_fused_backend", "_fused_length", "_fused_kernel", "_fused_stale"),
     *("weight", "bias", "running_mean", "running_var"),
 )
 _SLOTS = ("_modules", "_parameters", "_buffers")  # that a dictionary may be put in the place of
@@ -36,8 +37,11 @@ _OF_ANY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"}
 
 
 def _asks_itself(module: nn.Module) -> bool:
-    """Whether this is a module of somebody's own within a block, whose forward may ask its attributes."""
-    given = isinstance(module, Swapped) or type(module).__module__.startswith("torch.nn.")
+    """Whether this is a module of somebody's own within a block, whose forward may ask its attributes.
+
+    A fused block does not: it is planned again where one is set.
+    """
+    given = "_fused_plan" in module.__dict__ or own_class(module).__module__.startswith("torch.nn.")
     return not given and not leaves.is_leaf(module)
 
 
@@ -74,7 +78,7 @@ class Watch:
         self._dictionaries = [(m, m._modules) for m in inner]
         self._planned = [(m, _planned_settings(m)) for m in inner if isinstance(m, _PLANNED)]
         self._inner = inner
-        own = [m.__dict__ for m in inner if _asks_itself(m)]
+        own = [m.__dict__ for m in inner if _asks_itself(m) and not isinstance(m, Swapped)]
         self._own = [(d, len(d), [(name, value) for name, value in d.items() if name != "training"]) for d in own]
         self._collections = _collections(modules)
 
@@ -124,8 +128,9 @@ class Guard:
         slots = [places for m in modules for places in (m._modules, m._parameters, m._buffers)]
         entries = [(places, name) for places in slots for name in places if name != "num_batches_tracked"]
         entries += [(m.__dict__, name) for m in inner for name in (*_WATCHED, *_SLOTS) if name in m.__dict__]
-        own = [m.__dict__ for m in inner if _asks_itself(m)]
-        entries += [(attributes, name) for attributes in own for name in attributes if name != "training"]
+        own = [m for m in inner if _asks_itself(m)]
+        given = [(m.__dict__, name) for m in own for name in m.__dict__ if not name.startswith("_fused_")]
+        entries += [(attributes, name) for attributes, name in given if name != "training"]
         entries += [(m.__dict__, "training") for m in inner if all_modes or "eps" in m.__dict__]
         self._places, self._names = [place for place, _ in entries], [name for _, name in entries]
         self._values = [place[name] for place, name in entries]
@@ -137,7 +142,8 @@ class Guard:
         self._types = list(map(type, inner))
         self._containers = [m._modules for m in modules if not leaves.is_leaf(m)]
         self._contained = list(map(tuple, self._containers))  # in the order in which a `Sequential` calls them
-        self._own, self._sizes = own, list(map(len, own))
+        self._own = [m.__dict__ for m in own if not isinstance(m, Swapped)]  # a network tells by `_fused_stale`
+        self._sizes = list(map(len, self._own))
         self._attributes = [m.__dict__ for m in inner]
         self._convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
         self._collections = _collections(modules)
@@ -214,7 +220,7 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
         classes = type(module).__mro__
         defaults = [vars(cls) for cls in reversed(classes[: classes.index(nn.Module)])]
         found = {name: value for attributes in (*defaults, found) for name, value in attributes.items()}
-        names = [name for name in found if name not in _OF_ANY_MODULE and not name.startswith("__")]
+        names = [name for name in found if name not in _OF_ANY_MODULE and not name.startswith(("__", "_fused_"))]
     else:
         names = [name for name in _SETTINGS if name in found]
     return tuple((name, copy.deepcopy(found[name])) for name in names if _is_plain(found[name]))

@@ -88,5 +88,5 @@ def poisoned_memory():
 @pytest.fixture
 def known(monkeypatch):
     """The networks of tests are trusted."""
-    tests = {"frozen_networks", "test_one_function", "test_function_changes"}
+    tests = {"frozen_networks", "test_odd_tensors", "test_one_function", "test_function_changes"}
     monkeypatch.setattr(trusted, "_PACKAGES", trusted._PACKAGES | tests)

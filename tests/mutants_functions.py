@@ -1,14 +1,23 @@
-"""Faults in networks that run as one function; the tests that must notice each."""
+"""Faults in networks that run as one function, and in what tells of edits; the tests that must notice each."""
 
 from __future__ import annotations
 
 _FLAT = "tests/test_flat.py::test_"
 _ONE = "tests/test_one_function.py::test_"
 _CHANGES = "tests/test_function_changes.py::test_"
+_ODD = "tests/test_odd_tensors.py::test_"
+_TOUCHED = "tests/test_touched.py::test_"
+_EDITS = "tests/test_edits_by_hand.py::test_"
 
 #: (name, old text, new text, killers) by file.
 FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/flat.py": [
+        (
+            "every tensor has memory to look at",
+            "if not dispatch.plain(tensors):",
+            "if False:",
+            _ODD + "tensors_without_memory_of_their_own[wrapped weight-later]",
+        ),
         (
             "learning for ever",
             "if self._empty[key] > 2:",
@@ -132,6 +141,52 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
             "return all(map(_is_from, classes)) and ",
             "return ",
             _ONE + "what_is_not_trusted[own property]",
+        ),
+    ],
+    "fused_resblock/sampling.py": [
+        (
+            "words of memory that nobody holds",
+            "        storages.append(storage)\n",
+            "",
+            _EDITS + "words_outlive_the_memory_of_their_tensor",
+        ),
+        (
+            "tensors of a few bytes have no words",
+            "tensor.numel() == 0 or",
+            "tensor.numel() * tensor.element_size() < 8 or",
+            _ODD + "whole_tensors_through_data[norm of one channel]",
+        ),
+        (
+            "words of strided tensors lie as if they were dense",
+            "itemsize * _offset(tensor, place)",
+            "itemsize * place",
+            _ODD + "words_are_of_the_tensor[every second-size1-dtype2]",
+        ),
+    ],
+    "fused_resblock/touched.py": [
+        (
+            "fused optimizers not heard",
+            "    if groups:\n",
+            "    if False:\n",
+            _TOUCHED + "fused_optimizers[SGD-False]",
+        ),
+        (
+            "optimizers of others not heard",
+            'if not own or group.get("fused")',
+            'if group.get("fused")',
+            _TOUCHED + "optimizers_of_others_may_use_any_kernel",
+        ),
+        (
+            "running statistics not touched",
+            "    if running:\n",
+            "    if False:\n",
+            _TOUCHED + "recalibrated_norms[auto]",
+        ),
+        (
+            "every tensor has a storage",
+            " if t.layout is torch.strided}",
+            "}",
+            _ODD + "tensors_without_memory_of_their_own[sparse buffer-later]",
         ),
     ],
 }
