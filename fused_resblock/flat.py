@@ -10,7 +10,7 @@ every module's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,9 @@ from .watch import Entry, Guard, layout
 
 _UNKNOWN = "its graph is not known until it is fused again"  # that of a copy, or of one that could not be traced again
 
+
+#: a network's own forward, of an input; and whether every stem is joined in it, or only those that pay
+Forward = Callable[[Tensor, bool], Any]
 
 _tape: Recorder[Ran] = Recorder("ran")
 #: whether this is a forward that notes what it runs
@@ -79,23 +82,23 @@ class _Flat:
         self._uses += 1
         return self.functions.get(key)
 
-    def learn(self, key: tuple[object, ...], network: nn.Module, forward: Call, x: Tensor) -> Any:
+    def learn(self, key: tuple[object, ...], network: nn.Module, forward: Forward, x: Tensor) -> Any:
         """What the forward makes of x; and a function of what it ran, once that was twice the same.
 
         Some programs are bound again at the second call. A graph may show another way than a tensor takes (`isinstance`
         tells it from what records the graph), so the function's first result must be that of the forward.
         """
         if frozen.substituted():
-            return forward(x)
+            return forward(x, False)
         if len(self._last) >= self.LIMIT:
             self._last.clear()
             self._empty.clear()
             self.functions.clear()
         again, last = x.clone(), self._last.get(key)
         if last is not None and not self._frozen and self._guard is None and not self._begin(network):
-            return forward(x)
+            return forward(x, False)
         with _tape.recording() as tape:
-            y = forward(x)
+            y = forward(x, True)
         self._last[key] = tape
         self._empty[key] += not tape
         if self._empty[key] > 2:
@@ -159,25 +162,26 @@ def applies(network: Any) -> bool:
     return not network.training and (network._fused_frozen or network in _graphs)
 
 
-def run(network: nn.Module, forward: Call, x: Tensor) -> Any:
+def run(network: nn.Module, forward: Forward, x: Tensor) -> Any:
     """What a network to which this `applies` makes of x.
 
     Args:
         network: called outside of autograd.
-        forward: its own forward, in which every stem is joined.
+        forward: its own forward.
         x: its input, a plain tensor.
     """
     flat = _flats.get(network)
     if flat is None or not flat.holds(network):
         flat = _flats[network] = _Flat(network, flat)
     if flat.rests():
-        return forward(x)
+        return forward(x, False)
     key = (*signature(x), x.stride())
     function = flat.use(key)
-    if function is not None:
-        return forward(x) if isinstance(function, str) else function(x)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing can be compared in there
-        return forward(x)
+    if function is not None and not isinstance(function, str):
+        return function(x)
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or function is not None:  # in a capture nothing can be compared, and to ask takes no time
+        return forward(x, capturing)
     return flat.learn(key, network, forward, x)
 
 

@@ -63,7 +63,7 @@ class FusedNetwork(Freezable):
                 return own(self, *args, **kwargs)
             image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
             if image and flat.applies(self) and dispatch.plain(args):
-                y = flat.run(self, lambda x: scoped(self, True, (x,), {}), args[0])
+                y = flat.run(self, lambda x, every: scoped(self, every, (x,), {}), args[0])
             else:
                 y = scoped(self, False, args, kwargs)
             return as_ever(y, (*args, *kwargs.values())) if self._fused_format else y

@@ -35,9 +35,9 @@ class StemConv(Freezable):
     """Mixin of a convolution that begins a stem: it leaves its work to the last module of the stem.
 
     It computes as ever outside of its network, under autograd, with hooks or another forward on it or on what a module
-    of the stem is in, while it is traced, and on an input that does not fit it. Unless frozen, it does so on a CPU on
-    one that is `SMALL`, and on a GPU where there are many, as within blocks: each takes longer to ask than to launch
-    apart.
+    of the stem is in, while it is traced, and on an input that does not fit it. Unless its network becomes one
+    function, it does so on a CPU on one that is `SMALL`, and on a GPU where there are many, as within blocks: each
+    takes longer to ask than to launch apart.
     """
 
     #: what the stem's modules are in; None if it was made by its class alone
@@ -58,10 +58,9 @@ class StemConv(Freezable):
         if torch.is_grad_enabled():
             self.look_again(x)
             return None
-        if not isinstance(x, Tensor) or not dispatch.plain((x,)) or not allowed():
+        if not isinstance(x, Tensor) or ((x.shape, x.device) == self._fused_small and not every()):
             return None
-        always = self.unasked() or every()
-        if (x.shape, x.device) == self._fused_small and not always:
+        if not dispatch.plain((x,)) or not allowed():
             return None
         around = self._fused_around
         if around is None or does_more(self) or any(map(does_more, around)) or changed(self) is not None:
@@ -79,7 +78,7 @@ class StemConv(Freezable):
         if x.shape[1] != weight.shape[1] * conv.groups or min(conv.output_size(*x.shape[2:])) <= 0:
             return None
         size = conv.output_shape(x)
-        if always or self._pays(size):
+        if every() or self._pays(size):
             return Pending(x, (self,), size)
         self.__dict__["_fused_small"] = x.shape, x.device
         return None

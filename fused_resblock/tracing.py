@@ -195,9 +195,11 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, target, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """An argument of a node."""
+        """An argument of a node. Of an `OrderedDict`, as networks return, `torch.fx` would make a plain dictionary."""
         if isinstance(a, fx.Proxy):
             return a.node
+        if type(a) is OrderedDict and not self._strict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
         try:
             return super().create_arg(a)
         except NotImplementedError as error:

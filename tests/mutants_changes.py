@@ -221,6 +221,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/tracing.py": [
         (
+            "an ordered dictionary is a plain one",
+            "if type(a) is OrderedDict and not self._strict:",
+            "if False:",
+            "tests/test_one_function.py::test_dictionaries[OrderedDict-default]",
+        ),
+        (
             "hooks run while their network is traced",
             "            twin.__dict__.update((name, OrderedDict()) for name in leaves.HOOKS if name in twin.__dict__)\n",
             "",

@@ -28,7 +28,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "small stems as one",
-            "if always or self._pays(size):",
+            "if every() or self._pays(size):",
             "if True:",
             "tests/test_stems_that_pay.py::test_small_images[20-False-default]",
         ),

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -36,6 +37,29 @@ def test_torchvisions():
     model = frb.fuse(reference)
     torch.testing.assert_close(run_in(model, images(size=32)), reference(images(size=32)), rtol=1e-3, atol=1e-4)
     assert None not in functions(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["default", "frozen"])
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_dictionaries(kind, frozen, known):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = randomize_norms(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            found = kind()
+            found["out"] = self.body(x)
+            return kind([("scores", found["out"].softmax(1)), ("inner", found)])
+
+    reference = Network().eval()
+    model, x = frb.fuse(reference, frozen=frozen), images(size=33)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            y = model(x)
+        torch.testing.assert_close(y, reference(x), rtol=1e-3, atol=1e-4)
+    assert None not in functions(model)
+    assert type(y) is type(y["inner"]) is kind
 
 
 class Own(Network):

@@ -33,6 +33,26 @@ def test_small_images(size, pays, frozen, bound):
     assert len(bound) == (pays or frozen)
 
 
+class Keyword(nn.Module):
+    """Is no function, as it is called with more than an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.body(x) * scale
+
+
+def test_a_frozen_network_that_is_no_function(bound):
+    fused = frb.fuse(Keyword(), frozen=True)
+    with torch.no_grad():
+        fused(torch.randn(1, 3, 20, 20), scale=2.0)
+        assert len(bound) == 0
+        fused(torch.randn(1, 3, 320, 320), scale=2.0)
+    assert len(bound) == 1
+
+
 def test_a_larger_image_behind_a_small_one(bound):
     reference = network()
     fused = frb.fuse(reference)
