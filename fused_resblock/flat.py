@@ -50,7 +50,7 @@ class _Flat:
         last: those that did not hold any more.
     """
 
-    LIMIT = 32  # signatures
+    LIMIT = 128  # signatures
     WORTH = 16  # calls that have to follow for it to be worth learning
     LONGEST = 1000  # rest
 

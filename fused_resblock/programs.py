@@ -40,7 +40,7 @@ class _Kept:
 class Programs:
     """The programs of a block, or of a chain of blocks, by `signature`, as long as its modules and tensors hold."""
 
-    LIMIT = 32  # signatures; images of every size may come, and each has its own
+    LIMIT = 128  # signatures; images of every size may come, and each has its own
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None  # read once a method: other threads may replace it
