@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .frozen_norms import eps_of
 from .params import PLAIN_TYPES, Pair, pair
 from .plan import Unsupported
 from .swap import own_class
@@ -20,9 +21,8 @@ _NORM_FORWARDS = nn.BatchNorm2d.forward, nn.BatchNorm2d._check_input_dim
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether this is torchvision's FrozenBatchNorm2d; others of that name may compute something else."""
-    torchvision = sys.modules.get("torchvision.ops.misc")
-    return torchvision is not None and own_class(module) is torchvision.FrozenBatchNorm2d
+    """Whether this computes what torchvision's FrozenBatchNorm2d does."""
+    return eps_of(module) is not None
 
 
 def _timm_norm_act(module: nn.Module) -> bool:

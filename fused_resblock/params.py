@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .frozen_norms import eps_of
+
 #: tensors without a life of their own: subclasses may compute something else, and have no storage to be asked for
 PLAIN_TYPES = (Tensor, nn.Parameter)
 Pair = tuple[int, int]
@@ -36,9 +38,12 @@ class BatchNorm(NamedTuple):
         Raises:
             TypeError: if it has none.
         """
-        if getattr(module, "running_mean", None) is None or not hasattr(module, "eps"):
+        eps: Any = getattr(module, "eps", None)
+        if eps is None:
+            eps = eps_of(module)
+        if getattr(module, "running_mean", None) is None or eps is None:
             raise TypeError(f"module must be a batch norm with running statistics, got {type(module).__name__}")
-        return cls(module.running_mean, module.running_var, module.weight, module.bias, module.eps)  # type: ignore[arg-type]
+        return cls(module.running_mean, module.running_var, module.weight, module.bias, eps)  # type: ignore[arg-type]
 
 
 class Affine(NamedTuple):

@@ -69,6 +69,29 @@ class EpsOutsideOfTheRoot(Detectron2):
         return (x - m) / (v.sqrt() + self.eps) * w + b
 
 
+class Mode(Detr):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.training else 1)
+
+
+class Updates(Detr):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.running_mean.add_(1)
+        return y
+
+
+class Flag(Detr):
+    """A setting of its own, which might be changed later."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.doubled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.doubled else 1)
+
+
 def torchvision_norm(channels: int) -> nn.Module:
     """torchvision's own, with random buffers and eps 0."""
     norm = pytest.importorskip("torchvision.ops").FrozenBatchNorm2d(channels, eps=0.0)
@@ -83,7 +106,7 @@ def timm_norm(channels: int) -> nn.Module:
     return norm
 
 
-for cls in (Detr, MaskRcnnBenchmark, Detectron2, Different, EpsOutsideOfTheRoot):
+for cls in (Detr, MaskRcnnBenchmark, Detectron2, Different, EpsOutsideOfTheRoot, Mode, Updates, Flag):
     cls.__name__ = "FrozenBatchNorm2d"
 
 NORMS = [
@@ -92,6 +115,9 @@ NORMS = [
     pytest.param(Detectron2, id="detectron2"),
     pytest.param(Different, id="something else"),
     pytest.param(EpsOutsideOfTheRoot, id="eps outside of the root"),
+    pytest.param(Mode, id="mode"),
+    pytest.param(Updates, id="updates"),
+    pytest.param(Flag, id="flag"),
     pytest.param(torchvision_norm, id="torchvision"),
     pytest.param(timm_norm, id="timm"),
 ]
@@ -117,11 +143,12 @@ def test_same_as_its_own_forward(norm, mode):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("norm", [n for n in NORMS if n.id in ("torchvision", "timm")])
-def test_fused_in_either_mode(norm):
+@pytest.mark.parametrize("norm", NORMS)
+def test_fused_in_either_mode(norm, request):
+    other = request.node.callspec.id in ("something else", "eps outside of the root", "mode", "updates", "flag")
     fused = frb.fuse(BasicBlock(8, 8, norm_layer=norm))
     for training in (False, True):
-        assert frb.explain(fused.train(training))[0].fused
+        assert frb.explain(fused.train(training))[0].fused != other
 
 
 def test_eps_edited_behind_fuse():
