@@ -81,6 +81,11 @@ class Updates(Detr):
         return y
 
 
+class Detached(Detr):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach()) + 0 * x
+
+
 class Flag(Detr):
     """A setting of its own, which might be changed later."""
 
@@ -106,7 +111,7 @@ def timm_norm(channels: int) -> nn.Module:
     return norm
 
 
-for cls in (Detr, MaskRcnnBenchmark, Detectron2, Different, EpsOutsideOfTheRoot, Mode, Updates, Flag):
+for cls in (Detr, MaskRcnnBenchmark, Detectron2, Different, EpsOutsideOfTheRoot, Mode, Updates, Detached, Flag):
     cls.__name__ = "FrozenBatchNorm2d"
 
 NORMS = [
@@ -117,6 +122,7 @@ NORMS = [
     pytest.param(EpsOutsideOfTheRoot, id="eps outside of the root"),
     pytest.param(Mode, id="mode"),
     pytest.param(Updates, id="updates"),
+    pytest.param(Detached, id="detached"),
     pytest.param(Flag, id="flag"),
     pytest.param(torchvision_norm, id="torchvision"),
     pytest.param(timm_norm, id="timm"),
@@ -145,7 +151,14 @@ def test_same_as_its_own_forward(norm, mode):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_fused_in_either_mode(norm, request):
-    other = request.node.callspec.id in ("something else", "eps outside of the root", "mode", "updates", "flag")
+    other = request.node.callspec.id in (
+        "something else",
+        "eps outside of the root",
+        "mode",
+        "updates",
+        "detached",
+        "flag",
+    )
     fused = frb.fuse(BasicBlock(8, 8, norm_layer=norm))
     for training in (False, True):
         assert frb.explain(fused.train(training))[0].fused != other
