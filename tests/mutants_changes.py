@@ -80,7 +80,7 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
             "a fused network in another is never asked",
             'own_class(module).__module__.startswith("torch.nn.")',
             "isinstance(module, Swapped)",
-            _ODD + "an_attribute_of_a_fused_network_within_another",
+            _ODD + "an_attribute_of_a_fused_network_within_another[black images first]",
         ),
         (
             "filters that are cut off",

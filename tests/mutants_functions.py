@@ -1,10 +1,11 @@
-"""Faults in networks that run as one function, and in what tells of edits; the tests that must notice each."""
+"""Faults in networks that run as one function, in what tells of edits, in frozen norms; the tests that must notice."""
 
 from __future__ import annotations
 
 _FLAT = "tests/test_flat.py::test_"
 _ONE = "tests/test_one_function.py::test_"
 _CHANGES = "tests/test_function_changes.py::test_"
+_NORMS = "tests/test_frozen_norms.py::test_"
 _ODD = "tests/test_odd_tensors.py::test_"
 _TOUCHED = "tests/test_touched.py::test_"
 _EDITS = "tests/test_edits_by_hand.py::test_"
@@ -187,6 +188,38 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
             " if t.layout is torch.strided}",
             "}",
             _ODD + "tensors_without_memory_of_their_own[sparse buffer-later]",
+        ),
+    ],
+    "fused_resblock/frozen_norms.py": [
+        (
+            "settings that nobody watches",
+            "    if any(name not in _ATTRIBUTES and",
+            "    if False and any(name not in _ATTRIBUTES and",
+            _NORMS + "fused_in_either_mode[flag]",
+        ),
+        (
+            "one mode tried",
+            "for training in (False, True))",
+            "for training in (True,))",
+            _NORMS + "fused_in_either_mode[mode]",
+        ),
+        (
+            "gradients not tried",
+            "(*results, gradient), (expected, expected, scale.expand_as(x))",
+            "results, (expected, expected)",
+            _NORMS + "fused_in_either_mode[detached]",
+        ),
+        (
+            "buffers may change",
+            "return kept and all(",
+            "return all(",
+            _NORMS + "fused_in_either_mode[updates]",
+        ),
+        (
+            "every eps is that of torchvision",
+            "return round(y[0, 0, 0, 0].item() ** -2 - var, 18)",
+            "return 1e-5",
+            _NORMS + "fused_in_either_mode[maskrcnn-benchmark]",
         ),
     ],
 }

@@ -21,7 +21,6 @@ def _next_chain(change: str) -> str:
     return f"tests/test_handover_changes.py::test_change_of_the_next_chain[{change}]"
 
 
-_FROZEN_NORMS = "tests/test_frozen_norms.py::test_"
 _HEAD = "tests/test_head.py::test_"
 
 #: (name, old text, new text, killers) by file.
@@ -206,38 +205,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             _epilogue("bias norm relu", "onednn"),
         ),
         ("folded without eps", "norm.var.to(dtype) + norm.eps", "norm.var.to(dtype)", _epilogue("eps 0.1", "onednn")),
-    ],
-    "fused_resblock/frozen_norms.py": [
-        (
-            "settings that nobody watches",
-            "    if any(name not in _ATTRIBUTES and",
-            "    if False and any(name not in _ATTRIBUTES and",
-            _FROZEN_NORMS + "fused_in_either_mode[flag]",
-        ),
-        (
-            "one mode tried",
-            "for training in (False, True))",
-            "for training in (False,))",
-            _FROZEN_NORMS + "fused_in_either_mode[mode]",
-        ),
-        (
-            "gradients not tried",
-            "(*results, gradient), (expected, expected, scale.expand_as(x))",
-            "results, (expected, expected)",
-            _FROZEN_NORMS + "fused_in_either_mode[detached]",
-        ),
-        (
-            "buffers may change",
-            "return kept and all(",
-            "return all(",
-            _FROZEN_NORMS + "fused_in_either_mode[updates]",
-        ),
-        (
-            "every eps is that of torchvision",
-            "return round(y[0, 0, 0, 0].item() ** -2 - var, 18)",
-            "return 1e-5",
-            _FROZEN_NORMS + "fused_in_either_mode[maskrcnn-benchmark]",
-        ),
     ],
     "fused_resblock/generators.py": [
         (

@@ -71,13 +71,14 @@ class EpsOutsideOfTheRoot(Detectron2):
 
 class Mode(Detr):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2 if self.training else 1)
+        return super().forward(x) * (1 if self.training else 2)
 
 
 class Updates(Detr):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        self.running_mean.add_(1)
+        if x.requires_grad:
+            self.running_mean.add_(1)
         return y
 
 
@@ -87,11 +88,13 @@ class Detached(Detr):
 
 
 class Flag(Detr):
-    """A setting of its own, which might be changed later."""
+    """A setting of its own."""
+
+    doubled = False
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
-        self.doubled = False
+        self.doubled = True
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (2 if self.doubled else 1)

@@ -58,6 +58,7 @@ def test_dictionaries(kind, frozen, known):
         for _ in range(CALLS):
             y = model(x)
         torch.testing.assert_close(y, reference(x), rtol=1e-3, atol=1e-4)
+    assert len(functions(model)) == 1
     assert None not in functions(model)
     assert type(y) is type(y["inner"]) is kind
 
