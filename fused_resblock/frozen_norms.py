@@ -29,7 +29,7 @@ _tried: dict[tuple[type, Callable[..., Any], bool], float | None] = {}
 
 def eps_of(module: nn.Module) -> float | None:
     """The eps of a frozen norm, `(x - mean) * weight / sqrt(var + eps) + bias` in either mode; None for any other."""
-    if module._buffers.keys() - {"num_batches_tracked"} != _BUFFERS or module._parameters or module._modules:
+    if set(module._buffers.keys()) - {"num_batches_tracked"} != _BUFFERS or module._parameters or module._modules:
         return None
     if any(name not in _ATTRIBUTES and not name.startswith("_fused_") for name in vars(module)):
         return None

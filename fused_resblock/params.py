@@ -39,7 +39,7 @@ class BatchNorm(NamedTuple):
             TypeError: if it has none.
         """
         eps: Any = getattr(module, "eps", None)
-        if eps is None:
+        if eps is None and isinstance(module, nn.Module):
             eps = eps_of(module)
         if getattr(module, "running_mean", None) is None or eps is None:
             raise TypeError(f"module must be a batch norm with running statistics, got {type(module).__name__}")
