@@ -36,8 +36,8 @@ class StemConv(Freezable):
 
     It computes as ever outside of its network, under autograd, with hooks or another forward on it or on what a module
     of the stem is in, while it is traced, and on an input that does not fit it. Unless its network becomes one
-    function, it does so on a CPU on one that is `SMALL`, and on a GPU where there are many, as within blocks: each
-    takes longer to ask than to launch apart.
+    function, it does so on a CPU on one that is `SMALL`, and, unless frozen, on a GPU where there are many, as within
+    blocks: each takes longer to ask than to launch apart.
     """
 
     #: what the stem's modules are in; None if it was made by its class alone
@@ -87,7 +87,7 @@ class StemConv(Freezable):
         """Whether to run as one saves more than it takes: a pass over the output for each module, and the packing."""
         weight: Any = self.weight
         if weight.is_cuda:
-            return not self._fused_many
+            return self.unasked() or not self._fused_many
         return math.prod(size) * (self.__dict__["_fused_length"] - 1) + _PACKING * weight.numel() >= SMALL
 
 
