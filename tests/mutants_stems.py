@@ -64,7 +64,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "many stems on a GPU",
-            "return not self._fused_many",
+            "return self.unasked() or not self._fused_many",
             "return True",
             _OPEN + "on_a_gpu_only_frozen[True]",
         ),
