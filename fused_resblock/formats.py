@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import nodes
+from . import dispatch, nodes
 from .params import PLAIN_TYPES
-
-#: of a view that has at least so many dimensions: it splits some, which is always possible
-_SPLIT = 5
 
 
 def is_nchw(network: nn.Module) -> bool:
@@ -27,8 +24,12 @@ def is_nchw(network: nn.Module) -> bool:
     plain = [w for w in weights if type(w) in PLAIN_TYPES]  # others may have no memory yet
     if not all(w.is_contiguous(memory_format=torch.channels_last) for w in plain):
         return True
-    told = any(w.stride()[1:] == (1, w.shape[3] * w.shape[1], w.shape[1]) for w in plain)  # as torch tells them apart
-    return len(plain) > 0 and not told
+    return len(plain) > 0 and not any(map(_is_told, plain))
+
+
+def _is_told(w: Tensor) -> bool:
+    """Whether torch takes a filter for channels_last, by its strides, where it lies alike in both formats."""
+    return w.stride()[1:] == (1, w.shape[3] * w.shape[1], w.shape[1])
 
 
 class Spread:
@@ -67,31 +68,47 @@ class Spread:
 
     def _tells(self, node: fx.Node) -> bool:
         closed = node.op == "call_module" and self._blocks.get(str(node.target)) is False
-        return closed or _asks(node)
+        return closed or _asks(node) or self._is_edited_view(node)
+
+    def _is_edited_view(self, node: fx.Node) -> bool:
+        """Whether what is a view in one memory format, and a copy in another, is edited while its base is in use."""
+        if nodes.called(node) is None or nodes.name(node) not in ("reshape", "flatten"):
+            return False
+        in_use = any(isinstance(base, fx.Node) and len(base.users) > 1 for base in node.args[:1])
+        return in_use and any(nodes.in_place(user, self._modules.get(str(user.target))) for user in node.users)
 
 
-def as_ever(y: Any, inputs: Iterable[Any]) -> Any:
-    """What a network in NCHW returns, in the memory format in which it would: channels_last if an input is."""
-    if any(isinstance(x, Tensor) and _is_channels_last(x) for x in inputs):
+def as_ever(y: Any, inputs: Iterable[Any], weight: Tensor) -> Any:
+    """What a network in NCHW returns, in the memory format in which it would: channels_last if an input is.
+
+    Args:
+        y: what it returns.
+        inputs: what it was called with.
+        weight: of one of its stems; if it is in channels_last by now, so is what is returned.
+    """
+    given = [x for x in inputs if isinstance(x, Tensor)]
+    if not dispatch.plain(given) or any(map(_is_channels_last, given)) or _is_told(weight):
         return y
-    return pytree.tree_map_only(Tensor, lambda part: part.contiguous() if _is_channels_last(part) else part, y)
+    made: dict[int, Tensor] = {}  # one for one: they may be the same
+
+    def in_nchw(part: Tensor) -> Tensor:
+        if not _is_channels_last(part) or any(part.untyped_storage().data_ptr() == s for s in storages):
+            return part
+        return made.setdefault(id(part), part.contiguous())
+
+    storages = [x.untyped_storage().data_ptr() for x in given]
+    return pytree.tree_map_only(Tensor, in_nchw, y)
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    if x.layout is not torch.strided or x.dim() != 4 or x.is_contiguous():
+    if type(x) not in PLAIN_TYPES or x.layout is not torch.strided or x.dim() != 4 or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _asks(node: fx.Node) -> bool:
     """Whether a node may give something else, or raise, for the same values in another memory format."""
-    what = nodes.called(node)
-    if what != "view":
-        return what == "view_as" or what in nodes.OF_LAYOUT
-    sizes = node.args[1:]
-    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-        sizes = tuple(sizes[0])
-    return len(sizes) < _SPLIT
+    return nodes.called(node) is not None and nodes.name(node) in ("view", "view_as", *nodes.OF_LAYOUT)
 
 
 def _forgets(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -99,7 +116,7 @@ def _forgets(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     module = modules[str(node.target)] if node.op == "call_module" else None
     if module is not None:
         to_one = isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
-        return to_one or (isinstance(module, nn.Flatten) and module.start_dim == 1)
+        return to_one or (isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1))
     what, given = nodes.called(node), [*node.args[1:], *node.kwargs.values()]
     if what in (torch.flatten, "flatten"):
         return given == [1]

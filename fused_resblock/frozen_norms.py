@@ -6,11 +6,12 @@ some in their code, some none. So each class is tried once, on numbers of which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .swap import own_class
 
@@ -24,7 +25,7 @@ _VALUES: dict[str, list[float]] = {
     "running_var": [0.25, 1e-6, 4.0],
 }
 
-_tried: dict[tuple[type, Callable[..., Any], bool], float | None] = {}
+_tried: WeakKeyDictionary[type, dict[tuple[int, bool], float | None]] = WeakKeyDictionary()
 
 
 def eps_of(module: nn.Module) -> float | None:
@@ -33,17 +34,43 @@ def eps_of(module: nn.Module) -> float | None:
         return None
     if any(name not in _ATTRIBUTES and not name.startswith("_fused_") for name in vars(module)):
         return None
-    cls, told = own_class(module), "eps" in vars(module)
-    key = cls, cls.forward, told
-    if key not in _tried:
-        _tried[key] = _try(cls, told)
-    return module.eps if told and _tried[key] is not None else _tried[key]  # type: ignore[return-value]
+    shapes = {None if buffer is None else buffer.shape for buffer in map(module._buffers.get, _BUFFERS)}
+    if len(shapes) > 1 or any(shape is None or len(shape) != 1 or shape[0] == 1 for shape in shapes):
+        return None  # one number may be that of all channels
+    told: Any = vars(module).get("eps")
+    if not isinstance(told, float | int | None):
+        return None
+    eps = _of_class(own_class(module), told is not None)
+    return eps if eps is None or told is None else told
+
+
+def _of_class(cls: type[nn.Module], told: bool) -> float | None:
+    """What `_try` gives, once for a class."""
+    tried = _tried.setdefault(cls, {})
+    key = id(cls.forward), told
+    if key not in tried:
+        tried[key] = None if _has_settings(cls) else _try(cls, told)
+    return tried[key]
+
+
+_of_class._dynamo_marked_constant = True  # type: ignore[attr-defined]  # `torch.compiler.assume_constant_result`: without its import
+
+
+def _has_settings(cls: type[nn.Module]) -> bool:
+    """Whether instances have settings by their class, which could be changed there."""
+    own = [thing for base in cls.__mro__[: cls.__mro__.index(nn.Module)] for thing in vars(base).items()]
+    return any(not (name.startswith("__") or hasattr(nn.Module, name) or callable(value)) for name, value in own)
 
 
 def _try(cls: type[nn.Module], told: bool) -> float | None:
     """The eps that is in the code of a class, any number if instances hold it; None if it computes something else."""
     try:
-        with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
+        with (
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             eps = 0.25 if told else _hidden(cls)
             settings = [eps, 1e-3] if told else [eps]
             right = all(_is_right(cls, e, told, training) for e in settings for training in (False, True))

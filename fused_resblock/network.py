@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import dispatch, flat, leaves
-from .formats import as_ever
+from .formats import Spread, as_ever
 from .frozen import Freezable
 from .pending import Pending, allowed, scope
 from .plan import Unsupported
@@ -60,13 +60,14 @@ class FusedNetwork(Freezable):
             if self._fused_stale and not any(map(untraceable, (*args, *kwargs.values()))):
                 self._look()
             if allowed():  # within the forward of a network around this one
-                return own(self, *args, **kwargs)
+                y = own(self, *args, **kwargs)
+                return self._in_format(_computed(y), (*args, *kwargs.values())) if self._fused_format else y
             image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
             if image and flat.applies(self) and dispatch.plain(args):
                 y = flat.run(self, lambda x, every: scoped(self, every, (x,), {}), args[0])
             else:
                 y = scoped(self, False, args, kwargs)
-            return as_ever(y, (*args, *kwargs.values())) if self._fused_format else y
+            return self._in_format(y, (*args, *kwargs.values())) if self._fused_format else y
 
         cls.forward = forward
 
@@ -81,6 +82,13 @@ class FusedNetwork(Freezable):
         super().__delattr__(name)
         self.__dict__["_fused_stale"] = True  # its class may have another of that name
 
+    def _in_format(self, y: Any, inputs: Sequence[Any]) -> Any:
+        """What it returns, in the memory format in which it would without stems."""
+        if not self._fused_stems:
+            return y
+        weight: Any = self.get_submodule(self._fused_stems[0][0]).weight
+        return as_ever(y, inputs, weight)
+
     def _look(self) -> None:
         """Look at the graph once more, and give up the stems that are none any more."""
         self.__dict__.update(_fused_stale=False, _fused_looks=self._fused_looks + 1)
@@ -90,7 +98,13 @@ class FusedNetwork(Freezable):
             blocks = {modules[path] for path in self._fused_stops if path in modules}
             with contextlib.suppress(Unsupported):
                 found = traced(self, stops=blocks)
-        kept = tuple(stem for stem in self._fused_stems if found is not None and _is_stem(found.graph, stem))
+        kept: tuple[tuple[str, ...], ...] = ()
+        if found is not None:
+            stops = [path for path in self._fused_stops if path in modules]
+            planned = {path: vars(modules[path]).get("_fused_plan") is not None for path in stops}
+            spread = Spread(self, found.graph, planned)
+            kept = tuple(spread.unnoticed(stem for stem in self._fused_stems if _is_stem(found.graph, stem)))
+            self.__dict__["_fused_format"] = spread.returned(kept)
         for first, *_ in set(self._fused_stems) - set(kept):
             if first in modules:
                 undo(StemConv, modules[first])

@@ -118,7 +118,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/formats.py": [
         (
             "weights that lie alike in both formats are in channels_last",
-            "return len(plain) > 0 and not told",
+            "return len(plain) > 0 and not any(map(_is_told, plain))",
             "return False",
             _FORMATS + "formats_as_torch_tells_them_apart[weights1-NCHW]",
         ),
@@ -130,8 +130,8 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "what is returned is channels_last",
-            "part.contiguous() if _is_channels_last(part) else part",
-            "part",
+            "return made.setdefault(id(part), part.contiguous())",
+            "return part",
             _FORMATS + "what_is_done_to_the_result_of_a_part_is_not_known[default]",
         ),
         (
@@ -139,18 +139,6 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
             "if not (self._blocks.get(str(node.target)) or _forgets(node, self._modules)):",
             "if not _forgets(node, self._modules):",
             _FORMATS + "views_behind_a_fused_block",
-        ),
-        (
-            "every view joins dimensions",
-            "return len(sizes) < _SPLIT",
-            "return True",
-            _FORMATS + "what_may_be_channels_last[channels split]",
-        ),
-        (
-            "one tuple is one size",
-            "        sizes = tuple(sizes[0])\n",
-            "        sizes = (0,) * _SPLIT\n",
-            _FORMATS + "a_view_of_stems[view, sizes in a tuple-default]",
         ),
         (
             "what closed blocks do is known",

@@ -82,6 +82,9 @@ def check(model: nn.Module, frozen: bool) -> list[str]:
     [
         pytest.param(lambda x: x.view(x.size(0), -1), id="view"),
         pytest.param(lambda x: x.view((x.shape[0], -1)), id="view, sizes in a tuple"),
+        pytest.param(lambda x: x.view(1, -1, 32, 32, 1), id="view that joins images and channels"),
+        pytest.param(lambda x: torch.as_strided(x, (2, 16), (16 * 32 * 32, 32 * 32)) * 2, id="as_strided"),
+        pytest.param(lambda x: (x.reshape(2, -1).mul_(2), x)[1], id="reshaped and edited"),
         pytest.param(lambda x: (F.dropout(x, 0.5, False) * 2).view(-1, 16 * 32 * 32), id="further behind"),
         pytest.param(lambda x: torch.stack([x, x]).view(4, -1), id="view of both"),
         pytest.param(lambda x: x.flatten(2).view(-1), id="flattened in part"),
@@ -99,7 +102,6 @@ def test_a_view_of_stems(head, frozen):
         pytest.param(lambda x: torch.flatten(x, 1).view(2, -1), id="flatten"),
         pytest.param(lambda x: F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1), id="pooled to one"),
         pytest.param(lambda x: x.contiguous().view(x.size(0), -1), id="made contiguous"),
-        pytest.param(lambda x: x.view(x.size(0), 4, 4, x.size(2), x.size(3)).transpose(1, 2) * 2, id="channels split"),
         pytest.param(lambda x: x.mean((2, 3)), id="no view"),
     ],
 )
@@ -143,6 +145,69 @@ def test_what_a_network_returns_is_as_ever(memory_format):
             mine, others = fused(x), model(x)
             assert mine["features"][0].stride() == others["features"][0].stride()
             torch.testing.assert_close(mine, others, rtol=1e-4, atol=1e-4)
+
+
+def test_results_that_are_one_tensor():
+    fused = frb.fuse(Network(lambda x: {"out": x, "aux": x}).eval())
+    with torch.no_grad():
+        y = fused(torch.randn(2, 3, 64, 64))
+    assert y["out"] is y["aux"]
+    assert y["out"].is_contiguous()
+
+
+class Permuted(Network):
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        x = x.permute(0, 3, 1, 2)
+        return [super().forward(x), x]
+
+
+def test_results_that_are_of_the_input():
+    fused, images = frb.fuse(Permuted(lambda x: x).eval()), torch.randn(2, 64, 64, 3)
+    with torch.no_grad():
+        assert fused(images)[1].data_ptr() == images.data_ptr()
+
+
+def test_in_channels_last_since():
+    model = Network(lambda x: x).eval()
+    fused, x = frb.fuse(model).to(memory_format=torch.channels_last), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.to(memory_format=torch.channels_last)(x)
+        assert fused(x).stride() == expected.stride()
+
+
+def test_vmap():
+    model = randomize_norms(Network(lambda x: x)).eval()
+    fused, x = frb.fuse(model), torch.randn(3, 2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(fused)(x), torch.vmap(model)(x), rtol=1e-4, atol=1e-4)
+
+
+class View(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1)
+
+
+@pytest.mark.parametrize("after", [0, 6], ids=["at once", "later"])
+def test_a_view_that_came_later(after):
+    model = randomize_norms(Network(nn.Sigmoid())).eval()
+    fused, x = frb.fuse(model), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(after):
+            fused(x)
+        for network in (fused, model):
+            network.head = View()
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_views_what_another_fused_one_gives():
+    inner = randomize_norms(Network(lambda x: x)).eval()
+    reference = nn.Sequential(conv(3, 3), inner, View()).eval()
+    fused = frb.fuse(nn.Sequential(reference[0], frb.fuse(inner), View()).eval())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(6):
+            torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_fused_block_gives_is_channels_last():

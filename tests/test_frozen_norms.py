@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_resblock as frb
+from fused_resblock import frozen_norms
 from fused_resblock.reference import BasicBlock
 
 
@@ -100,6 +105,35 @@ class Flag(Detr):
         return super().forward(x) * (2 if self.doubled else 1)
 
 
+class EpsOfTheClass(Detr):
+    eps = 1e-3
+
+
+class EpsAsTensor(Detectron2):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.eps = torch.tensor(1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b, m, v = self.columns()
+        scale = w * (v + self.eps).rsqrt()
+        return x * scale + (b - m * scale)
+
+
+class Columns(Detr):
+    """Buffers that are broadcast as they are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        for name, buffer in list(self._buffers.items()):
+            self.register_buffer(name, buffer.reshape(1, -1, 1, 1))
+
+
+class OneForAll(Detr):
+    def __init__(self, channels: int) -> None:
+        super().__init__(1)
+
+
 def torchvision_norm(channels: int) -> nn.Module:
     """torchvision's own, with random buffers and eps 0."""
     norm = pytest.importorskip("torchvision.ops").FrozenBatchNorm2d(channels, eps=0.0)
@@ -127,6 +161,10 @@ NORMS = [
     pytest.param(Updates, id="updates"),
     pytest.param(Detached, id="detached"),
     pytest.param(Flag, id="flag"),
+    pytest.param(EpsOfTheClass, id="eps of the class"),
+    pytest.param(EpsAsTensor, id="eps as tensor"),
+    pytest.param(Columns, id="columns"),
+    pytest.param(OneForAll, id="one for all"),
     pytest.param(torchvision_norm, id="torchvision"),
     pytest.param(timm_norm, id="timm"),
 ]
@@ -154,17 +192,41 @@ def test_same_as_its_own_forward(norm, mode):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_fused_in_either_mode(norm, request):
-    other = request.node.callspec.id in (
-        "something else",
-        "eps outside of the root",
-        "mode",
-        "updates",
-        "detached",
-        "flag",
-    )
+    other = request.node.callspec.id not in ("DETR", "maskrcnn-benchmark", "detectron2", "torchvision", "timm")
     fused = frb.fuse(BasicBlock(8, 8, norm_layer=norm))
     for training in (False, True):
         assert frb.explain(fused.train(training))[0].fused != other
+
+
+def test_compiled_where_no_class_has_been_tried():
+    """As in a process that loads a fused model."""
+    fused, x = frb.fuse(BasicBlock(8, 8, norm_layer=Detr).eval(), strict=True), torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        expected = fused(x)
+        frozen_norms._tried.clear()
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_classes_are_let_go():
+    """Those that were tried, and what their forwards hold."""
+
+    class Own(Detr):
+        pass
+
+    assert frozen_norms.eps_of(Own(4)) == 1e-5
+    gone = weakref.ref(Own)
+    del Own
+    gc.collect()
+    assert gone() is None
+
+
+def test_tried_under_a_mode():
+    class Own(Detr):
+        pass
+
+    with FakeTensorMode():
+        assert frozen_norms.eps_of(Own(4)) == 1e-5
 
 
 def test_eps_edited_behind_fuse():
