@@ -120,8 +120,9 @@ def test_a_network_whose_attributes_change():
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_on_a_gpu_only_frozen(inner):
-    on_gpu = SimpleNamespace(weight=SimpleNamespace(is_cuda=True), _fused_many=inner)
-    assert StemConv._pays(on_gpu, (64, 64, 112, 112)) is not inner  # type: ignore[arg-type]
+    for frozen in (False, True):
+        on_gpu = SimpleNamespace(weight=SimpleNamespace(is_cuda=True), _fused_many=inner, unasked=lambda f=frozen: f)
+        assert StemConv._pays(on_gpu, (64, 64, 112, 112)) == (frozen or not inner)  # type: ignore[arg-type]
     plain = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()).eval()
     for model, many in ((around(Split()), True), (plain, True), (network(), False)):
         assert {m._fused_many for m in frb.fuse(model).modules() if isinstance(m, StemConv)} == {many}
