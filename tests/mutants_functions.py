@@ -198,6 +198,12 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
             _NORMS + "fused_in_either_mode[flag]",
         ),
         (
+            "settings of a class",
+            "None if _has_settings(cls) else _try(cls, told)",
+            "_try(cls, told)",
+            _NORMS + "fused_in_either_mode[eps of the class]",
+        ),
+        (
             "one mode tried",
             "for training in (False, True))",
             "for training in (True,))",

@@ -93,16 +93,14 @@ class Detached(Detr):
 
 
 class Flag(Detr):
-    """A setting of its own."""
-
-    doubled = False
+    """A setting of its own, which other instances may lack."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.doubled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2 if self.doubled else 1)
+        return super().forward(x) * (2 if getattr(self, "doubled", False) else 1)
 
 
 class EpsOfTheClass(Detr):
