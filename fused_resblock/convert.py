@@ -108,7 +108,8 @@ def fuse(
         fused = any(inner.values())
         spread = Spread(network, graph, inner)
         rows = spread.unnoticed(find_stems(network, graph)) if stems else []
-        rows = [stem for stem in rows if prefix + stem[0] not in left_out] if worth_it(network, rows, fused) else []
+        pays = worth_it(network, rows, fused, spread.nchw)
+        rows = [stem for stem in rows if prefix + stem[0] not in left_out] if pays else []
         if rows:
             fuse_network(network)
             network.__dict__["_fused_format"] = spread.returned(rows)

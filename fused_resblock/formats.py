@@ -24,12 +24,8 @@ def is_nchw(network: nn.Module) -> bool:
     plain = [w for w in weights if type(w) in PLAIN_TYPES]  # others may have no memory yet
     if not all(w.is_contiguous(memory_format=torch.channels_last) for w in plain):
         return True
-    return len(plain) > 0 and not any(map(_is_told, plain))
-
-
-def _is_told(w: Tensor) -> bool:
-    """Whether torch takes a filter for channels_last, by its strides, where it lies alike in both formats."""
-    return w.stride()[1:] == (1, w.shape[3] * w.shape[1], w.shape[1])
+    told = any(w.stride()[1:] == (1, w.shape[3] * w.shape[1], w.shape[1]) for w in plain)  # as torch tells them apart
+    return len(plain) > 0 and not told
 
 
 class Spread:
@@ -38,22 +34,22 @@ class Spread:
     A convolution and a norm give the format that they are given, a fused block always the same.
 
     Args:
-        network: in NCHW or not.
+        network: `nchw` tells whether it is in NCHW.
         graph: of its forward.
         blocks: of each block that the graph has as it is, whether it is fused; others may do anything.
     """
 
     def __init__(self, network: nn.Module, graph: fx.Graph, blocks: Mapping[str, bool]) -> None:
-        self._nchw = is_nchw(network)
+        self.nchw = is_nchw(network)
         self._graph, self._blocks, self._modules = graph, blocks, dict(network.named_modules())
 
     def unnoticed(self, stems: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """Those stems, of which these are the names of the modules, whose format nothing in the network can tell."""
-        return [stem for stem in stems if not (self._nchw and any(map(self._tells, self._behind(stem))))]
+        return [stem for stem in stems if not (self.nchw and any(map(self._tells, self._behind(stem))))]
 
     def returned(self, stems: Iterable[tuple[str, ...]]) -> bool:
         """Whether the network returns what has the format of a stem's result, and would have another one."""
-        return self._nchw and any(node.op == "output" for stem in stems for node in self._behind(stem))
+        return self.nchw and any(node.op == "output" for stem in stems for node in self._behind(stem))
 
     def _behind(self, stem: tuple[str, ...]) -> Iterator[fx.Node]:
         """What the result may reach in its memory format."""
@@ -78,26 +74,24 @@ class Spread:
         return in_use and any(nodes.in_place(user, self._modules.get(str(user.target))) for user in node.users)
 
 
-def as_ever(y: Any, inputs: Iterable[Any], weight: Tensor) -> Any:
-    """What a network in NCHW returns, in the memory format in which it would: channels_last if an input is.
+def as_ever(network: nn.Module, y: Any, inputs: Iterable[Any]) -> Any:
+    """What a network returns, in the memory format in which it would: if it is in NCHW, channels_last if an input is.
 
     Args:
+        network: what has run; it may have been brought into channels_last since it was fused.
         y: what it returns.
-        inputs: what it was called with.
-        weight: of one of its stems; if it is in channels_last by now, so is what is returned.
+        inputs: what it was called with; what shares their memory stays as it is.
     """
     given = [x for x in inputs if isinstance(x, Tensor)]
-    if not dispatch.plain(given) or any(map(_is_channels_last, given)) or _is_told(weight):
+    if not dispatch.plain(given) or any(map(_is_channels_last, given)):
         return y
-    made: dict[int, Tensor] = {}  # one for one: they may be the same
-
-    def in_nchw(part: Tensor) -> Tensor:
-        if not _is_channels_last(part) or any(part.untyped_storage().data_ptr() == s for s in storages):
-            return part
-        return made.setdefault(id(part), part.contiguous())
-
-    storages = [x.untyped_storage().data_ptr() for x in given]
-    return pytree.tree_map_only(Tensor, in_nchw, y)
+    kept = {x.untyped_storage().data_ptr() for x in given}
+    found = [part for part in pytree.tree_leaves(y) if isinstance(part, Tensor) and _is_channels_last(part)]
+    parts = {id(part): part for part in found if part.untyped_storage().data_ptr() not in kept}
+    if not parts or not is_nchw(network):
+        return y
+    made = {key: part.contiguous() for key, part in parts.items()}
+    return pytree.tree_map_only(Tensor, lambda part: made.get(id(part), part), y)
 
 
 def _is_channels_last(x: Tensor) -> bool:

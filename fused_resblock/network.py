@@ -61,13 +61,13 @@ class FusedNetwork(Freezable):
                 self._look()
             if allowed():  # within the forward of a network around this one
                 y = own(self, *args, **kwargs)
-                return self._in_format(_computed(y), (*args, *kwargs.values())) if self._fused_format else y
+                return as_ever(self, _computed(y), (*args, *kwargs.values())) if self._fused_format else y
             image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
             if image and flat.applies(self) and dispatch.plain(args):
                 y = flat.run(self, lambda x, every: scoped(self, every, (x,), {}), args[0])
             else:
                 y = scoped(self, False, args, kwargs)
-            return self._in_format(y, (*args, *kwargs.values())) if self._fused_format else y
+            return as_ever(self, y, (*args, *kwargs.values())) if self._fused_format else y
 
         cls.forward = forward
 
@@ -81,13 +81,6 @@ class FusedNetwork(Freezable):
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         self.__dict__["_fused_stale"] = True  # its class may have another of that name
-
-    def _in_format(self, y: Any, inputs: Sequence[Any]) -> Any:
-        """What it returns, in the memory format in which it would without stems."""
-        if not self._fused_stems:
-            return y
-        weight: Any = self.get_submodule(self._fused_stems[0][0]).weight
-        return as_ever(y, inputs, weight)
 
     def _look(self) -> None:
         """Look at the graph once more, and give up the stems that are none any more."""

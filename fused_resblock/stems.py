@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch import fx, nn
 
 from . import leaves, nodes
-from .formats import is_nchw
 from .network import FusedNetwork
 from .params import PLAIN_TYPES
 from .plan import Unsupported
@@ -99,7 +98,7 @@ def _row(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool) -> bool:
+def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool, nchw: bool) -> bool:
     """Whether to fuse these stems of a network makes it faster.
 
     Not on a CPU in NCHW where most of its convolutions run as they are: a stem's result is channels_last, and to bring
@@ -109,10 +108,11 @@ def worth_it(network: nn.Module, stems: Sequence[tuple[str, ...]], fused: bool) 
         network: what holds the stems.
         stems: as `find_stems` gives them.
         fused: whether any of its blocks are.
+        nchw: whether it is in NCHW.
     """
     convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     on_gpu = any(type(conv.weight) in PLAIN_TYPES and conv.weight.is_cuda for conv in convs)
-    return fused or on_gpu or not is_nchw(network) or 2 * len(stems) >= len(convs)
+    return fused or on_gpu or not nchw or 2 * len(stems) >= len(convs)
 
 
 def _kind(module: nn.Module) -> int:

@@ -130,7 +130,7 @@ class Guard:
         entries += [(m.__dict__, name) for m in inner for name in (*_WATCHED, *_SLOTS) if name in m.__dict__]
         own = [m for m in inner if _asks_itself(m)]
         given = [(m.__dict__, name) for m in own for name in m.__dict__ if not name.startswith("_fused_")]
-        entries += [(attributes, name) for attributes, name in given if name != "training"]
+        entries += [entry for entry in given if entry[1] != "training"]
         entries += [(m.__dict__, "training") for m in inner if all_modes or "eps" in m.__dict__]
         self._places, self._names = [place for place, _ in entries], [name for _, name in entries]
         self._values = [place[name] for place, name in entries]

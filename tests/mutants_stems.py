@@ -118,7 +118,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/formats.py": [
         (
             "weights that lie alike in both formats are in channels_last",
-            "return len(plain) > 0 and not any(map(_is_told, plain))",
+            "return len(plain) > 0 and not told",
             "return False",
             _FORMATS + "formats_as_torch_tells_them_apart[weights1-NCHW]",
         ),
@@ -130,8 +130,8 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "what is returned is channels_last",
-            "return made.setdefault(id(part), part.contiguous())",
-            "return part",
+            "made.get(id(part), part)",
+            "part",
             _FORMATS + "what_is_done_to_the_result_of_a_part_is_not_known[default]",
         ),
         (
@@ -150,7 +150,7 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/stems.py": [
         (
             "stems in NCHW among convolutions that stay",
-            "return fused or on_gpu or not is_nchw(network) or 2 * len(stems) >= len(convs)",
+            "return fused or on_gpu or not nchw or 2 * len(stems) >= len(convs)",
             "return True",
             "tests/test_stems_that_pay.py::test_networks_in_nchw_of_which_little_is_fused",
         ),

@@ -269,7 +269,7 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/backends/tuned.py": [
         (
             "an entry's tile is that of its own pixels",
-            "return None if entry is None else entry.at(n * p * q)",
+            "return None if entry is None else entry.at(pixels)",
             "return entry",
             "tests/test_tuned.py::test_a_tile_is_that_for_the_pixels_asked_for",
         ),

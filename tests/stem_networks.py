@@ -34,6 +34,15 @@ def network(**settings) -> Network:
     return randomize_norms(Network(**settings)).eval()
 
 
+def same_at_several(fused: nn.Module, model: nn.Module, *size: int) -> None:
+    """Hold a fused network to its own forward, at several batches of images."""
+    with torch.no_grad():
+        for seed in range(6):
+            torch.manual_seed(seed)
+            x = torch.randn(size)
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def parts(model: nn.Module) -> list[str]:
     """The modules of every stem that `explain` lists."""
     return [part.modules for part in frb.explain(model).parts if "blocks" not in part.modules]

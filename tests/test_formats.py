@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from stem_networks import same_at_several
 from torch import Tensor, nn
 
 import fused_resblock as frb
@@ -68,11 +69,7 @@ def check(model: nn.Module, frozen: bool) -> list[str]:
     """The names of the convolutions of stems in a model that does fused what it did."""
     randomize_norms(model).eval()
     fused = frb.fuse(model, frozen=frozen)
-    with torch.no_grad():
-        for seed in range(6):
-            torch.manual_seed(seed)
-            x = torch.randn(2, 3, 64, 64)
-            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+    same_at_several(fused, model, 2, 3, 64, 64)
     return stems(fused)
 
 
@@ -173,6 +170,15 @@ def test_in_channels_last_since():
     with torch.no_grad():
         expected = model.to(memory_format=torch.channels_last)(x)
         assert fused(x).stride() == expected.stride()
+
+
+def test_a_stem_that_is_gone():
+    """Put out of its place in a part of the network, which the network is not told."""
+    model = randomize_norms(Network(lambda x: x)).eval()
+    fused = frb.fuse(model)
+    for network in (fused, model):
+        network.first[0] = nn.Sequential(network.first[0])
+    same_at_several(fused, model, 2, 3, 64, 64)
 
 
 def test_vmap():

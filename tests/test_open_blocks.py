@@ -8,7 +8,7 @@ import effects
 import odd_blocks
 import pytest
 import torch
-from stem_networks import network, parts
+from stem_networks import network, parts, same_at_several
 from torch import Tensor, nn
 from zoo import Base
 
@@ -50,13 +50,9 @@ def around(block: nn.Module) -> nn.Module:
 
 
 def check(model: nn.Module, frozen: bool) -> nn.Module:
-    """Hold a fused network to its own forward, at several images."""
+    """The model fused, which does what it did."""
     fused = frb.fuse(model, frozen=frozen)
-    with torch.no_grad():
-        for seed in range(6):
-            torch.manual_seed(seed)
-            x = torch.randn(2, 8, 7, 6)
-            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+    same_at_several(fused, model, 2, 8, 7, 6)
     return fused
 
 

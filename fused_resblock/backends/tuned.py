@@ -133,9 +133,9 @@ def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, suff
     if not measured(x.device):
         return None
     n, _, p, q = conv.output_shape(x)
-    key = dtype_name(x.dtype), case_name(conv, other, epilogue) + suffix
-    entry = _first(x, "convolutions", key, n * p * q)
-    return None if entry is None else entry.at(n * p * q)
+    key, pixels = (dtype_name(x.dtype), case_name(conv, other, epilogue) + suffix), n * p * q
+    entry = _first(x, "convolutions", key, pixels)
+    return None if entry is None else entry.at(pixels)
 
 
 def lookup_stage(h: Tensor, conv: Conv, case: str) -> StageEntry | None:
