@@ -23,7 +23,7 @@ from .program import signature
 from .recorder import Recorder
 from .tracing import Traced
 from .trusted import is_trusted
-from .watch import Entry, Guard, layout
+from .watch import COUNTER, Entry, Guard, layout
 
 _UNKNOWN = "its graph is not known until it is fused again"  # that of a copy, or of one that could not be traced again
 
@@ -118,7 +118,8 @@ class _Flat:
             return False
         modules = list(network.modules())
         attributes = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
-        tensors = [*network.parameters(), *network.buffers(), *attributes]
+        buffers = [buffer for name, buffer in network.named_buffers() if name.rpartition(".")[2] != COUNTER]
+        tensors = [*network.parameters(), *buffers, *attributes]
         if not dispatch.plain(tensors):  # some have no memory that could be looked at
             know(network, None)
             return False

@@ -33,6 +33,8 @@ _WATCHED = (
 _SLOTS = ("_modules", "_parameters", "_buffers")  # that a dictionary may be put in the place of
 #: the layers that may be in a plan and have settings that it depends on
 _PLANNED = (nn.Conv2d, nn.MaxPool2d, nn.ReLU)
+#: a buffer of norms that no forward in eval mode reads
+COUNTER = "num_batches_tracked"
 _OF_ANY_MODULE = {*vars(nn.Module()), "_is_full_backward_hook"}
 
 
@@ -126,7 +128,7 @@ class Guard:
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor], all_modes: bool) -> None:
         inner = self._modules = list(modules[1:])
         slots = [places for m in modules for places in (m._modules, m._parameters, m._buffers)]
-        entries = [(places, name) for places in slots for name in places if name != "num_batches_tracked"]
+        entries = [(places, name) for places in slots for name in places if name != COUNTER]
         entries += [(m.__dict__, name) for m in inner for name in (*_WATCHED, *_SLOTS) if name in m.__dict__]
         own = [m for m in inner if _asks_itself(m)]
         given = [(m.__dict__, name) for m in own for name in m.__dict__ if not name.startswith("_fused_")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BF16, FP32, require
+from cases import BF16, FP16, FP32, require
 from parity import assert_parity
 from stem_networks import network
 from torch import nn
@@ -13,7 +13,7 @@ import fused_resblock as frb
 from fused_resblock import backends
 from fused_resblock.backends import few_images, onednn
 from fused_resblock.kernels.pool import POOL
-from fused_resblock.params import Conv
+from fused_resblock.params import Conv, Epilogue
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,21 @@ def test_the_pool_is_torchs_to_the_bit_and_keeps_nan():
     expected = torch.max_pool2d(values, 3, 2, 1)
     few_images._max_pool(values, pooled)
     assert torch.equal(pooled, expected)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_numbers_of_16_bits_are_pooled_to_the_bit(dtype, relu, monkeypatch):
+    require("onednn", dtype)
+    x, layer = image().to(dtype), conv()._replace(weight=conv().weight.to(dtype))
+    z = onednn.bind_conv_bn_act(x, layer, None, Epilogue(relu=relu), False)(x, None)
+    assert (z.min() < 0) == (not relu)
+    z[0] = 0.0
+    z[1, :, :4, :4] = float("inf")
+    z[2, :, :2, :2] = -0.0
+    monkeypatch.setattr(few_images, "CACHED", 1 << 30)
+    monkeypatch.setattr(onednn, "bind_conv_bn_act", lambda *_: lambda *_: z.clone())
+    assert torch.equal(few_images.bind_stem(x, layer, relu, POOL)(x, None), torch.max_pool2d(z, 3, 2, 1))
 
 
 @pytest.mark.parametrize(
