@@ -49,6 +49,7 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     """See `backends.bind_conv_bn_act`."""
     if small.is_small(x, conv):
         return _bind_small(x, conv, other, epilogue)
+    conv = _standing(x, conv)
     layouts = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:]), Layouts)
     weight, bias = layouts.fit(x, conv)
     args = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
@@ -67,6 +68,18 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
         return join
     # a copy even of what is dense already: it is written to
     return lambda x, other: join(x, strided(other, stride).clone(memory_format=torch.channels_last))
+
+
+def _standing(x: Tensor, conv: Conv) -> Conv:
+    """The convolution with stride 1 along a side where its filter fits but once, which makes no difference.
+
+    With AMX, oneDNN 3.12 reads unwritten memory for a strided bf16 convolution of several columns to a single one, as
+    those of images of one column are; so do PyTorch's own convolutions.
+    """
+    spans = [d * (k - 1) + 1 for k, d in zip(conv.weight.shape[2:], conv.dilation, strict=True)]
+    free = [size + 2 * p - span for size, p, span in zip(x.shape[2:], conv.padding, spans, strict=True)]
+    rows, columns = [stride if more > 0 else 1 for stride, more in zip(conv.stride, free, strict=True)]
+    return conv._replace(stride=(rows, columns))
 
 
 def _bind_small(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue) -> Bound:
