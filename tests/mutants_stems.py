@@ -211,4 +211,18 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_pending.py::test_list_of_a_class_of_its_own",
         ),
     ],
+    "fused_resblock/backends/onednn.py": [
+        (
+            "one column is computed as it stands",
+            "q == 1 < p",
+            "q == 0 < p",
+            "tests/test_one_column.py::test_where_it_applies[one column]",
+        ),
+        (
+            "every strided convolution to one column is turned",
+            "x.dtype == torch.bfloat16 and q",
+            "q",
+            "tests/test_one_column.py::test_where_it_applies[fp32]",
+        ),
+    ],
 }

@@ -176,6 +176,12 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "p % 2 or q % 2 or k == 1 or n == 1",
             "tests/test_few_images.py::test_one_image_is_pooled_likewise",
         ),
+        (
+            "signed numbers are pooled as integers",
+            "as_integers = relu and ",
+            "as_integers = ",
+            "tests/test_few_images.py::test_numbers_of_16_bits_are_pooled_to_the_bit[bfloat16-False]",
+        ),
     ],
     "fused_resblock/tuning.py": [
         (

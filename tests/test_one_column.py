@@ -10,31 +10,59 @@ from fused_resblock.backends import onednn
 from fused_resblock.params import Conv, Epilogue
 
 
-def conv(kernel: int, padding: int, stride: int, dilation: int = 1) -> Conv:
+def conv(kernel: int, padding: int, stride: int, dilation: int = 1, groups: int = 1) -> Conv:
     torch.manual_seed(0)
-    weight = torch.randn(32, 32, kernel, kernel) / (32 * kernel**2) ** 0.5
-    return Conv(weight, None, None, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    weight = torch.randn(32, 32 // groups, kernel, kernel) / (32 // groups * kernel**2) ** 0.5
+    return Conv(weight, None, None, (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
 
 
-@pytest.mark.parametrize(
-    ("size", "layer", "stride"),
-    [
-        pytest.param((28, 1), conv(3, 1, 2), (2, 1), id="one column"),
-        pytest.param((1, 28), conv(3, 1, 2), (1, 2), id="one row"),
-        pytest.param((28, 3), conv(3, 0, 3), (3, 1), id="the filter is as wide as the image"),
-        pytest.param((28, 1), conv(3, 2, 2, dilation=2), (2, 1), id="dilated"),
-        pytest.param((28, 2), conv(3, 1, 2), (2, 2), id="one column of two places"),
-        pytest.param((28, 28), conv(3, 1, 2), (2, 2), id="many columns"),
-    ],
-)
+SHAPES = {
+    "one column": ((28, 1), conv(3, 1, 2)),
+    "two columns": ((28, 2), conv(3, 1, 2)),
+    "without padding": ((28, 4), conv(3, 0, 3)),
+    "dilated": ((28, 2), conv(3, 2, 2, dilation=2)),
+    "7x7": ((31, 2), conv(7, 3, 3)),
+    "grouped": ((28, 2), conv(3, 1, 2, groups=4)),
+    "tall": ((28, 2), conv(3, 1, 2)._replace(stride=(1, 2), padding=(2, 1), dilation=(3, 1))),
+}
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_the_stride_of_a_filter_that_fits_once_is_none(size, layer, stride, dtype):
+@pytest.mark.parametrize("join", ["nothing", "residual", "strided residual", "shortcut"])
+@pytest.mark.parametrize(("size", "layer"), SHAPES.values(), ids=SHAPES)
+def test_parity(size, layer, join, dtype):
     require("onednn", dtype)
     x = torch.randn(2, 32, *size).to(dtype, memory_format=torch.channels_last)
     layer = layer._replace(weight=layer.weight.to(dtype))
-    assert onednn._standing(x, layer) == layer._replace(stride=stride)
-    if size == (28, 2):
-        return  # PyTorch's own is as wrong
-    y = onednn.bind_conv_bn_act(x, layer, None, Epilogue(relu=False), False)(x, None)
     exact = torch.conv2d(x.double(), layer.weight.double(), None, *layer[3:])
-    torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.02)
+    other, epilogue, added = None, Epilogue(relu=True), 0.0
+    if join == "shortcut":
+        other = torch.randn(2, 32, *exact.shape[2:]).to(dtype, memory_format=torch.channels_last)
+        second = Conv(torch.randn(32, 32, 1, 1).to(dtype) / 6)
+        epilogue = epilogue._replace(shortcut=second)
+        added = torch.conv2d(other.double(), second.weight.double())
+    elif join != "nothing":
+        t = 2 if join == "strided residual" else 1
+        other = torch.randn(2, 32, *(t * n for n in exact.shape[2:])).to(dtype, memory_format=torch.channels_last)
+        epilogue = epilogue._replace(residual_stride=t)
+        added = other.double()[:, :, ::t, ::t]
+    kept = None if other is None else other.clone()
+    y = onednn.bind_conv_bn_act(x, layer, other, epilogue, False)(x, other)
+    torch.testing.assert_close(y.double(), (exact + added).relu(), rtol=0.03, atol=0.03)
+    assert y.stride() == torch.empty_like(exact, memory_format=torch.channels_last).stride()
+    assert other is None or torch.equal(other, kept)
+
+
+@pytest.mark.parametrize(
+    ("size", "layer", "dtype", "turned"),
+    [
+        pytest.param((28, 2), conv(3, 1, 2), BF16, True, id="one column"),
+        pytest.param((28, 2), conv(3, 1, 2), FP32, False, id="fp32"),
+        pytest.param((28, 3), conv(3, 1, 2), BF16, False, id="two columns"),
+        pytest.param((2, 2), conv(3, 1, 2), BF16, False, id="one place"),
+        pytest.param((28, 3), conv(3, 0, 1), BF16, False, id="stride 1"),
+        pytest.param((28, 2), conv(1, 0, 2), BF16, False, id="1x1"),
+    ],
+)
+def test_where_it_applies(size, layer, dtype, turned):
+    assert onednn._to_one_column(torch.empty(2, 32, *size, dtype=dtype), layer) == turned

@@ -49,7 +49,8 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     """See `backends.bind_conv_bn_act`."""
     if small.is_small(x, conv):
         return _bind_small(x, conv, other, epilogue)
-    conv = _standing(x, conv)
+    if _to_one_column(x, conv):
+        return _bind_small(x, conv, other, epilogue, turned=True)
     layouts = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:]), Layouts)
     weight, bias = layouts.fit(x, conv)
     args = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
@@ -70,27 +71,21 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     return lambda x, other: join(x, strided(other, stride).clone(memory_format=torch.channels_last))
 
 
-def _standing(x: Tensor, conv: Conv) -> Conv:
-    """The convolution with stride 1 along a side where its filter fits but once, which makes no difference.
-
-    With AMX, oneDNN 3.12 reads unwritten memory for a strided bf16 convolution of several columns to a single one, as
-    those of images of one column are; so do PyTorch's own convolutions.
-    """
-    spans = [d * (k - 1) + 1 for k, d in zip(conv.weight.shape[2:], conv.dilation, strict=True)]
-    free = [size + 2 * p - span for size, p, span in zip(x.shape[2:], conv.padding, spans, strict=True)]
-    rows, columns = [stride if more > 0 else 1 for stride, more in zip(conv.stride, free, strict=True)]
-    return conv._replace(stride=(rows, columns))
+def _to_one_column(x: Tensor, conv: Conv) -> bool:
+    """Whether a bf16 convolution strides to one column, where oneDNN 3.12 reads unwritten memory with AMX."""
+    _, _, p, q = conv.output_shape(x)
+    return x.dtype == torch.bfloat16 and q == 1 < p and conv.weight.shape[3] > 1 and conv.stride[1] > 1
 
 
-def _bind_small(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue) -> Bound:
-    """The operation where its convolution is `small`."""
+def _bind_small(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, turned: bool = False) -> Bound:
+    """The operation where its convolution is `small`, or must be `turned`."""
     folded = _packed.get(conv.tensors(), (x.dtype, conv.eps, *conv[3:], "small"), lambda: fold(conv, x.dtype))
     if other is None:
-        return small.bind(folded, conv, 0, None, epilogue.relu)
+        return small.bind(folded, conv, 0, None, epilogue.relu, turned)
     branch = None
     if epilogue.shortcut is not None:
         branch = bind_conv_bn_act(other, epilogue.shortcut, None, Epilogue(relu=False), False)
-    return small.bind(folded, conv, epilogue.residual_stride, branch, epilogue.relu)
+    return small.bind(folded, conv, epilogue.residual_stride, branch, epilogue.relu, turned)
 
 
 def _ambiguous(residual: Tensor) -> bool:

@@ -6,6 +6,7 @@ to 60 with its add and ReLU. At the limits here they are equal (2 threads of a X
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ def is_small(x: Tensor, conv: Conv) -> bool:
     return alone and x.numel() <= IMAGE and max(r, s) <= 3 and not padded and k * c * r * s * p * q <= PRODUCTS
 
 
-def bind(folded: tuple[Tensor, Tensor], conv: Conv, stride: int, branch: Bound | None, relu: bool) -> Bound:
+def bind(
+    folded: tuple[Tensor, Tensor], conv: Conv, stride: int, branch: Bound | None, relu: bool, turned: bool = False
+) -> Bound:
     """`act(conv(x) [+ other[:, :, ::t, ::t] | + branch(other)])` on folded weights.
 
     Args:
@@ -38,12 +41,12 @@ def bind(folded: tuple[Tensor, Tensor], conv: Conv, stride: int, branch: Bound |
         stride: t of the residual; 0 where there is none.
         branch: what computes the downsample branch; None where there is none.
         relu: whether act is ReLU.
+        turned: whether rows are to be computed as columns and columns as rows, which takes two copies.
     """
-    weight, bias = folded
-    geometry = conv.stride, conv.padding, conv.dilation
+    convolve = (_turned if turned else _convolution)(*folded, conv)
 
     def run(x: Tensor, other: Any) -> Tensor:
-        z = torch.conv2d(x, weight, bias, *geometry)
+        z = convolve(x)
         if branch is not None:
             z += branch(other, None)
         elif stride:
@@ -51,3 +54,18 @@ def bind(folded: tuple[Tensor, Tensor], conv: Conv, stride: int, branch: Bound |
         return z.relu_() if relu else z
 
     return run
+
+
+def _convolution(weight: Tensor, bias: Tensor, conv: Conv) -> Callable[[Tensor], Tensor]:
+    geometry = *conv[3:6], conv.groups
+    return lambda x: torch.conv2d(x, weight, bias, *geometry)
+
+
+def _turned(weight: Tensor, bias: Tensor, conv: Conv) -> Callable[[Tensor], Tensor]:
+    turned = conv._replace(stride=conv.stride[::-1], padding=conv.padding[::-1], dilation=conv.dilation[::-1])
+    convolve = _convolution(_turn(weight), bias, turned)
+    return lambda x: _turn(convolve(_turn(x)))
+
+
+def _turn(x: Tensor) -> Tensor:
+    return x.transpose(2, 3).clone(memory_format=torch.channels_last)
