@@ -180,7 +180,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "signed numbers are pooled as integers",
             "as_integers = relu and ",
             "as_integers = ",
-            "tests/test_few_images.py::test_numbers_of_16_bits_are_pooled_to_the_bit[bfloat16-False]",
+            "tests/test_few_images.py::test_numbers_of_16_bits_are_pooled_to_the_bit[torch.bfloat16-False]",
         ),
     ],
     "fused_resblock/tuning.py": [
