@@ -1,4 +1,4 @@
-"""Strided convolutions to one column or row: oneDNN 3.12 reads unwritten memory for some of them with AMX."""
+"""Strided convolutions to one column or row: with AMX, oneDNN reads unwritten memory for some of them."""
 
 from __future__ import annotations
 

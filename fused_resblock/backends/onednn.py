@@ -72,7 +72,7 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
 
 
 def _to_one_column(x: Tensor, conv: Conv) -> bool:
-    """Whether a bf16 convolution strides to one column, where oneDNN 3.12 reads unwritten memory with AMX."""
+    """Whether a bf16 convolution strides to one column: with AMX, oneDNN to torch 2.15 then reads unwritten memory."""
     _, _, p, q = conv.output_shape(x)
     return x.dtype == torch.bfloat16 and q == 1 < p and conv.weight.shape[3] > 1 and conv.stride[1] > 1
 
