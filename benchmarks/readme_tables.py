@@ -1,11 +1,11 @@
 """Write the measured tables into the README: `python -m benchmarks.readme_tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is one of `TABLES`. The figures come
-from files in `benchmarks/results/`: `cpu*.csv` (`python -m benchmarks.bench_cpu`), `demo.json` (`python -m
-fused_resblock demo --json FILE`), `roofline.csv` (`python -m benchmarks.roofline`), `activations.csv` (`python -m
-benchmarks.activations`), `codegen.csv` (`python -m benchmarks.codegen`), `emulate*.csv` (`python -m
-benchmarks.emulate`) and `*/bench.csv`, `check.csv` and `profile.csv` (`make gpu`). What none of them holds reads "not
-measured".
+from files in `benchmarks/results/`: `cpu.csv`, and `cpu_*.csv` for other CPUs and settings (`python -m
+benchmarks.bench_cpu`), `demo.json` (`python -m fused_resblock demo --json FILE`), `roofline.csv` (`python -m
+benchmarks.roofline`), `activations.csv` (`python -m benchmarks.activations`), `codegen.csv` (`python -m
+benchmarks.codegen`), `emulate*.csv` (`python -m benchmarks.emulate`) and `*/bench.csv`, `check.csv` and `profile.csv`
+(`make gpu`). What none of them holds reads "not measured".
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ README = Path(__file__).parent.parent / "README.md"
 class Sources(NamedTuple):
     """What a folder of results holds; empty where there is nothing."""
 
-    rows: list[Row]
+    rows: list[Row]  # of the CPU that is shown first
+    others: list[Row]  # of other CPUs, and of other settings
     demo: dict[str, Any]
     roofline: list[dict[str, str]]
     activations: list[dict[str, str]]
@@ -41,9 +42,10 @@ class Sources(NamedTuple):
 
 TABLES: dict[str, Callable[[Sources], str]] = {
     "cpu": lambda s: tables.latency(s.rows),
-    "goals": lambda s: tables.judged(s.rows),
-    "fuse": lambda s: tables.fusing(s.rows),
-    "memory": lambda s: tables.memory(s.rows),
+    "cpu-others": lambda s: tables.latency(s.others),
+    "goals": lambda s: tables.judged(s.rows + s.others),
+    "fuse": lambda s: tables.fusing(s.rows + s.others),
+    "memory": lambda s: tables.memory(s.rows + s.others),
     "demo": lambda s: tables.demo(s.demo),
     "digits": lambda s: tables.digits(s.demo),
     "roofline": lambda s: gpu_tables.roofline(s.roofline),
@@ -67,10 +69,10 @@ def load(folder: Path) -> Sources:
     Raises:
         ValueError: if a CSV file has other columns, or the JSON is none.
     """
-    rows = [row for file in sorted(folder.glob("cpu*.csv")) for row in results.read(file)]
     demo = folder / "demo.json"
     return Sources(
-        rows,
+        _cpu(folder, "cpu.csv"),
+        _cpu(folder, "cpu_*.csv"),
         json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {},
         _csv(folder / "roofline.csv"),
         _csv(folder / "activations.csv"),
@@ -78,6 +80,10 @@ def load(folder: Path) -> Sources:
         [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],
         *([row for file in sorted(folder.glob(f"*/{name}.csv")) for row in _csv(file)] for name in GPU_FILES),
     )
+
+
+def _cpu(folder: Path, files: str) -> list[Row]:
+    return [row for file in sorted(folder.glob(files)) for row in results.read(file)]
 
 
 def _csv(path: Path) -> list[dict[str, str]]:

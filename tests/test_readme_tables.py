@@ -161,6 +161,17 @@ def test_every_table_reads_not_measured_without_results(tmp_path):
     assert (tmp_path / "README.md").read_text().count("\n\nnot measured\n\n") == len(readme_tables.TABLES)
 
 
+def test_other_cpus_have_a_table_of_their_own(tmp_path):
+    options = readme(tmp_path, "".join(f"<!-- table:{name} -->\n<!-- /table -->\n" for name in ("cpu", "cpu-others")))
+    (tmp_path / "results").mkdir()
+    for file, ms in (("cpu.csv", 4.0), ("cpu_old.csv", 8.0)):
+        rows = latency("resnet18", "whole", "float32", 1, {"eager": ms, "fused": 2.0})
+        results.Writer(tmp_path / "results" / file).write(rows)
+    assert readme_tables.main(options) == 0
+    first, others, _ = (tmp_path / "README.md").read_text().split("<!-- /table -->\n")
+    assert [("2.00x" in table, "4.00x" in table) for table in (first, others)] == [(True, False), (False, True)]
+
+
 def test_the_demo_is_read_from_its_json(tmp_path):
     options = readme(tmp_path, "<!-- table:demo -->\n<!-- /table -->")
     (tmp_path / "results").mkdir()
@@ -174,7 +185,7 @@ def test_the_demo_is_read_from_its_json(tmp_path):
     [
         (
             "<!-- table:gpus -->\n<!-- /table -->",
-            "table must be one of cpu, goals, fuse, memory, demo, digits, roofline, activations, codegen, emulate, gpu, gpu-goals, gpu-checks, gpu-bytes, got",
+            "table must be one of cpu, cpu-others, goals, fuse, memory, demo, digits, roofline, activations, codegen, emulate, gpu, gpu-goals, gpu-checks, gpu-bytes, got",
         ),
         ("<!-- table:cpu -->\n", "got no <!-- /table --> after table:cpu"),
         ("a\n<!-- /table -->\n", "got <!-- /table --> in line 2"),
