@@ -219,10 +219,10 @@ STEMS: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_one_column.py::test_where_it_applies[one column]",
         ),
         (
-            "every strided convolution to one column is turned",
-            "x.dtype == torch.bfloat16 and q",
-            "q",
-            "tests/test_one_column.py::test_where_it_applies[fp32]",
+            "every convolution to one column is turned",
+            " and conv.stride[1] > 1",
+            "",
+            "tests/test_one_column.py::test_where_it_applies[stride 1]",
         ),
     ],
 }

@@ -72,9 +72,12 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
 
 
 def _to_one_column(x: Tensor, conv: Conv) -> bool:
-    """Whether a bf16 convolution strides to one column: with AMX, oneDNN to torch 2.15 then reads unwritten memory."""
+    """Whether a filter of several columns strides to one column: oneDNN to torch 2.15 then may read unwritten memory.
+
+    It was seen in bf16 with AMX, and in fp32 of one input channel.
+    """
     _, _, p, q = conv.output_shape(x)
-    return x.dtype == torch.bfloat16 and q == 1 < p and conv.weight.shape[3] > 1 and conv.stride[1] > 1
+    return q == 1 < p and conv.weight.shape[3] > 1 and conv.stride[1] > 1
 
 
 def _bind_small(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, turned: bool = False) -> Bound:
