@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -97,40 +98,56 @@ def fuse(
     left_out = set() if filter_fn is None else _left_out(model, networks, filter_fn, stems, heads)
     if not inplace:
         model = _copied(model)
-    within = tuple(f"{path}." for path, _, _ in found)
-    planned = {path: isinstance(outcome, Plan) for path, _, outcome in found}
-    for name, (graph, *_) in networks:
-        network, prefix = model.get_submodule(name), f"{name}." if name else ""
-        for path in find_heads(network, graph) if heads else ():
-            if prefix + path not in left_out:
-                fuse_head(network.get_submodule(path), backend)
-        inner = {path[len(prefix) :]: plan for path, plan in planned.items() if path.startswith(prefix)}
-        fused = any(inner.values())
-        spread = Spread(network, graph, inner)
-        rows = spread.unnoticed(find_stems(network, graph)) if stems else []
-        pays = worth_it(network, rows, fused, spread.nchw)
-        rows = [stem for stem in rows if prefix + stem[0] not in left_out] if pays else []
-        if rows:
-            fuse_network(network)
-            network.__dict__["_fused_format"] = spread.returned(rows)
-        for stem in rows:
-            fuse_stem(network, stem, backend, many=not fused or (prefix + stem[0]).startswith(within))
-    for name, _, outcome in found:
-        if isinstance(outcome, Plan):
-            fuse_block(model.get_submodule(name), outcome, backend)
-    for module in filter(is_stage, model.modules()) if stages else ():
-        fuse_stage(module, kernel=stages == "kernel")
-    for name, traced in networks:
-        network = model.get_submodule(name)
-        if frozen and not isinstance(network, (FusedNetwork, FusedStage)):
-            fuse_network(network)
-        if isinstance(network, FusedNetwork):
-            know_graph(network, traced)
-            know(network, traced, frozen)
-    for module in model.modules():
-        if isinstance(module, Freezable):
-            module.freeze(frozen)
+    with _all_or_nothing(model):
+        within = tuple(f"{path}." for path, _, _ in found)
+        planned = {path: isinstance(outcome, Plan) for path, _, outcome in found}
+        for name, (graph, *_) in networks:
+            network, prefix = model.get_submodule(name), f"{name}." if name else ""
+            for path in find_heads(network, graph) if heads else ():
+                if prefix + path not in left_out:
+                    fuse_head(network.get_submodule(path), backend)
+            inner = {path[len(prefix) :]: plan for path, plan in planned.items() if path.startswith(prefix)}
+            fused = any(inner.values())
+            spread = Spread(network, graph, inner)
+            rows = spread.unnoticed(find_stems(network, graph)) if stems else []
+            pays = worth_it(network, rows, fused, spread.nchw)
+            rows = [stem for stem in rows if prefix + stem[0] not in left_out] if pays else []
+            if rows:
+                fuse_network(network)
+                network.__dict__["_fused_format"] = spread.returned(rows)
+            for stem in rows:
+                fuse_stem(network, stem, backend, many=not fused or (prefix + stem[0]).startswith(within))
+        for name, _, outcome in found:
+            if isinstance(outcome, Plan):
+                fuse_block(model.get_submodule(name), outcome, backend)
+        for module in filter(is_stage, model.modules()) if stages else ():
+            fuse_stage(module, kernel=stages == "kernel")
+        for name, traced in networks:
+            network = model.get_submodule(name)
+            if frozen and not isinstance(network, (FusedNetwork, FusedStage)):
+                fuse_network(network)
+            if isinstance(network, FusedNetwork):
+                know_graph(network, traced)
+                know(network, traced, frozen)
+        for module in model.modules():
+            if isinstance(module, Freezable):
+                module.freeze(frozen)
     return model
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give modules their classes and attributes back if what is done within fails: a class may refuse its change."""
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            if type(module) is not cls:
+                object.__setattr__(module, "__class__", cls)
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
 
 
 def _networks(model: nn.Module, found: Sequence[tuple[str, nn.Module, Plan | str]]) -> Iterator[tuple[str, Traced]]:

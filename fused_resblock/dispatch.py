@@ -95,6 +95,9 @@ def bn_act(
         return backends.bn_act(x, norm, other, epilogue, backend=backend)
     if composed(tensors):
         return backends.eager.bn_act(x, norm, other, epilogue)
+    if not torch.compiler.is_compiling() and trained(parameters):
+        with uncached():
+            return ops.bn_act(x, norm, other, epilogue, backend=backend)
     norms = [present for present in (norm, epilogue.residual_norm) if present is not None]
     weights = [present.mean if present.weight is None else present.weight for present in norms]
     return ops.bn_act(x, norm, other, epilogue, backend=backend, learned=_learned(weights, parameters))

@@ -280,4 +280,6 @@ def looks_residual(block: nn.Module) -> bool:
 
 
 def _has_two_convs(block: nn.Module) -> bool:
-    return sum(isinstance(m, nn.Conv2d) for m in block.children()) >= 2
+    """Whether two children are convolutions, wrapped by FSDP or not."""
+    children = [getattr(child, "_fsdp_wrapped_module", child) for child in block.children()]
+    return sum(isinstance(child, nn.Conv2d) for child in children) >= 2

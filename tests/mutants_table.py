@@ -228,6 +228,12 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/recognize.py": [
         (
+            "a wrapped convolution is none",
+            'getattr(child, "_fsdp_wrapped_module", child)',
+            "child",
+            "tests/test_kept.py::test_a_child_wrapped_by_fsdp_is_named",
+        ),
+        (
             "what is not used does nothing",
             "                self._check_unused(node)\n",
             "                pass\n",

@@ -206,6 +206,12 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/convert.py": [
         (
+            "a failing fuse leaves classes behind",
+            '                object.__setattr__(module, "__class__", cls)\n',
+            "                pass\n",
+            "tests/test_failing_fuse.py::test_the_model_is_as_it_was[conv1-StubbornConv-False-False]",
+        ),
+        (
             "the copy is one of inference tensors",
             "    with torch.inference_mode(False):\n",
             "    if True:\n",

@@ -89,6 +89,16 @@ def test_bn_act(options, order, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_bn_act_entry_by_entry(backend):
+    """The slow mode changes one entry of a parameter at a time, through `.data`."""
+    require(backend, FP64)
+    args = {"x": image(1, 4, 2, 3, dtype=FP64), "norm": make_norm(4, dtype=FP64)}
+    args |= {"residual": image(1, 4, 2, 3, dtype=FP64), "residual_norm": make_norm(4, dtype=FP64)}
+    call, leaves = as_function_of_leaves(bn_act, args, backend)
+    assert torch.autograd.gradcheck(call, leaves, nondet_tol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_penalty(backend):
     """The second derivative as it is used: the gradient of |dy/dx|^2 with respect to the weight."""
     require(backend, FP64)

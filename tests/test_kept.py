@@ -285,3 +285,14 @@ def test_drop_path_that_is_active_alone():
             torch.manual_seed(1)
             outputs.append(module(x))
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_child_wrapped_by_fsdp_is_named():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.forward = self._fsdp_wrapped_module = module
+
+    block = Bottleneck(8, 8).eval()
+    block.conv1 = Wrapper(block.conv1)
+    assert "sharded by FSDP" in frb.explain(nn.Sequential(block))[0].reason

@@ -74,10 +74,11 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
 def _to_one_column(x: Tensor, conv: Conv) -> bool:
     """Whether a filter of several columns strides to one column: oneDNN to torch 2.15 then may read unwritten memory.
 
-    It was seen in bf16 with AMX, and in fp32 of one input channel.
+    It was seen in bf16 with AMX, and in fp32 of one input channel. Dilated filters are left alone: as rows, taps that
+    all miss the image crash oneDNN.
     """
     _, _, p, q = conv.output_shape(x)
-    return q == 1 < p and conv.weight.shape[3] > 1 and conv.stride[1] > 1
+    return q == 1 < p and conv.weight.shape[3] > 1 and conv.stride[1] > 1 and conv.dilation == (1, 1)
 
 
 def _bind_small(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, turned: bool = False) -> Bound:
