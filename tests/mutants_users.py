@@ -233,8 +233,8 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "heads left out are fused",
-            "            if prefix + path not in left_out:\n                fuse_head",
-            "            if True:\n                fuse_head",
+            "if prefix + path not in left_out:\n                    fuse_head",
+            "if True:\n                    fuse_head",
             _FILTER + "filter_fn_is_given_the_modules_of_the_model_and_not_of_its_copy",
         ),
     ],

@@ -294,5 +294,5 @@ def test_a_child_wrapped_by_fsdp_is_named():
             self.forward = self._fsdp_wrapped_module = module
 
     block = Bottleneck(8, 8).eval()
-    block.conv1 = Wrapper(block.conv1)
+    block.conv1, block.conv2 = Wrapper(block.conv1), Wrapper(block.conv2)
     assert "sharded by FSDP" in frb.explain(nn.Sequential(block))[0].reason
