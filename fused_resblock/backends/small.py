@@ -1,7 +1,8 @@
 """Convolutions that are too small for oneDNN, on a CPU: torch's own, a GEMM, on folded weights.
 
 oneDNN's fused operation takes 35 to 50 us however little there is to do, torch's own convolution of one small image 7
-to 60 with its add and ReLU. At the limits here they are equal (2 threads of a Xeon with AVX512).
+to 60 with its add and ReLU. At the limits here they are equal (2 threads of a Xeon with AVX512). What oneDNN's fused
+operation computes wrongly runs likewise, with rows for columns.
 """
 
 from __future__ import annotations
