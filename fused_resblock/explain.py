@@ -107,8 +107,18 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
             reason = stage_obstacle(module) or _eager_stage(module)  # type: ignore[arg-type]
             said = reason or f"one chain{kernel_state(module)}{_frozen(module)}"  # type: ignore[arg-type]
             yield PartReport(name, f"{len(module)} blocks", reason is None, said)  # type: ignore[arg-type]
+        elif isinstance(module, nn.Sequential) and sum(isinstance(m, FusedBlock) for m in module.children()) > 1:
+            reason = stage_obstacle(module) or _own_forward(module)
+            if reason is not None:  # else `fuse` was told not to make chains
+                yield PartReport(name, f"{len(module)} modules", False, reason)
         elif isinstance(module, Head) and example is not None and is_fast(module, example):
             yield PartReport(name, own_class(module).__name__, True, module.WHY)
+
+
+def _own_forward(module: nn.Sequential) -> str | None:
+    """Why a Sequential does not call its modules one after the other; None where it does."""
+    own = type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__
+    return "a forward of its own" if own else None
 
 
 def _eager_stem(conv: nn.Module) -> str | None:

@@ -52,6 +52,11 @@ class Program:
         self._slots: list[Tensor | None] = [None] * (len(operations) + 1)
         self.ends = ends or Ends(len(operations))
 
+    @property
+    def tails(self) -> int:
+        """How many blocks of a chain end in one kernel; see `tail`."""
+        return sum(operation.run is _first for operation in self._operations)
+
     def __call__(self, x: Tensor) -> Tensor:
         """The output, channels_last and without autograd."""
         return self.run([x])[0]

@@ -16,10 +16,10 @@ from . import backends, dispatch, flat, handover, leaves
 from .frozen import Freezable
 from .handover import programs as _programs
 from .modules import FusedBlock
-from .program import last_reads
+from .program import Program, last_reads
 from .programs import Programs
 from .swap import register, swapped_class, undone
-from .tail import Tail, find_tails
+from .tail import Tail, find_tails, no_tail
 
 
 def obstacle(stage: nn.Sequential) -> str | None:
@@ -118,41 +118,55 @@ register(FusedStage, nn.Sequential, FusedSequential)
 
 
 def kernel_state(stage: nn.Sequential) -> str:
-    """In how many blocks of a chain the stage kernel was asked for and can run, and why not in others.
+    """How many blocks of a chain end in the stage kernel, and if it was asked for, why one does not.
 
-    "" where it was not asked for: then a table decides, which depends on the input.
+    Where it was not asked for a table decides, which depends on the input: "" if it did not for the last new one.
     """
+    bound = _last_bound(stage)
+    merged = 0 if bound is None else bound.tails
+    ahead = ", the last one with the next chain's head" if bound is not None and bound.ends.ahead is not None else ""
     if not stage.__dict__.get("_fused_kernel"):
-        return ""
+        said = f", {merged} of {len(stage)} tails as one kernel: measured to be faster for the last new size"
+        return said + ahead if merged else ""
+    obstacles = _kernel_obstacles(stage)
+    count = len(stage) - len(obstacles) if bound is None else merged
+    why = f": {obstacles[0]}" if obstacles else ""
+    return f", {count} of {len(stage)} tails as one kernel{why}{ahead}"
+
+
+def _last_bound(stage: nn.Module) -> Program | None:
+    """The program that a chain was bound to last, if what went into it holds."""
+    programs = _programs.get(stage)
+    guard = None if programs is None else programs.guard
+    if programs is None or guard is None or not guard.holds():
+        return None
+    return next(reversed(list(programs)), None)
+
+
+def _kernel_obstacles(stage: nn.Sequential) -> list[str]:
+    """For each block of a chain in which the stage kernel cannot run why not, as far as its convolutions tell."""
     blocks: Any = stage
     runners = [block.runner() for block in blocks]
     tails = find_tails(runners, last_reads(runners))
     backend = backends.check_name(blocks[0]._fused_backend)
-    obstacles = [_kernel_obstacle(tail, backend) for tail in tails.values()]
-    count = obstacles.count(None)
-    why = next((reason for reason in obstacles if reason is not None), "no 3x3 with an expand behind it")
-    said = f", {count} of {len(blocks)} tails as one kernel" + (f": {why}" if count < len(blocks) else "")
-    return said + ", the last one with the next chain's head" * computes_ahead(stage)
-
-
-def computes_ahead(stage: nn.Module) -> bool:
-    """Whether a chain computes the first convolution of the chain behind it; known from the second forward on."""
-    programs = _programs.get(stage)
-    return programs is not None and any(program.ends.ahead is not None for program in programs)
+    found, base = [], 0
+    for name, runner in zip(stage._modules, runners, strict=True):  # `named_children` leaves out a block's repetition
+        base += len(runner.steps)
+        tail = tails.get(base - 2)
+        reason = no_tail(runner) if tail is None else _kernel_obstacle(tail, backend)
+        found += [] if reason is None else [f"{name}: {reason}"]
+    return found
 
 
 def _kernel_obstacle(tail: Tail, backend: str) -> str | None:
-    """Why the stage kernel does not run a tail; None when it does."""
+    """Why the stage kernel does not run a tail; None when it does, with the next block's head or without."""
     conv, expand = tail.conv.weights(), tail.expand.weights()
     shortcut = None if tail.shortcut is None else tail.shortcut.weights()
-    reduce = None if tail.reduce is None else tail.reduce.weights()
     weight = conv.weight
     if not backends.may_be_triton(backend, weight.device):
         return f"the backend is {backend}, the device {weight.device.type}"
     reason = backends.refusal("triton", backends.Problem(weight.device.type, weight.dtype))
-    if reason is not None or backends.triton.stage_refusal(conv, expand, shortcut, reduce) is None:
-        return reason
-    return backends.triton.stage_refusal(conv, expand, shortcut, None)
+    return reason or backends.triton.tail_refusal(weight.dtype, conv, expand, shortcut, None)
 
 
 def is_stage(module: nn.Module) -> bool:

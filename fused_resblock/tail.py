@@ -40,6 +40,14 @@ def _adds(step: BoundStep) -> bool:
     return step.step.residual is not None and step.step.residual_stride == 1 and step.residual_norm is None
 
 
+def no_tail(runner: Runner) -> str:
+    """Why `find_tails` finds none in a block, where it does not."""
+    kept = [step.step.module for step in runner.steps if step.step.module is not None]
+    if kept:
+        return f"{kept[0]} runs as it is"
+    return "no convolution with norm and ReLU in front of the last one, or one that something else reads, too"
+
+
 def find_tails(
     runners: Sequence[Runner], last_read: Mapping[int, int], behind: BoundStep | None = None
 ) -> dict[int, Tail]:

@@ -188,19 +188,19 @@ def refusal(conv, expand, shortcut, reduce) -> str | None:
         shortcut: the downsample branch, or None.
         reduce: the next block's first 1x1, or None.
     """
-    width = conv.weight.shape[0]
-    if conv.weight.shape[1] != width or conv.groups != 1:
-        return "the 3x3 changes the channel count or is grouped"
-    if conv.dilation != (1, 1) or conv.stride[0] != conv.stride[1]:
-        return "the 3x3 is dilated or has two strides"
-    for pointwise in (expand, reduce):
+    for name, pointwise in (("the block's last", expand), ("the next block's first", reduce)):
         plain = ((1, 1), (0, 0), (1, 1))
         if pointwise is not None and (
             tuple(pointwise.weight.shape[2:]) != (1, 1)
             or (pointwise.stride, pointwise.padding, pointwise.dilation) != plain
             or pointwise.groups != 1
         ):
-            return "an expand or reduce is no plain 1x1"
+            return f"{name} convolution is no plain 1x1"
+    width = conv.weight.shape[0]
+    if conv.weight.shape[1] != width or conv.groups != 1:
+        return "the 3x3 changes the channel count or is grouped"
+    if conv.dilation != (1, 1) or conv.stride[0] != conv.stride[1]:
+        return "the 3x3 is dilated or has two strides"
     for channels in (width, *(() if reduce is None else (reduce.weight.shape[0],))):
         if channels < 16 or channels & (channels - 1):
             return f"{channels} channels are no power of two from 16 up"

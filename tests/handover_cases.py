@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from cases import FP32, require
-from test_stage_kernel import first, identity
+from chains import first, identity
 from torch import Tensor, nn
 
 import fused_resblock as frb

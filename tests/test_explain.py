@@ -44,17 +44,16 @@ def test_table_has_a_line_for_every_block(model):
     with torch.no_grad():
         lines = str(frb.explain(frb.fuse(model, stems=False))).splitlines()
     assert lines[0].split() == ["name", "class", "state", "backend", "reason"]
-    table = [line.split() for line in lines[:-1] if line.split()[0] in "012"]
+    table = [line.split() for line in lines[2 : lines.index("2 of 3 fused")]]
     assert [(line[0], line[1], line[2]) for line in table] == [
         ("0", "FusedBasicBlock", "fused"),
         ("1", "SqueezeExcite", "kept"),
         ("2", "FusedBottleneck", "fused"),
     ]
-    assert lines[-1] == "2 of 3 fused"
 
 
 def test_table_tells_that_autograd_is_on(model):
-    assert str(frb.explain(frb.fuse(model, stems=False))).splitlines()[-1].endswith("autograd is on now")
+    assert str(frb.explain(frb.fuse(model[:1], stems=False))).splitlines()[-1].endswith("autograd is on now")
     assert str(frb.explain(model)).splitlines()[-1] == "0 of 3 fused"
 
 

@@ -9,9 +9,9 @@ import weakref
 import pytest
 import torch
 from cases import BF16, FP16, FP32, require
+from chains import merged
 from handover_cases import Body, Counted, X, agree, body
 from parity import assert_parity
-from test_stage_kernel import merged
 from torch import Tensor, nn
 
 import fused_resblock as frb

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
+from chains import first, identity
 from handover_cases import Body, Counted, X, agree, body
-from test_stage_kernel import first, identity
 from torch import Tensor, nn
 
 import fused_resblock as frb

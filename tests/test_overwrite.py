@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import require
-from test_stage_kernel import CHAINS, chain
+from cases import DEVICE, require
+from chains import CHAINS, chain
 from torch import Tensor, nn
 
 import fused_resblock as frb
@@ -49,7 +49,9 @@ def test_output_over_a_residual_that_nobody_reads_any_more(make, written, monkey
     monkeypatch.setattr(kernels, "bind_stage", note)
     reference = chain(make)
     fused = frb.fuse(reference, backend="triton", stages="kernel", strict=True)
-    x = torch.randn(2, next(reference.parameters()).shape[1], 20, 12, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, next(reference.parameters()).shape[1], 20, 12, generator=torch.Generator().manual_seed(1)).to(
+        DEVICE
+    )
     before = x.clone()
     with torch.no_grad():
         for _ in range(2):

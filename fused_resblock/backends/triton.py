@@ -140,11 +140,23 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     return _guarded(run, f"tile {tile}", lambda: bind_convolution(*arguments), "with a predicted tile")
 
 
-def stage_refusal(conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> str | None:
-    """Why no tail is made of these convolutions; None when one can be."""
-    from ..kernels.stage import refusal
+def tail_refusal(
+    dtype: torch.dtype, conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None
+) -> str | None:
+    """Why there is no tile for a tail of these convolutions, of activations in `dtype`; None when there is one."""
+    from ..kernels.stage import candidates, refusal
 
-    return refusal(conv, expand, shortcut, reduce)
+    reason = refusal(conv, expand, shortcut, reduce)
+    if reason is not None:
+        return reason
+    if dtype == torch.float32 and not tf32_allowed():
+        return "products in fp32 do not fit the registers, and TF32 is not allowed"
+    width, outputs = conv.weight.shape[0], 0 if reduce is None else reduce.weight.shape[0]
+    if not candidates(width, outputs, dtype.itemsize, shortcut is not None, gpu_of(conv.weight.device)):
+        return (
+            f"no tile has room for {max(width, outputs)} channels in {tuned.dtype_name(dtype).removeprefix('torch.')}"
+        )
+    return None
 
 
 def bind_expand_shift(
@@ -162,7 +174,7 @@ def bind_expand_shift(
     from ..kernels.stage import choose_stage_tile, gemms_of, takes
     from ..kernels.tables import stage_name
 
-    if not _has_tails(h, conv, expand, shortcut, reduce):
+    if tail_refusal(h.dtype, conv, expand, shortcut, reduce) is not None:
         return None
     entry = tuned.lookup_stage(h, conv, stage_name(conv, expand, shortcut, reduce))
     if entry is not None and entry.tile and not takes(h, conv, expand, shortcut, reduce, entry.tile):
@@ -181,18 +193,11 @@ def bind_expand_shift(
     )
 
 
-def _has_tails(h: Tensor, conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> bool:
-    """Whether there are tiles for such a tail: of products in fp32 none fits the registers."""
-    if h.dtype == torch.float32 and not tf32_allowed():
-        return False
-    return stage_refusal(conv, expand, shortcut, reduce) is None
-
-
 def tail_tiles(h: Tensor, conv: Conv, expand: Conv, shortcut: Conv | None, reduce: Conv | None) -> list[StageTile]:
     """The tiles that a search has to try for a tail."""
     from ..kernels.stage import fitting, gemms_of, takes
 
-    if not _has_tails(h, conv, expand, shortcut, reduce):
+    if tail_refusal(h.dtype, conv, expand, shortcut, reduce) is not None:
         return []
     tiles = fitting(gemms_of(h.shape, conv, expand, shortcut, reduce), h.element_size(), gpu_of(h.device))
     return [tile for tile in tiles if takes(h, conv, expand, shortcut, reduce, tile)]
