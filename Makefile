@@ -81,6 +81,7 @@ emulate: $(STAMP)
 
 roofline: $(STAMP)
 	$(PY) -m benchmarks.roofline $(ARGS)
+	$(PY) -m benchmarks.basic_block
 
 activations: $(STAMP)
 	KINETO_LOG_LEVEL=6 $(PY) -m benchmarks.activations $(ARGS)  # else torch's profiler says when it starts

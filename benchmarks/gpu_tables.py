@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from .gpu import goals
@@ -29,6 +30,32 @@ def roofline(rows: Rows) -> str:
     lines = [[row["network"], *(_ms(row[c]) for c in columns), _ms(row["measured_us"])] for row in bodies]
     told = f"{first['chip']}, batch {first['batch']}, {8 * int(first['itemsize'])}-bit elements, milliseconds."
     return f"{told}\n\n{markdown(headers, lines, numbers=8)}"
+
+
+def stages(rows: Rows) -> str:
+    """The first two stages of ResNet-50 and their blocks: floors, predictions, and what was measured."""
+    shown = [row for row in rows if row["network"] == "resnet50" and re.match(r"l[12]|layer[12]|body", row["block"])]
+    if not shown:
+        return NOT_MEASURED
+    columns = ("per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us", "predicted_l2_whole_us")
+    headers = ["part", "floor, conv by conv", "of stages", "of whole blocks"]
+    headers += ["predicted, conv by conv", "predicted, with stages", "predicted, blocks in L2", "measured"]
+    lines = [[row["block"], *(row[c] for c in columns), row["measured_us"]] for row in shown]
+    first = shown[0]
+    told = f"{first['network']}, {first['chip']}, batch {first['batch']}, microseconds."
+    return f"{told}\n\n{markdown(headers, lines, numbers=7)}"
+
+
+def basic_block(rows: Rows) -> str:
+    """The blocks of ResNet-18: conv by conv, and what two designs that are not built would take."""
+    if not rows:
+        return NOT_MEASURED
+    columns = ("per_conv_us", "one_floor_us", "measured_us", "predicted_us", "predicted_one_us", "winograd_bound_us")
+    headers = ["block", "floor, conv by conv", "floor, one kernel", "measured, conv by conv"]
+    headers += ["predicted, conv by conv", "predicted, one kernel", "bound, Winograd"]
+    lines = [[row["block"], *(row[c] or "-" for c in columns)] for row in rows]
+    told = f"{rows[0]['chip']}, batch {rows[0]['batch']}, fp16, microseconds."
+    return f"{told}\n\n{markdown(headers, lines, numbers=6)}"
 
 
 def activations(rows: Rows) -> str:

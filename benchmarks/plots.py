@@ -7,6 +7,7 @@ bodies on a GPU, `gpu.png` what was measured there. A picture is drawn only wher
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] |
     def bars(row: Mapping[str, str]) -> dict[str, float]:
         return {name: float(row[column]) for name, column in columns.items()}
 
-    blocks = {row["block"]: bars(row) for row in rows if row["network"] == "resnet50" and "body" not in row["block"]}
+    of_one = [row for row in rows if row["network"] == "resnet50"]
+    blocks = {row["block"]: bars(row) for row in of_one if re.match(r"stem$|l\d", row["block"])}
     networks = {row["network"]: bars(row) for row in rows if row["block"] == "stem and body"}
     title = f"Not measured: floors and predictions. {rows[0]['chip']}, batch {rows[0]['batch']}"
     return {"blocks of resnet50": blocks, "networks (stem and body)": networks}, title

@@ -2,10 +2,9 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is one of `TABLES`. The figures come
 from files in `benchmarks/results/`: `cpu.csv`, and `cpu_*.csv` for other CPUs and settings (`python -m
-benchmarks.bench_cpu`), `demo.json` (`python -m fused_resblock demo --json FILE`), `roofline.csv` (`python -m
-benchmarks.roofline`), `activations.csv` (`python -m benchmarks.activations`), `codegen.csv` (`python -m
-benchmarks.codegen`), `emulate*.csv` (`python -m benchmarks.emulate`) and `*/bench.csv`, `check.csv` and `profile.csv`
-(`make gpu`). What none of them holds reads "not measured".
+benchmarks.bench_cpu`), `demo.json` (`python -m fused_resblock demo --json FILE`), `roofline.csv`, `basic_block.csv`,
+`activations.csv`, `codegen.csv` and `emulate*.csv` (`python -m benchmarks.roofline` and so on), and `*/bench.csv`,
+`check.csv` and `profile.csv` (`make gpu`). What none of them holds reads "not measured".
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ class Sources(NamedTuple):
     others: list[Row]  # of other CPUs, and of other settings
     demo: dict[str, Any]
     roofline: list[dict[str, str]]
+    basic_block: list[dict[str, str]]
     activations: list[dict[str, str]]
     codegen: list[dict[str, str]]
     emulate: list[dict[str, str]]
@@ -49,6 +49,8 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "demo": lambda s: tables.demo(s.demo),
     "digits": lambda s: tables.digits(s.demo),
     "roofline": lambda s: gpu_tables.roofline(s.roofline),
+    "stages": lambda s: gpu_tables.stages(s.roofline),
+    "basic-block": lambda s: gpu_tables.basic_block(s.basic_block),
     "activations": lambda s: gpu_tables.activations(s.activations),
     "codegen": lambda s: gpu_tables.codegen(s.codegen),
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
@@ -75,6 +77,7 @@ def load(folder: Path) -> Sources:
         _cpu(folder, "cpu_*.csv"),
         json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {},
         _csv(folder / "roofline.csv"),
+        _csv(folder / "basic_block.csv"),
         _csv(folder / "activations.csv"),
         _csv(folder / "codegen.csv"),
         [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from pathlib import Path
 from fused_resblock.kernels.cost import Ceilings
 from fused_resblock.table import format_table
 
-from .floors import DEPTHS, network_floors, stem_floors
+from .cases import BODY
+from .floors import DEPTHS, Floors, network_floors, stem_floors
 
 RESULTS = Path(__file__).parent / "results" / "roofline.csv"
 NOMINAL = Ceilings("H100 (assumed: 3.0 TB/s, L2 5.5 TB/s, 700 TFLOP/s)", 3.0e12, 5.5e12, 700e12, 132)
@@ -44,14 +46,33 @@ def read_ceilings(path: Path | None) -> Ceilings:
         raise ValueError(f"ceilings must hold {needed}, got no {error}") from None
 
 
-def read_measured(path: Path | None) -> dict[tuple[str, str], float]:
-    """Microseconds of whole fused networks as CUDA graphs, by network and batch; with the classifier."""
+def read_measured(path: Path | None) -> dict[tuple[str, str, str], float]:
+    """Microseconds of what ran fused as CUDA graphs, by network, row of the table and batch.
+
+    Networks ran whole, with the classifier, and beside the body there are stages of it; blocks ran alone, so conv by
+    conv.
+    """
     if path is None:
         return {}
+    found: dict[tuple[str, str, str], float] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "ok" and row["group"] == "main"]
-    rows = [row for row in rows if (row["part"], row["provider"]) == ("whole", "fused+graph")]
-    return {(row["network"], row["batch"]): round(1e3 * float(row["median_ms"]), 1) for row in rows}
+        for row in csv.DictReader(file):
+            part, stage = row["part"], row["group"] == "by-stage"
+            if row["status"] == "ok" and row["provider"] == "fused+graph" and (stage or row["group"] == "main"):
+                name = {"whole": "stem and body", BODY: "body"}.get(part, part)
+                name = re.sub(r"^layer(\d)\.(\d)$", lambda m: f"l{m[1]}" + ".first" * (m[2] == "0"), name)
+                found[row["network"], name, row["batch"]] = round(1e3 * float(row["median_ms"]), 1)
+    return found
+
+
+def stages(blocks: Sequence[tuple[str, int, Floors]]) -> list[tuple[str, int, Floors]]:
+    """The sums of the blocks of each stage: "layer1" to "layer4"."""
+    sums: dict[str, Floors] = {}
+    for name, count, floors in blocks:
+        stage = f"layer{name[1]}"
+        for _ in range(count):
+            sums[stage] = sums[stage] + floors if stage in sums else floors
+    return [(stage, 1, floors) for stage, floors in sums.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for network in DEPTHS:
         total, blocks = network_floors(network, args.batch, args.itemsize, chip)
         stem = stem_floors(args.batch, args.itemsize, chip)
-        parts = [("stem", 1, stem), *blocks, ("body", 1, total), ("stem and body", 1, stem + total)]
+        parts = [("stem", 1, stem), *blocks, *stages(blocks), ("body", 1, total), ("stem and body", 1, stem + total)]
         for block, count, floors in parts:
             micros = [round(1e6 * value, 1) for value in vars(floors).values()]
-            seen = measured.get((network, str(args.batch))) if block == "stem and body" else None
+            seen = measured.get((network, block, str(args.batch)))
             rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, seen or "not measured"])
     headers = ["chip", "network", "batch", "itemsize", "block", "count"]
     headers += ["eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us"]

@@ -227,6 +227,37 @@ def test_the_last_block_of_layer_1_feeds_layer_2_by_hand():
     assert floors["l4.first"].stage == floors["l4.first"].per_conv, "layer 4 is too wide: its head is its own"
 
 
+def test_stages_are_the_sums_of_their_blocks():
+    total, blocks = network_floors("resnet50", 128, 2, NOMINAL)
+    stages = roofline.stages(blocks)
+    assert [name for name, *_ in stages] == ["layer1", "layer2", "layer3", "layer4"]
+    first = {name: floors.stage for name, _, floors in blocks}
+    assert stages[0][2].stage == pytest.approx(first["l1.first"] + first["l1"] + first["l1.last"])
+    assert sum(floors.ours for *_, floors in stages) == pytest.approx(total.ours)
+
+
+def test_what_was_measured_stands_beside_its_row(tmp_path):
+    rows = [
+        "network,part,batch,group,provider,status,median_ms",
+        "resnet50,whole,128,main,fused+graph,ok,3",
+        "resnet50,whole,128,compile,fused+graph,ok,4",
+        "resnet50,layer1-4,128,by-stage,fused+graph,ok,2",
+        "resnet50,layer1,128,by-stage,fused+graph,ok,0.5",
+        "resnet50,layer1,128,by-stage,eager+graph,ok,9",
+        "resnet50,layer2.0,128,main,fused+graph,ok,0.25",
+        "resnet50,layer2.1,128,main,fused+graph,ok,0.125",
+        "resnet50,layer3.1,128,main,fused+graph,failed,",
+    ]
+    (tmp_path / "bench.csv").write_text("\n".join(rows))
+    assert roofline.read_measured(tmp_path / "bench.csv") == {
+        ("resnet50", "stem and body", "128"): 3000.0,
+        ("resnet50", "body", "128"): 2000.0,
+        ("resnet50", "layer1", "128"): 500.0,
+        ("resnet50", "l2.first", "128"): 250.0,
+        ("resnet50", "l2", "128"): 125.0,
+    }
+
+
 @pytest.mark.parametrize(("options", "name"), [([], "(measured ceilings)"), (["--assumed"], "(assumed")])
 def test_the_roofline_is_that_of_a_measured_chip_unless_told_otherwise(options, name, tmp_path, capsys):
     assert roofline.main([*options, "--out", str(tmp_path / "r.csv")]) == 0
