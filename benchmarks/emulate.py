@@ -44,6 +44,7 @@ from .codegen import convolution_of, shipped, stem_kernel, stem_tile
 from .gpu import space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, own, poisoned, precision
+from .gpu.tail_shapes import TailShape, shapes
 from .harness import parity
 from .kernel_table import KEY, Row, key_of, key_of_row, read, table_of, write
 from .offline import CHIPS
@@ -135,7 +136,7 @@ def convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dic
         return judged(capability, lambda: op.with_tile(tile), own(name, op.plain), exact)
 
 
-def tail(capability: int, name: str, shape: tails.TailShape, tile: StageTile) -> dict[str, Any]:
+def tail(capability: int, name: str, shape: TailShape, tile: StageTile) -> dict[str, Any]:
     """A bottleneck's tail with a tile of the stage kernel."""
     with precision(name) as dtype, torch.no_grad():
         asked = shape.build(IMAGES.get(shape.size, OTHERS), dtype, "cpu")
@@ -175,7 +176,7 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
                 run = partial(convolution, capability, name, shape, tile)
                 kernel = convolution_of(tile, shape)
                 yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)
-            for shape in tails.shapes(False):
+            for shape in shapes(False):
                 for stage_tile in candidates(
                     shape.width, shape.outputs, DTYPES[name][0].itemsize, bool(shape.second), gpu
                 ):

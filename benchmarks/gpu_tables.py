@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .gpu import goals
+from .gpu.tail_shapes import TailShape, shapes
 from .tables import NOT_MEASURED, markdown
 
 Rows = Sequence[Mapping[str, str]]
@@ -120,24 +121,31 @@ def checked(rows: Rows) -> str:
 
 
 def moved(rows: Rows) -> str:
-    """Bytes in device memory a pixel and channel of the 3x3 that tails moved at batch 128, by the profiler."""
-    from .gpu.tails import shapes
-
+    """Bytes in device memory a pixel and channel of the 3x3 that tails moved at batch 128: counted, by the profiler."""
     lines = []
+    for shape, row, total in _profiled(rows):
+        unit = 128 * shape.size**2 * shape.width
+        marks = [shape.case(), row["kernel"], row["gpu"], row["commit"]]
+        counted = shape.dram_bytes(128, 2)
+        lines.append([*marks, f"{counted / unit:.1f}", f"{total / unit:.1f}", f"{total / counted:.2f}x"])
+    headers = ["tail", "kernel", "GPU", "commit", "counted", "moved", "moved / counted"]
+    return markdown(headers, lines, numbers=3) if lines else NOT_MEASURED
+
+
+def _profiled(rows: Rows) -> Iterator[tuple[TailShape, Mapping[str, str], float]]:
+    """The tails that the profiler saw at batch 128, and the bytes that each moved."""
     for shape in shapes(False):
         for row in (row for row in rows if row["launch"] == f"tail.{shape.name}.b128" and row["status"] == "ok"):
-            total = float(row["dram_read_bytes"]) + float(row["dram_write_bytes"])
-            each = total / (128 * shape.size**2 * shape.width)
-            lines.append([shape.case(), row["kernel"], row["gpu"], row["commit"], f"{each:.1f}"])
-    headers = ["tail", "kernel", "GPU", "commit", "bytes a pixel and channel"]
-    return markdown(headers, lines, numbers=1) if lines else NOT_MEASURED
+            yield shape, row, float(row["dram_read_bytes"]) + float(row["dram_write_bytes"])
 
 
-def judged(rows: Rows) -> str:
-    """What is meant to be reached on a GPU, and what was."""
+def judged(rows: Rows, profile: Rows) -> str:
+    """What is meant to be reached on a GPU, and what was: of bench.csv and of profile.csv."""
     if not rows:
         return NOT_MEASURED
-    return markdown(["goal", "measured", "met"], [list(line) for line in goals.judge(rows)], numbers=0)
+    shares = [total / shape.dram_bytes(128, 2) for shape, _, total in _profiled(profile)]
+    lines = [*goals.judge(rows), goals.verdict("tails, batch 128: bytes moved over those counted", shares, 1.15, False)]
+    return markdown(["goal", "measured", "met"], [list(line) for line in lines], numbers=0)
 
 
 def _network(case: Sequence[str], rows: Rows) -> list[str] | None:

@@ -55,7 +55,7 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "codegen": lambda s: gpu_tables.codegen(s.codegen),
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
     "gpu": lambda s: gpu_tables.networks(s.gpu),
-    "gpu-goals": lambda s: gpu_tables.judged(s.gpu),
+    "gpu-goals": lambda s: gpu_tables.judged(s.gpu, s.profile),
     "gpu-checks": lambda s: gpu_tables.checked(s.checks),
     "gpu-bytes": lambda s: gpu_tables.moved(s.profile),
 }

@@ -42,6 +42,7 @@ def context(tmp_path, monkeypatch):
 def few_tiles(monkeypatch):
     """One shape, in fp32 alone, no elementwise kernels, no tails and no stem."""
     monkeypatch.setattr(tails, "shapes", lambda quick: [])
+    monkeypatch.setattr(tails, "odd_shapes", lambda quick: [])
     monkeypatch.setattr(stems, "sizes", lambda quick: ())
     monkeypatch.setattr(stems, "plan", lambda quick: ())
     monkeypatch.setattr(check, "check_elementwise", lambda *args: None)

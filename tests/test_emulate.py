@@ -14,7 +14,7 @@ SMALL = """
 import sys
 from benchmarks.emulate import Job, convolution, elementwise, stem, tail
 from benchmarks.gpu.elementwise import judge_bn_act
-from benchmarks.gpu.tails import TailShape
+from benchmarks.gpu.tail_shapes import TailShape
 from benchmarks.shapes import ConvShape
 from fused_resblock.backends import triton
 from fused_resblock.kernels.choice import HALO
@@ -69,7 +69,7 @@ import re
 import torch
 from benchmarks.emulate import both_ways, tail
 from benchmarks.gpu.operations import build, precision
-from benchmarks.gpu.tails import TailShape
+from benchmarks.gpu.tail_shapes import TailShape
 from benchmarks.ptx import driver, run
 from benchmarks.ptx.grid import Fault
 from benchmarks.ptx.parse import parse
@@ -156,6 +156,7 @@ COUNTS = """
 import torch
 from benchmarks.emulate import both_ways
 from benchmarks.gpu import tails
+from benchmarks.gpu.tail_shapes import TailShape
 from benchmarks.gpu.operations import build, precision
 from benchmarks.floors import gemm_of, second_of
 from benchmarks.shapes import ConvShape
@@ -187,7 +188,7 @@ with precision("fp16") as dtype, torch.no_grad():
     close(2 * profile.products, cost.flops)
     # the tail of a bottleneck with the next block's head: 20 C bytes a pixel instead of 32 C
     width, size, images = 64, 16, 2
-    tail = tails.TailShape("tail", width, size, outputs=width)
+    tail = TailShape("tail", width, size, outputs=width)
     asked = tail.build(images, dtype, "cpu")
     x, other = asked.inputs()
     tile = StageTile(128, 64, 64, 8, 3, 2, True)
@@ -204,7 +205,7 @@ with precision("fp16") as dtype, torch.no_grad():
     assert profile.wavefronts == profile.ideal
     # with 128 channels, all through two rings
     images, tile = 1, StageTile.parse("256x64x64.w8.s3.c3.t1.r1")
-    asked = tails.TailShape("tail", 128, size, outputs=128).build(images, dtype, "cpu")
+    asked = TailShape("tail", 128, size, outputs=128).build(images, dtype, "cpu")
     x, other = asked.inputs()
     profile = counted(lambda: tails.joined(tails.bound(asked, tile)(x, other)))
     conv, expand, second, reduce = asked.gemms()

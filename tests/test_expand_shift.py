@@ -12,7 +12,7 @@ from conv_cases import named
 from parity import assert_parity
 from stage_cases import Stage, StageCase
 
-from benchmarks.gpu.tails import TailShape
+from benchmarks.gpu.tail_shapes import TailShape
 from fused_resblock.kernels import gpu, stage
 from fused_resblock.kernels.choice import chip_of
 from fused_resblock.kernels.gpu import Gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu_tables import checked, codegen, moved, networks, roofline
+import pytest
+
+from benchmarks.gpu_tables import checked, codegen, judged, moved, networks, roofline
 
 ROOF = {
     "chip": "H100",
@@ -18,6 +20,20 @@ ROOF = {
     "predicted_stage_us": "3371.4",
     "predicted_l2_whole_us": "3400.0",
     "measured_us": "not measured",
+}
+ROW = {
+    "gpu": "H100",
+    "torch": "2.11",
+    "triton": "3.6",
+    "commit": "abc",
+    "network": "resnet50",
+    "part": "whole",
+    "batch": "128",
+    "group": "main",
+    "status": "ok",
+    "provider": "fused+graph",
+    "extra_mib": "3",
+    "median_ms": "2.5",
 }
 
 
@@ -35,26 +51,12 @@ def test_codegen_counts_spills():
 
 
 def test_networks_by_gpu():
-    row = {
-        "gpu": "H100",
-        "torch": "2.11",
-        "triton": "3.6",
-        "commit": "abc",
-        "network": "resnet50",
-        "part": "whole",
-        "batch": "128",
-        "group": "main",
-        "status": "ok",
-        "provider": "fused+graph",
-        "extra_mib": "3",
-        "median_ms": "2.5",
-    }
     eager, failed = (
-        {**row, "provider": "eager", "extra_mib": "4"},
-        {**row, "provider": "cudnn+graph", "status": "failed"},
+        {**ROW, "provider": "eager", "extra_mib": "4"},
+        {**ROW, "provider": "cudnn+graph", "status": "failed"},
     )
-    plain = {**row, "provider": "fused"}
-    text = networks([row, plain, eager, failed, {**row, "provider": "eager+graph", "median_ms": "6"}])
+    plain = {**ROW, "provider": "fused"}
+    text = networks([ROW, plain, eager, failed, {**ROW, "provider": "eager+graph", "median_ms": "6"}])
     assert "H100, torch 2.11, Triton 3.6, commit abc" in text
     absent = "not measured"
     cells = ["resnet50", "whole", "128", "6.000", absent, absent, absent, absent, "2.500", "2.40x", "0.75x"]
@@ -78,4 +80,14 @@ def test_bytes_are_those_of_a_pixel_and_channel():
     row = {"gpu": "H100", "commit": "abc", "launch": "tail.l2.b128", "kernel": "ring", "status": "ok"}
     row |= {"dram_read_bytes": str(read), "dram_write_bytes": str(read / 2)}
     text = moved([row, {**row, "launch": "tail.l2"}, {**row, "status": "failed"}])
-    assert text.splitlines()[2:] == ["| 128-512.s1.residual.next128 | ring | H100 | abc | 18.0 |"]
+    assert text.splitlines()[2:] == ["| 128-512.s1.residual.next128 | ring | H100 | abc | 20.0 | 18.0 | 0.90x |"]
+
+
+@pytest.mark.parametrize(("share", "met"), [(1.1, "yes"), (1.2, "no"), (None, "not measured")])
+def test_bytes_are_a_goal(share, met):
+    counted = 2 * 128 * 28**2 * 10 * 128 + 2 * (9 * 128**2 + 2 * 128 * 512)
+    row = {"launch": "tail.l2.b128", "status": "ok", "dram_read_bytes": "0"}
+    profile = [] if share is None else [{**row, "dram_write_bytes": str(share * counted)}]
+    last = judged([ROW], profile).splitlines()[-1]
+    shown = "not measured" if share is None else f"{share}x"
+    assert last == f"| tails, batch 128: bytes moved over those counted: at most 1.15x | {shown} | {met} |"

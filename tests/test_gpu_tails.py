@@ -6,7 +6,7 @@ import pytest
 import torch
 from stand_in_device import StandIn
 
-from benchmarks.gpu import check, tails, tune
+from benchmarks.gpu import check, tail_shapes, tails, tune
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.records import read_json
@@ -28,7 +28,7 @@ def context(tmp_path, monkeypatch):
 
 
 def test_tails_of_the_network():
-    shapes = tails.shapes(quick=False)
+    shapes = tail_shapes.shapes(quick=False)
     assert [shape.name for shape in shapes][:4] == ["l1.first", "l1", "l1.last", "l1.next"]
     assert shapes[0].case() == "64-256.s1.shortcut64.next64"
     assert shapes[3].case() == "64-256.s1.residual.next128"
@@ -43,14 +43,26 @@ def test_tails_of_the_network():
                 assert (len(found) > 1) == (dtype == "fp16" or max(shape.width, shape.outputs) < 256)
 
 
+def test_odd_tails_end_in_a_ragged_tile_whatever_tile_ships():
+    keys = {shape.key() for shape in tail_shapes.shapes(quick=False)}
+    for shape in tail_shapes.odd_shapes(quick=False):
+        assert shape.key() not in keys
+        pixels, gpu = 3 * shape.size**2, Gpu(132, 90)
+        shipped = tails.shipped_tiles(shape, "fp16", gpu)
+        assert shipped
+        assert all(pixels % tile.block_m for tile in shipped)
+        asked = shape.build(3, torch.float16, "meta")
+        assert refusal(*asked.layers[:2], asked.epilogue.shortcut, asked.reduce) is None
+
+
 def test_every_tile_is_judged_and_the_run_resumes(context):
     verdicts = check.records(context)
     tails.check(context, verdicts, check.verdict)
     rows = verdicts.rows(kernel="expand_shift")
-    assert len(rows) == 4
+    assert len(rows) == 6
     assert {row["status"] for row in rows} == {"ok"}
     tails.check(context, verdicts, check.verdict)
-    assert len(verdicts.rows(kernel="expand_shift")) == 4
+    assert len(verdicts.rows(kernel="expand_shift")) == 6
     assert tails.shipped_faults(context, verdicts) == []
 
 
@@ -64,9 +76,9 @@ def test_a_wrong_tile_that_ships_fails_the_check(context, monkeypatch):
     monkeypatch.setattr(tails, "bound", wrong)
     verdicts = check.records(context)
     tails.check(context, verdicts, check.verdict)
-    assert len(verdicts.rows(kernel="expand_shift", status="wrong")) == 2
+    assert len(verdicts.rows(kernel="expand_shift", status="wrong")) == 3
     faults = tails.shipped_faults(context, verdicts)
-    assert len(faults) == 2
+    assert len(faults) == 3
     assert all("t1" in fault for fault in faults)
 
 
@@ -74,7 +86,7 @@ def test_tuned_tails_are_in_the_table(context):
     assert check.run(context) == 0
     assert tune.run(context) == 0
     table = read(context.folder / "tiles.json")
-    assert {case for _, case in table.stages} == {shape.case() for shape in tails.shapes(quick=True)}
+    assert {case for _, case in table.stages} == {shape.case() for shape in tail_shapes.shapes(quick=True)}
     for row in read_json(context.folder / "tiles.json")["stages"]:
         assert row["faster"] == (row["us"]["stage"] < tails.MARGIN * row["us"]["apart"])
     timed = context.device.timed

@@ -15,7 +15,7 @@ from test_tiles import check as check_convolution
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.tails import TailShape
+from benchmarks.gpu.tail_shapes import TailShape
 from fused_resblock.kernels import convolution, gpu, halo
 from fused_resblock.kernels.choice import HALO
 from fused_resblock.kernels.gpu import Gpu
@@ -183,6 +183,7 @@ ON_HOPPER = """
 import torch
 from benchmarks.emulate import both_ways
 from benchmarks.gpu import tails
+from benchmarks.gpu.tail_shapes import TailShape
 from benchmarks.gpu.operations import build
 from benchmarks.ptx.driver import emulated
 from benchmarks.shapes import ConvShape
@@ -222,7 +223,7 @@ with torch.no_grad():
     assert found[0, :, :2, 2:5].all() and found[0, 7, 6, 6]
     assert found.sum() == 64 * 6 + 1
 
-    asked = tails.TailShape("", 64, 8, outputs=64).build(1, torch.float16, "cpu")
+    asked = TailShape("", 64, 8, outputs=64).build(1, torch.float16, "cpu")
     x, other = asked.inputs()
     bound = lambda h, other: tails.joined(tails.bound(asked, StageTile(64, 64, 64, 4, 1, 4, True, True))(h, other))
     run = lambda h, other: both_ways(90, lambda: bound(h, other))[0]

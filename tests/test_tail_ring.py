@@ -14,7 +14,7 @@ from test_halo import conv_of
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.tails import TailShape
+from benchmarks.gpu.tail_shapes import TailShape
 from fused_resblock.kernels import stage, tail_ring
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.ring import SHARED
@@ -179,7 +179,7 @@ def test_in_the_interpreter_the_kernel_with_boxes_runs():
 ON_HOPPER = """
 import sys
 from benchmarks import emulate
-from benchmarks.gpu.tails import TailShape
+from benchmarks.gpu.tail_shapes import TailShape
 from fused_resblock.kernels.tiles import StageTile
 
 emulate.FEW = 1  # a program takes tile after tile
@@ -211,6 +211,7 @@ import torch
 from benchmarks import emulate
 from benchmarks.emulate import both_ways
 from benchmarks.gpu import tails
+from benchmarks.gpu.tail_shapes import TailShape
 from fused_resblock.backends import triton
 from fused_resblock.kernels.stage import bind_stage
 from fused_resblock.kernels.tiles import StageTile
@@ -219,7 +220,7 @@ emulate.FEW = 1
 step, stages = (64, (5, 4)) if sys.argv[1] == "ring" else (128, (3, 3))
 tile = StageTile(128, step, step, 8, *stages, tma=True, ring=True)
 emulate.ORDERS = ((True, True), (True, False))
-asked = tails.TailShape("", 128, 5, outputs=128).build(6, torch.float16, "cpu")  # 150 pixels: the last tile is not full
+asked = TailShape("", 128, 5, outputs=128).build(6, torch.float16, "cpu")  # 150 pixels: the last tile is not full
 
 def moved(t):
     memory = torch.zeros(t.numel() + 1, dtype=t.dtype)

@@ -102,6 +102,12 @@ GOALS = (
         1.3,
     ),
     Goal(
+        "every stage and body at every batch: the time conv by conv over ours",
+        lambda n, p, b: p.startswith("layer") and "." not in p,
+        _against("conv-by-conv"),
+        1.0,
+    ),
+    Goal(
         "layer1 and layer2 of ResNet-50, batch 64 to 256: the time of max-autotune over ours",
         _early_stage,
         _against("max-autotune"),
@@ -147,12 +153,18 @@ def judge(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     for goal in GOALS:
         values = [goal.measure(of_case) for case, of_case in cases.items() if goal.matches(*case)]
         known = [value for value in values if value is not None]
-        bound = f"{goal.text}: at {'least' if goal.at_least else 'most'} {goal.limit:g}{goal.unit}"
-        if not known:
-            verdicts.append((bound, NOT_MEASURED, NOT_MEASURED))
-            continue
-        worst = min(known) if goal.at_least else max(known)
-        met = worst >= goal.limit if goal.at_least else worst <= goal.limit
-        count = f" (worst of {len(known)})" if len(known) > 1 else ""
-        verdicts.append((bound, f"{worst:.3g}{goal.unit}{count}", "yes" if met else "no"))
+        verdicts.append(verdict(goal.text, known, goal.limit, goal.at_least, goal.unit))
     return verdicts
+
+
+def verdict(
+    text: str, known: Sequence[float], limit: float, at_least: bool = True, unit: str = "x"
+) -> tuple[str, str, str]:
+    """A line of `judge`: the goal, the worst of what is known, and whether that is within the limit."""
+    bound = f"{text}: at {'least' if at_least else 'most'} {limit:g}{unit}"
+    if not known:
+        return bound, NOT_MEASURED, NOT_MEASURED
+    worst = min(known) if at_least else max(known)
+    met = worst >= limit if at_least else worst <= limit
+    count = f" (worst of {len(known)})" if len(known) > 1 else ""
+    return bound, f"{worst:.3g}{unit}{count}", "yes" if met else "no"

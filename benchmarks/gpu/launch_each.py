@@ -26,8 +26,9 @@ from fused_resblock.kernels.tiles import StageTile, Tile
 from ..shapes import ConvShape, basic_shapes, bottleneck_shapes
 from . import space
 from .operations import build
-from .tails import TailShape, bound
-from .tails import shapes as tail_shapes
+from .tail_shapes import TailShape
+from .tail_shapes import shapes as tail_shapes
+from .tails import bound
 
 BATCH = 32
 #: odd sizes: masks of pixels, channels and taps all matter

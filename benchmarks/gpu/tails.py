@@ -15,10 +15,8 @@ from fused_resblock.backends import triton
 from fused_resblock.backends.asked import Asked
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import bind_stage, candidates
-from fused_resblock.kernels.tables import stage_name
 from fused_resblock.kernels.tail_ring import channels_refusal, is_wide
 from fused_resblock.kernels.tiles import StageTile
-from fused_resblock.params import BatchNorm, Conv, Epilogue
 from fused_resblock.tuning import MARGIN
 
 from .context import Context
@@ -26,75 +24,8 @@ from .device import Broken, error_line, is_out_of_memory
 from .judging import judge
 from .operations import DTYPES, own, precision
 from .records import Records
+from .tail_shapes import TailShape, odd_shapes, shapes
 from .timing import timed_row
-
-
-@dataclass(frozen=True)
-class TailShape:
-    """A tail: channels of the 3x3, output rows, its stride, the downsample branch's channels (or 0), the next reduce's.
-
-    The block's output has four times the channels of the 3x3.
-    """
-
-    name: str
-    width: int
-    size: int
-    stride: int = 1
-    second: int = 0
-    outputs: int = 0
-
-    def build(self, batch: int, dtype: torch.dtype, device: str) -> Asked:
-        """The tail with random weights as large as keep activations standard normal."""
-        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-
-        def normal(*size: int) -> Tensor:
-            fan_in = size[1] * size[2] * size[3]
-            t = torch.randn(size, generator=generator, device=device).mul_(fan_in**-0.5).to(dtype)
-            return t.to(memory_format=torch.channels_last)
-
-        def conv(k: int, c: int, size: int, stride: int = 1) -> Conv:
-            low = torch.tensor((-0.5, 0.5, 0.5, -0.5), device=device)[:, None]
-            vectors = torch.rand(4, k, generator=generator, device=device) + low
-            norm = BatchNorm(*vectors.to(dtype).unbind())
-            return Conv(normal(k, c, size, size), None, norm, (stride, stride), (size // 2, size // 2))
-
-        k, large = 4 * self.width, self.size * self.stride
-        shortcut = conv(k, self.second, 1, self.stride) if self.second else None
-        layers = [conv(self.width, self.width, 3, self.stride), conv(k, self.width, 1)]
-        layers += [conv(self.outputs, k, 1)] if self.outputs else []
-        other = (batch, self.second, large, large) if self.second else (batch, k, self.size, self.size)
-        return Asked(
-            (batch, self.width, large, large),
-            other,
-            dtype,
-            torch.device(device),
-            tuple(layers),
-            Epilogue(1, None, shortcut),
-        )
-
-    def case(self) -> str:
-        """As tables name it."""
-        asked = self.build(1, torch.float16, "meta")
-        return stage_name(*asked.layers[:2], asked.epilogue.shortcut, asked.reduce)
-
-    def key(self) -> str:
-        """As tables name it, and its image size."""
-        return f"{self.case()}.{self.size}px"
-
-
-def shapes(quick: bool) -> list[TailShape]:
-    """The tails of ResNet-50's first three stages; the last one's channels do not fit a tile."""
-    if quick:
-        return [TailShape("tiny", 16, 5, outputs=16), TailShape("tiny.first", 16, 4, 2, 24)]
-    found = []
-    for stage, (width, size) in enumerate(((64, 56), (128, 28), (256, 14)), 1):
-        stride, second = (1, 64) if stage == 1 else (2, 2 * width)
-        found.append(TailShape(f"l{stage}.first", width, size, stride, second, width))
-        found.append(TailShape(f"l{stage}", width, size, outputs=width))
-        found.append(TailShape(f"l{stage}.last", width, size))
-        if stage < 3:  # the next stage's reduce is twice as wide
-            found.append(TailShape(f"l{stage}.next", width, size, outputs=2 * width))
-    return found
 
 
 def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
@@ -172,10 +103,13 @@ def _subject(shape: TailShape, batch: int, dtype: str, device: str) -> tuple[Any
 
 
 def jobs(context: Context) -> Iterator[TailJob]:
-    """Every tile of every tail, tail by tail."""
+    """Every tile of every tail, tail by tail, and those that ship of the odd ones."""
     batch, dtypes = (2, ("ieee",)) if context.quick else (16, ("fp16", "bf16", "tf32"))
-    for dtype, shape in ((d, s) for d in dtypes for s in shapes(context.quick)):
-        yield from (TailJob(shape, batch, dtype, tile) for tile in _tiles(context, shape, dtype))
+    for dtype in dtypes:
+        for shape in shapes(context.quick):
+            yield from (TailJob(shape, batch, dtype, tile) for tile in _tiles(context, shape, dtype))
+        for shape in odd_shapes(context.quick):
+            yield from (TailJob(shape, 3, dtype, tile) for tile in _shipped(context, shape, dtype))
 
 
 def check(context: Context, table: Records, verdict: Callable[..., dict[str, object]]) -> None:
@@ -196,18 +130,22 @@ def _tiles(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
     return tiles(shape, dtype, context.device.gpu)
 
 
-def _shipped(context: Context, shape: TailShape, dtype: str) -> list[str]:
-    item, gpu = DTYPES[dtype][0].itemsize, context.device.gpu
-    found = candidates(shape.width, shape.outputs, item, bool(shape.second), gpu)
-    return [str(tile) for tile in (_tiles(context, shape, dtype) if context.quick else found)]
+def _shipped(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
+    return _tiles(context, shape, dtype) if context.quick else shipped_tiles(shape, dtype, context.device.gpu)
+
+
+def shipped_tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
+    """The tiles that ship for a tail: those that a choice is made of."""
+    return candidates(shape.width, shape.outputs, DTYPES[dtype][0].itemsize, bool(shape.second), gpu)
 
 
 def shipped_faults(context: Context, table: Records) -> list[str]:
     """The tiles that ship and are not right."""
     faults = []
     for row in table.rows(kernel="expand_shift"):
-        shape = next((s for s in shapes(context.quick) if s.key() == row["case"]), None)
-        ship = shape is not None and row["tile"] in _shipped(context, shape, row["dtype"])
+        known = *shapes(context.quick), *odd_shapes(context.quick)
+        shape = next((s for s in known if s.key() == row["case"]), None)
+        ship = shape is not None and StageTile.parse(row["tile"]) in _shipped(context, shape, row["dtype"])
         if ship and row["status"] != "ok":
             faults.append(f"expand_shift {row['dtype']} {row['case']} {row['tile']}: {row['status']} {row['note']}")
     return faults

@@ -37,9 +37,11 @@ SUITE = (
     "test_transforms",
     "test_compile",
     "test_kept",
+    "test_expand_shift",
+    "test_stage_kernel",
 )
 #: seconds for all files, and for compute-sanitizer
-SUITE_SECONDS, SANITIZER_SECONDS = 400, 120
+SUITE_SECONDS, SANITIZER_SECONDS = 460, 120
 #: processes that share the GPU: most of a test's time goes into compiling
 PROCESSES = 12
 
