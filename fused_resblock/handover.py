@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,12 +62,15 @@ class Ahead(NamedTuple):
     value: Tensor
 
 
+_Waiting = weakref.WeakKeyDictionary[nn.Module, Ahead]  # by who may take it
+
+
 class _Thread(threading.local):
     """What belongs to the forward that a thread is in."""
 
     def __init__(self) -> None:
         self.last: tuple[weakref.ref[nn.Module], weakref.ref[Tensor]] | None = None  # a chain and what it returned
-        self.waiting: weakref.WeakKeyDictionary[nn.Module, Ahead] = weakref.WeakKeyDictionary()  # by who may take it
+        self.waiting: _Waiting = weakref.WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -141,7 +145,16 @@ def _leave(stage: nn.Module, step: BoundStep, y: Tensor, value: Tensor) -> None:
     _thread.waiting.pop(target, None)
     guard = programs[target].guard if target in programs else None
     if link.following is not None and guard is not None:
-        _thread.waiting[target] = Ahead(link, step, guard, weakref.ref(y), _state(y), signature(y), _capture(y), value)
+        alive = weakref.ref(y, partial(_forget, _thread.waiting, weakref.ref(target)))
+        _thread.waiting[target] = Ahead(link, step, guard, alive, _state(y), signature(y), _capture(y), value)
+
+
+def _forget(waiting: _Waiting, target: weakref.ref[nn.Module], y: weakref.ref[Tensor]) -> None:
+    """Let a head go whose `y` is gone: nobody can come with it any more."""
+    module = target()
+    head = None if module is None else waiting.get(module)
+    if module is not None and head is not None and head.y is y:
+        waiting.pop(module, None)
 
 
 def _claim(stage: nn.Module, program: Program, x: Tensor) -> list[Tensor] | None:

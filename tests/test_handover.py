@@ -260,3 +260,22 @@ def test_a_head_dies_when_it_was_read_for_the_last_time():
     assert (y == 2).all()
     assert alive == [False]
     assert not heads
+
+
+def test_a_head_is_let_go_with_what_it_was_made_of(monkeypatch):
+    require("triton")
+    counted = Counted(monkeypatch)
+    reference, fused = body()
+    with torch.no_grad():
+        fused(X)
+        y = fused.layer1(X)
+        assert len(handover._thread.waiting) == 1
+        waiting = weakref.ref(next(iter(handover._thread.waiting.values())).value)
+        del y
+        assert not handover._thread.waiting
+        assert waiting() is None
+        before, first = counted.taken, fused.layer1(X)
+        second = fused.layer1(X)  # another head takes the place of the first
+        del first
+        agree(fused.layer2(second), reference.layer2(reference.layer1(X)))
+    assert counted.taken == before + 1
