@@ -69,6 +69,27 @@ def test_other_dtypes(case, tma, dtype):
     check(case.build(dtype), StageTile(32, 16, 16, 4, 2, 2, tma), dtype)
 
 
+def shipped(width: int, second: bool) -> list[StageTile]:
+    """The tiles of chips whose kernels the interpreter knows: all but those of Gluon."""
+    chips = (Gpu(132, capability) for capability in (80, 90, 100, 120))
+    tiles = dict.fromkeys(tile for chip in chips for tile in candidates(width, width, 2, second, chip))
+    return [tile for tile in tiles if not (tile.halo or tile.ring)]
+
+
+SHIPPED = [(w, second, tile) for w in (64, 128, 256) for second in (False, True) for tile in shipped(w, second)]
+
+
+@pytest.mark.parametrize(
+    ("width", "second", "tile"), [pytest.param(*case, id="-".join(map(str, case))) for case in SHIPPED]
+)
+def test_tiles_that_ship_at_their_width(width, second, tile):
+    """81 pixels, so that each tile's last program is ragged."""
+    require("triton", FP16)
+    branch = width if width == 64 else 2 * width
+    case = StageCase(1, width, 4 * width, (9, 9), second=branch if second else None, outputs=width)
+    check(case.build(FP16), tile, FP16)
+
+
 @pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d)[6:]) for d in (FP32, FP16, BF16)])
 @pytest.mark.parametrize(("second", "stride"), [(16, 1), (32, 2), (24, 2)])
 def test_input_of_the_downsample_branch_is_held(second, stride, dtype):
