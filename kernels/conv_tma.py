@@ -75,8 +75,10 @@ def _conv_tma_kernel(
     tiles_k: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N * GROUPS
     steps: tl.constexpr = R * S * ((C + BLOCK_K - 1) // BLOCK_K)
     # Both operands stay in shared memory if the second is the box, which as the first is copied to registers unless it
-    # is a row of pixels. The first has 64 rows at least.
-    FILTERS_FIRST: tl.constexpr = IMAGES * ROWS > 1 and BLOCK_N >= 64
+    # is a row of pixels of which every channel counts: on Hopper the next one would be loaded into registers that a
+    # product may still read. The first has 64 rows at least.
+    MASKED: tl.constexpr = C % BLOCK_K != 0 or (SECOND and C2 % BLOCK_K != 0)
+    FILTERS_FIRST: tl.constexpr = (IMAGES * ROWS > 1 or MASKED) and BLOCK_N >= 64
     ACC_M: tl.constexpr = BLOCK_N if FILTERS_FIRST else BLOCK_M
     ACC_N: tl.constexpr = BLOCK_M if FILTERS_FIRST else BLOCK_N
     tiles = TILES_N * TILES_P * TILES_Q * tiles_k

@@ -30,6 +30,8 @@ found = {
     "3x3 stride 2": conv(ConvShape("", 64, 64, 14, 3, 2), Tile(64, 64, wide, 4, 2, persistent=tma)),
     "residual": conv(ConvShape("", 64, 64, 14, residual=True), Tile(64, 32, wide, 4, 4, persistent=2 * tma)),
     "second": conv(ConvShape("", 64, 64, 7, shortcut=64, shortcut_stride=2), Tile(64, 64, wide, 4, 2, persistent=tma)),
+    "channels of no whole step": conv(ConvShape("", 72, 64, 14), Tile(64, 64, wide, 4, 3, persistent=tma)),
+    "second channels of no whole step": conv(ConvShape("", 64, 64, 14, shortcut=72), Tile(64, 64, wide, 4, 3, persistent=tma)),
     "grouped": conv(ConvShape("", 128, 128, 14, 3, groups=32), Tile(64, 32, 32, 4, 3)),
     "split": conv(ConvShape("", 128, 64, 7, 3), Tile(64, 64, wide, 4, 3, 2)),
     "stage": tail(capability, name, TailShape("", 64, 7, outputs=64), StageTile(64, 32, wide, 4, 2, 2, tma and capability != 90)),
