@@ -61,6 +61,7 @@ class Captured:
         self._graphs: dict[tuple[object, ...], _Graph] = {}
         self._examples: dict[tuple[object, ...], Tensor] = {}  # of all that was captured, also before a change
         self._guard: Guard | None = None
+        self._owner = nn.Module()  # of the guard, which asks less of its owner than of the model
 
     def add(self, example: Tensor) -> None:
         """Capture a forward for inputs of one more shape, dtype or device.
@@ -74,7 +75,7 @@ class Captured:
         on_cuda.check("capture", self._model, example)
         if not self._holds():
             self._graphs.clear()
-            self._guard = _guard_of(self._model)
+            self._guard = _guard_of(self._model, self._owner)
         graph = self._record(example)
         self._graphs[_key(example)], self._examples[_key(example)] = graph, graph.x
 
@@ -156,8 +157,8 @@ def _warm_up(call: Callable[[], Any], device: torch.device) -> None:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def _guard_of(model: nn.Module) -> Guard:
-    """What notices that the model is no more what it was.
+def _guard_of(model: nn.Module, owner: nn.Module) -> Guard:
+    """What notices that the model is no more what it was; it lives no longer than `owner`.
 
     Raises:
         ValueError: if hooks would not run, or if changes of its tensors are not recorded.
@@ -165,7 +166,7 @@ def _guard_of(model: nn.Module) -> Guard:
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_inference() for t in tensors):
         raise ValueError("model must record changes of its tensors, got one made in inference mode")
-    guard = Guard(list(model.modules()), tensors, all_modes=True)
+    guard = Guard([owner, *model.modules()], tensors, all_modes=True)
     if leaves.hooked(model) or not guard.holds():
         raise ValueError("model must be free of hooks and of overridden forwards, which a CUDA graph would skip")
     return guard

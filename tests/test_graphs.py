@@ -147,6 +147,38 @@ def test_a_changed_model_is_captured_again(recorded, change):
     assert len(recorded) == 4
 
 
+class Scaled(nn.Module):
+    """A model of somebody's own, whose forward asks its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scale, self.table = made(), 1.0, torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.scale * self.table
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("name", "value"), [("scale", 3.0), ("table", torch.full((1,), 3.0)), ("new", 1)])
+def test_changed_attributes_of_the_model_itself_are_captured_again(recorded, fused, name, value):
+    model = Scaled().eval()
+    model = frb.fuse(model) if fused else model
+    captured = frb.capture(model, X)
+    setattr(model, name, value)
+    close(captured(X), model(X))
+    assert len(recorded) == 2
+    captured(X)
+    assert len(recorded) == 2
+
+
+def test_another_forward_of_the_model_itself_is_refused(recorded):
+    model = Scaled().eval()
+    captured = frb.capture(model, X)
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="overridden forwards"):
+        captured(X)
+
+
 def test_moved_parameters_leave_their_memory_to_the_graph(recorded):
     model = made()
     storages = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
