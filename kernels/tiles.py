@@ -16,10 +16,15 @@ def _parts(name: str) -> tuple[list[int], dict[str, int]]:
     return [int(size) for size in match.groups()[:3]], {letter: int(number) for letter, number in fields}
 
 
+#: a size in a tile's name that none has that fits a GPU
+LARGEST = 1024
+
+
 def _checked(tile: Any, name: str) -> Any:
-    """The tile, if its name is `name` and every size is a power of two, as kernels ask."""
+    """The tile, if its name is `name` and every size is a power of two, as kernels ask, and not out of all bounds."""
     sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
-    if str(tile) != name or any(size < 1 or size & (size - 1) for size in sizes):
+    bounded = max(*sizes, getattr(tile, "split_k", 1)) <= LARGEST
+    if str(tile) != name or not bounded or any(size < 1 or size & (size - 1) for size in sizes):
         raise ValueError(f"name must be that of a tile, got {name!r}")
     return tile
 

@@ -254,7 +254,18 @@ def test_names_of_tiles_are_read_back(m, n, k, warps, stages, split, persistent,
 
 
 @pytest.mark.parametrize(
-    "name", ["", "64x64", "64x64x64", "63x64x64.w4.s3", "64x64x64.w4.s3.z1", "axbxc.w4.s3", "0x1x1.w1.s1"]
+    "name",
+    [
+        "",
+        "64x64",
+        "64x64x64",
+        "63x64x64.w4.s3",
+        "64x64x64.w4.s3.z1",
+        "axbxc.w4.s3",
+        "0x1x1.w1.s1",
+        "64x1048576x64.w4.s2",
+        "64x64x64.w4.s2.k4000",
+    ],
 )
 def test_what_is_no_name_of_a_tile(name):
     for kind in (Tile, StageTile):

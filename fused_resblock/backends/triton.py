@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,8 +137,8 @@ def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epil
     tile = usable(entry, *arguments)
     if tile is None:
         return bind_convolution(*arguments, overwrite=overwrite)
-    run = bind_convolution(*arguments, tile, overwrite=overwrite)
-    return _guarded(run, f"tile {tile}", lambda: bind_convolution(*arguments), "with a predicted tile")
+    bind = partial(bind_convolution, *arguments, tile, overwrite=overwrite)
+    return _guarded(bind, f"tile {tile}", lambda: bind_convolution(*arguments), "with a predicted tile")
 
 
 def tail_refusal(
@@ -187,9 +188,9 @@ def bind_expand_shift(
         tile = choose_stage_tile(gemms, h.element_size(), gpu_of(h.device))
     if tile is None:
         return None
-    run = bind_tail(h, conv, expand, other, shortcut, reduce, tile, overwrite)
+    bind = partial(bind_tail, h, conv, expand, other, shortcut, reduce, tile, overwrite)
     return _guarded(
-        run, f"tile {tile} of a tail", lambda: apart(h, conv, expand, other, shortcut, reduce), "conv by conv"
+        bind, f"tile {tile} of a tail", lambda: apart(h, conv, expand, other, shortcut, reduce), "conv by conv"
     )
 
 
@@ -249,13 +250,24 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured
     return bind(x, conv._replace(bias=bias, norm=norm), packed)
 
 
-def _guarded(run: Any, name: str, otherwise: Any, instead: str) -> Any:
-    """`run`, and if its tile turns out not to compile or to load on this GPU, what `otherwise` binds: `instead`.
+def _guarded(bind: Any, name: str, otherwise: Any, instead: str) -> Any:
+    """What `bind` gives, and if that cannot be bound, compiled or loaded on this GPU what `otherwise` does: `instead`.
 
     That holds the activations that it was made with, and is let go as soon as the tile has run.
     """
+
+    def refused(error: Exception) -> Any:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        tuned.warn_once(f"tuned {name} does not run here ({error_line(error)}); it runs {instead} instead")
+        return otherwise()
+
+    try:
+        run = bind()
+    except Exception as error:  # a tile that no kernel can have
+        return refused(error)
     chosen: list[Any] = []
-    left = [otherwise]
+    left = [refused]
 
     def first(x: Tensor, other: Any) -> Any:
         if chosen:
@@ -264,10 +276,9 @@ def _guarded(run: Any, name: str, otherwise: Any, instead: str) -> Any:
             y = run(x, other)
             chosen.append(run)
         except Exception as error:  # the compiler, the loader and the driver fail in ways of their own
-            if isinstance(error, torch.OutOfMemoryError) or not left:
+            if not left:
                 raise
-            tuned.warn_once(f"tuned {name} does not run here ({error_line(error)}); it runs {instead} instead")
-            chosen.append(left[0]())
+            chosen.append(left[0](error))
             y = chosen[0](x, other)
         left.clear()
         return y
