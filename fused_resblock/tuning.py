@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -55,7 +56,7 @@ def tune(
     """Search the fastest tiles for a model's convolutions and write them to a table.
 
     What the table holds already, measured with these versions, is not measured again: the search can be interrupted at
-    any time and goes on where it was. At its end the table is in force; another process takes it by `load_config`, or
+    any time and goes on where it was. Rows of other versions are let go, with a warning. At its end the table is in force; another process takes it by `load_config`, or
     with `FUSED_RESBLOCK_CONFIG_DIR` naming its folder.
 
     Args:
@@ -70,7 +71,7 @@ def tune(
         The table's path.
 
     Raises:
-        TypeError: if model is no `nn.Module` or example no tensor.
+        TypeError: if model is no `nn.Module`, example no tensor or `out` no path.
         ValueError: if the model is in train mode, on another device than example or without residual blocks, or `out`
             is another GPU's table, or none at all.
         RuntimeError: if there is no CUDA device, or a CUDA graph is being captured.
@@ -98,6 +99,8 @@ def tune(
 
 def _path(out: str | os.PathLike[str] | None, device: torch.device) -> Path:
     if out is not None:
+        if not isinstance(out, (str, os.PathLike)):
+            raise TypeError(f"out must be a path, got {out!r}")
         return Path(out)
     return Path(os.environ.get(tuned.FOLDER) or ".") / f"{re.sub('[^a-z0-9]+', '-', _gpu_name(device).lower())}.json"
 
@@ -235,9 +238,9 @@ class _Table:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, gpu = path, gpu_of(device)
-        if path.is_dir():
-            raise ValueError(f"out must be a file, got the folder {path}")
         try:
+            if path.is_dir():
+                raise ValueError(f"out must be a file, got the folder {path}")
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"out must be in a folder that can be written, got {path}: {error}") from None
@@ -256,7 +259,14 @@ class _Table:
             if known.gpu != gpu:
                 raise ValueError(f"out must be a table of {self._head['gpu']}, got {path} of {known.name}")
             data = json.loads(path.read_text(encoding="utf-8"))
-            if all(data.get(name) == self._head[name] for name in ("torch", "triton")):
+            others = [f"{name} {data.get(name)}" for name in ("torch", "triton") if data.get(name) != self._head[name]]
+            if others:
+                warnings.warn(
+                    f"out holds tiles measured with {' and '.join(others)}, which are measured again: {path}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            else:
                 self._rows = {name: data.get(name, []) for name in self._rows}
 
     def knows(self, found: Asked) -> bool:

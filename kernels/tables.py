@@ -126,14 +126,14 @@ def read(path: Path) -> Table:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         convolutions: dict[tuple[str, str], list[Entry]] = {}
-        for row in data["winners"]:
+        for row in _rows(data["winners"], "winners"):
             if row["backend"] not in BACKENDS:
                 raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {row['backend']!r}")
             tile = None if row["tile"] is None else Tile.parse(row["tile"])
             entry = Entry(_count(row, "pixels"), row["backend"], tile)
             convolutions.setdefault((row["dtype"], row["case"]), []).append(entry)
         stages: dict[tuple[str, str], list[StageEntry]] = {}
-        for row in data.get("stages", []):
+        for row in _rows(data.get("stages", []), "stages"):
             tile2 = None if row["tile"] is None else StageTile.parse(row["tile"])
             if not isinstance(row["faster"], bool):
                 raise ValueError(f"faster must be true or false, got {row['faster']!r}")
@@ -144,6 +144,13 @@ def read(path: Path) -> Table:
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"path must name a table of tuned tiles, got {path}: {what}") from None
+
+
+def _rows(rows: Any, name: str) -> list[Any]:
+    """A table's list."""
+    if not isinstance(rows, list):
+        raise ValueError(f"{name} must be a list, got {type(rows).__name__}")
+    return rows
 
 
 def _count(row: Mapping[str, Any], name: str) -> int:

@@ -36,20 +36,25 @@ def test_the_best_peer_of_each_group_counts_and_of_the_groups_the_worst():
 
 
 def test_what_failed_has_no_time():
-    rows = [row("eager", 6.0), row("cudnn", status="failed"), row("fused", 2.0), row("all", status="measured")]
+    rows = [row("cudnn", 6.0), row("compile", status="failed"), row("fused", 2.0), row("all", status="measured")]
     assert verdict(rows, "ResNet-50, batch 128") == ("3x", "yes")
-    assert verdict([row("eager", 6.0), row("fused", status="failed")], "ResNet-50, batch 128")[1] == "not measured"
+    assert verdict([row("cudnn", 6.0), row("fused", status="failed")], "ResNet-50, batch 128")[1] == "not measured"
+
+
+def test_eager_alone_is_no_peer():
+    rows = [row("eager", 6.0), row("folded", 5.0), row("cudnn", status="failed"), row("fused", 2.0)]
+    assert verdict(rows, "ResNet-50, batch 128")[1] == "not measured"
 
 
 def test_the_worst_of_several_cases():
-    rows = [row("eager", 2.0, network="resnet18", batch=b) for b in (1, 32, 256)]
+    rows = [row("cudnn", 2.0, network="resnet18", batch=b) for b in (1, 32, 256)]
     rows += [row("fused", ms, network="resnet18", batch=b) for b, ms in ((1, 4.0), (32, 1.0), (256, 1.8))]
     assert verdict(rows, "other networks") == ("1.11x (worst of 2)", "no")
     assert verdict(rows, "every network") == ("0.5x (worst of 3)", "no")
 
 
 def test_blocks_latency_and_memory():
-    assert verdict([row("eager", 2.0, part="layer1.0"), row("fused", 1.0, part="layer1.0")], "every block") == (
+    assert verdict([row("cudnn", 2.0, part="layer1.0"), row("fused", 1.0, part="layer1.0")], "every block") == (
         "2x",
         "yes",
     )

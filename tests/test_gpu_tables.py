@@ -55,11 +55,11 @@ def test_networks_by_gpu():
         {**ROW, "provider": "eager", "extra_mib": "4"},
         {**ROW, "provider": "cudnn+graph", "status": "failed"},
     )
-    plain = {**ROW, "provider": "fused"}
-    text = networks([ROW, plain, eager, failed, {**ROW, "provider": "eager+graph", "median_ms": "6"}])
+    plain, peer = {**ROW, "provider": "fused"}, {**ROW, "provider": "compile+graph", "median_ms": "5"}
+    text = networks([ROW, plain, eager, failed, peer, {**ROW, "provider": "eager+graph", "median_ms": "6"}])
     assert "H100, torch 2.11, Triton 3.6, commit abc" in text
     absent = "not measured"
-    cells = ["resnet50", "whole", "128", "6.000", absent, absent, absent, absent, "2.500", "2.40x", "0.75x"]
+    cells = ["resnet50", "whole", "128", "6.000", absent, "5.000", absent, absent, "2.500", "2.00x", "0.75x"]
     assert text.splitlines()[-1] == f"| {' | '.join(cells)} |"
 
 

@@ -110,7 +110,33 @@ def test_table_of_another_gpu_is_not_used(tmp_path, monkeypatch, h100):
     assert backend_of() is None
 
 
-@pytest.mark.parametrize("content", ["{", json.dumps({**CONTENT, "winners": [{}]})])
+def test_a_folder_of_other_gpus_tables_is_told_of_once(tmp_path, monkeypatch, h100):
+    monkeypatch.setattr(tuned, "gpu_of", lambda device: Gpu(108, 80))
+    monkeypatch.setattr(tuned, "_gpus", lambda: {Gpu(108, 80)})
+    write(tmp_path, CONTENT)
+    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="tuned tiles in .* are of Test and not used: this machine has sm_80"):
+        assert backend_of() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend_of() is None
+        monkeypatch.setattr(tuned, "CONFIGS", CONFIGS)  # what ships need not be of this GPU
+        assert backend_of() is None
+
+
+@pytest.mark.parametrize("folder", ["absent", "a" * 5000])
+def test_the_environment_variable_must_name_a_folder(tmp_path, monkeypatch, h100, folder):
+    monkeypatch.setenv(tuned.FOLDER, str(tmp_path / folder))
+    with pytest.warns(RuntimeWarning, match="^FUSED_RESBLOCK_CONFIG_DIR must name a folder, got "):
+        assert backend_of() is None
+    with pytest.raises(ValueError, match="^path must name a table of tuned tiles, got "):
+        frb.load_config(tmp_path / folder)
+
+
+NO_LISTS = [json.dumps({**CONTENT, "stages": {}}), json.dumps({**CONTENT, "winners": {}})]
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({**CONTENT, "winners": [{}]}), *NO_LISTS])
 def test_a_malformed_table_changes_nothing(tmp_path, content, h100):
     good = tmp_path / "good"
     good.mkdir()

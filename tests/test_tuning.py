@@ -146,7 +146,8 @@ def test_other_versions_are_measured_again(tmp_path):
     path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "triton": "3.0", "winners": data["winners"][:1], "stages": []}))
-    frb.tune(network(), X, out=path, progress=False)
+    with pytest.warns(RuntimeWarning, match=r"^out holds tiles measured with triton 3\.0, which are measured again: "):
+        frb.tune(network(), X, out=path, progress=False)
     assert rows(path).keys() == CASES
 
 
@@ -198,6 +199,10 @@ def test_bad_arguments(tmp_path):
         frb.tune(network(), X.to("meta"))
     with pytest.raises(ValueError, match="^model must hold residual blocks, got none"):
         frb.tune(nn.Conv2d(64, 64, 1).eval(), X, out=tmp_path / "t.json")
+    with pytest.raises(TypeError, match="^out must be a path, got 3"):
+        frb.tune(network(), X, out=3)
+    with pytest.raises(ValueError, match="^out must be in a folder that can be written, got "):
+        frb.tune(network(), X, out=tmp_path / ("a" * 5000))
     bad = tmp_path / "bad.json"
     bad.write_text("{")
     with pytest.raises(ValueError, match="^path must name a table of tuned tiles, got "):

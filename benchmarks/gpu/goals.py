@@ -12,6 +12,8 @@ from .records import Row
 #: what a user could take instead, in eager mode or as a CUDA graph
 PEERS = ("eager", "folded", "cudnn", "compile", "max-autotune", "onnxruntime")
 OURS = ("fused", "fused+graph")
+#: those of `PEERS` that fuse: without one of them a group says nothing of the best
+FUSING = ("cudnn", "compile", "max-autotune", "onnxruntime")
 OTHERS = ("resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
 
 
@@ -46,6 +48,8 @@ def speedup(rows: Sequence[Row]) -> float | None:
     found = []
     for group in dict.fromkeys(row["group"] for row in rows):
         of_group = [row for row in rows if row["group"] == group]
+        if all(_best(of_group, (name, f"{name}+graph")) is None for name in FUSING):
+            continue  # nothing but eager PyTorch ran
         peer, own = _best(of_group, names), _best(of_group, OURS)
         if peer is not None and own is not None:
             found.append(peer / own)

@@ -49,7 +49,9 @@ def load_config(path: str | os.PathLike[str]) -> int:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a path, got {path!r}")
     place = Path(path)
-    files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+    files = _files(place)
+    if files is None:
+        files = [place]
     if not files:
         raise ValueError(f"path must hold a table of tuned tiles, got {place}")
     tables = [read(file) for file in files]
@@ -61,6 +63,14 @@ def load_config(path: str | os.PathLike[str]) -> int:
     _given[:] = [*tables, *(table for table in _given if table.path not in read_again)]
     forget()
     return sum(len(table.convolutions) for table in tables)
+
+
+def _files(folder: Path) -> list[Path] | None:
+    """The tables of a folder; None if it is no folder."""
+    try:
+        return sorted(folder.glob("*.json")) if folder.is_dir() else None
+    except OSError:  # a name that is too long, say
+        return None
 
 
 def forget() -> None:
@@ -82,13 +92,23 @@ def _named(gpus: set[Gpu]) -> str:
 
 @lru_cache(maxsize=8)
 def _of_folder(folder: str) -> tuple[Table, ...]:
-    """The tables of a folder; one that cannot be read is left out with a warning."""
+    """The tables of a folder; one that cannot be read is left out with a warning.
+
+    So is a folder that is none; a user's that holds tables of other GPUs alone has a warning, too.
+    """
+    files, ships = _files(Path(folder)), folder == str(CONFIGS)
+    if files is None and not ships:
+        warn_once(f"{FOLDER} must name a folder, got {folder[:200]}; tiles are predicted instead")
     tables = []
-    for file in sorted(Path(folder).glob("*.json")):
+    for file in files or ():
         try:
             tables.append(read(file))
         except ValueError as error:
             warn_once(f"{error}; tiles are predicted instead")
+    here = _gpus()
+    if tables and here and not ships and not any(table.gpu in here for table in tables):
+        names = ", ".join(table.name for table in tables)
+        warn_once(f"tuned tiles in {folder} are of {names} and not used: this machine has {_named(here)}")
     return tuple(tables)
 
 
