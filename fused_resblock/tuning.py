@@ -56,8 +56,8 @@ def tune(
     """Search the fastest tiles for a model's convolutions and write them to a table.
 
     What the table holds already, measured with these versions, is not measured again: the search can be interrupted at
-    any time and goes on where it was. Rows of other versions are let go, with a warning. At its end the table is in force; another process takes it by `load_config`, or
-    with `FUSED_RESBLOCK_CONFIG_DIR` naming its folder.
+    any time and goes on where it was. Rows of other versions are let go, with a warning. At its end the table is in
+    force; another process takes it by `load_config`, or with `FUSED_RESBLOCK_CONFIG_DIR` naming its folder.
 
     Args:
         model: in eval mode, on a CUDA device. If it has no fused blocks yet, a fused copy is tuned.

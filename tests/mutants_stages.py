@@ -245,4 +245,18 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
             _stem("7x7 of 3 channels"),
         ),
     ],
+    "fused_resblock/stage.py": [
+        (
+            "a tail is asked of another block",
+            "tails.get(base - 2)",
+            "tails.get(base - 3)",
+            "tests/test_explain_stages.py::test_explain_says_why_a_tail_is_none",
+        ),
+        (
+            "what was bound before a change is told of",
+            "or not guard.holds():",
+            "or False:",
+            "tests/test_explain_stages.py::test_explain_says_what_a_table_decided",
+        ),
+    ],
 }

@@ -89,6 +89,12 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/handover.py": [
         (
+            "a head outlives its activation",
+            "if module is not None and head is not None and head.y is y:",
+            "if False:",
+            "tests/test_handover.py::test_a_head_is_let_go_with_what_it_was_made_of",
+        ),
+        (
             "another tensor's head",
             "head.y() is not x or ",
             "",
@@ -144,6 +150,12 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/graphs.py": [
+        (
+            "the model's own attributes not asked",
+            "[owner, *model.modules()]",
+            "list(model.modules())",
+            "tests/test_graphs.py::test_changed_attributes_of_the_model_itself_are_captured_again",
+        ),
         (
             "changed model not captured again",
             "if graph.signature == signature(x) and self._holds():",
