@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -261,11 +260,8 @@ class _Table:
             data = json.loads(path.read_text(encoding="utf-8"))
             others = [f"{name} {data.get(name)}" for name in ("torch", "triton") if data.get(name) != self._head[name]]
             if others:
-                warnings.warn(
-                    f"out holds tiles measured with {' and '.join(others)}, which are measured again: {path}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+                told = " and ".join(others)
+                tuned.warn_once(f"out holds tiles measured with {told}, which are measured again: {path}")
             else:
                 self._rows = {name: data.get(name, []) for name in self._rows}
 
