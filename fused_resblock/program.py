@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, dispatch, gates
+from . import backends, dispatch, gates, progress
 from .backends.folding import keep
 from .kernels.gpu import tf32_allowed
 from .params import Bound
@@ -266,16 +266,18 @@ def bind(
     """
     chain = _Chain(blocks, x, stage_kernel, following)
     base = 0
-    for runner, backend in blocks:
-        if len(chain.operations) == base:  # else the block before has computed its first step, and let y go perhaps
-            runner.check(chain.values[base], chain.dtype is not None)
-        if base == 0:
-            chain.values[0] = backends.dense(chain.values[0])
-        backend = backends.check_name(backend)
-        while len(chain.operations) < base + len(runner.steps):
-            step = runner.steps[len(chain.operations) - base]
-            if not chain.tail(base, backend) and not chain.step(step, base, backend):
-                return None
-        base += len(runner.steps)
+    with progress.first_call(sum(len(runner.steps) for runner, _ in blocks), x.device) as bar:
+        for runner, backend in blocks:
+            if len(chain.operations) == base:  # else the block before has computed its first step, and let y go perhaps
+                runner.check(chain.values[base], chain.dtype is not None)
+            if base == 0:
+                chain.values[0] = backends.dense(chain.values[0])
+            backend = backends.check_name(backend)
+            while len(chain.operations) < base + len(runner.steps):
+                step = runner.steps[len(chain.operations) - base]
+                if not chain.tail(base, backend) and not chain.step(step, base, backend):
+                    return None
+                bar.update(len(chain.operations) - bar.n)
+            base += len(runner.steps)
     program = chain.program(backend)
     return program, chain.values[program.ends.result]

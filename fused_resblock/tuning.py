@@ -28,6 +28,7 @@ from .convert import blocks, fuse
 from .kernels import tables
 from .kernels.gpu import gpu_of
 from .modules import FusedBlock
+from .progress import bar as progress_bar
 from .tf32_unit import Tf32Unit
 
 #: tiles that are tried for a convolution
@@ -84,7 +85,7 @@ def tune(
     todo = [found for found in _asked(model, example) if not table.knows(found)]
     convolutions, tails = ([f for f in todo if f.is_tail == which] for which in (False, True))
     here = torch.cuda.device(example.device) if example.is_cuda else nullcontext()
-    with torch.no_grad(), here, _bar(len(todo), progress) as bar:
+    with torch.no_grad(), here, progress_bar(len(todo), disable=not progress) as bar:
         for found in convolutions:
             table.add(found, convolution_winner(found))
             bar.update()
@@ -118,27 +119,6 @@ def _asked(model: nn.Module, example: Tensor) -> list[Asked]:
         model(example)
         model(example)
     return list({_key(one): one for one in found}.values())
-
-
-def _bar(total: int, progress: bool) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _NoBar()
-    return tqdm(total=total, unit="operation", disable=not progress)
-
-
-class _NoBar:
-    """What a progress bar is without tqdm."""
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self) -> None:
-        pass
 
 
 def _key(found: Asked) -> tuple[str, str, int]:
