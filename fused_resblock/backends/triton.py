@@ -147,8 +147,7 @@ def tail_refusal(
     """Why there is no tile for a tail of these convolutions, of activations in `dtype`; None when there is one."""
     from ..kernels.stage import candidates, refusal
 
-    reason = refusal(conv, expand, shortcut, reduce)
-    if reason is not None:
+    if (reason := refusal(conv, expand, shortcut, reduce)) is not None:
         return reason
     if dtype == torch.float32 and not tf32_allowed():
         return "products in fp32 do not fit the registers, and TF32 is not allowed"
