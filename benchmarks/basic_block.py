@@ -6,9 +6,9 @@ kernel with a halo do. What is predicted here is with the filters in shared memo
 convolutions' filters read from L2 for every box.
 
 Winograd F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): 2.25 times fewer
-products, of 4 times the input. What binds is the way to the matrix units: 16 sums for each 2x2 outputs leave registers
+products, of 4 times the input. What is counted is the way to the matrix units: 16 sums for each 2x2 outputs leave registers
 for 64 of these by 32 channels, and both operands of each product come from shared memory. Only that is counted, beside
-the usual ceilings: transforms cost nothing, so this is a bound and no prediction. Its error is in `test_basic_block`.
+the usual ceilings: transforms, and filters from L2, cost nothing, so this is a bound and no prediction. Its error is in `test_basic_block`.
 
 Beside them stands what the block's convolutions took one by one on the measured chip.
 """
@@ -82,7 +82,7 @@ def winograd_seconds(shape: ConvShape, batch: int, itemsize: int, chip: Ceilings
         programs = parts * -(-gemm.m // (4 * TILES))
         moved = inputs * (1 + passes // parts) + 2 * filters // parts  # written once, read for all channels
         flops = 2 * programs * 16 * TILES * gemm.k * gemm.n // parts
-        cost = Cost(dram, programs * (inputs // 4 + filters // parts), flops)
+        cost = Cost(dram, programs * (inputs // 4), flops)
         return predicted(cost, programs, 1, chip, step_seconds=moved / BYTES * cycle)
 
     return min(seconds(parts) for parts in range(1, passes + 1) if passes % parts == 0)

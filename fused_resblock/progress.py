@@ -41,4 +41,7 @@ def first_call(total: int, device: torch.device) -> Any:
     """
     if device.type != "cuda":
         return _NoBar()
-    return bar(total, desc="compiling kernels", disable=None, delay=PATIENCE, leave=False)
+    try:
+        return bar(total, desc="compiling kernels", disable=None, delay=PATIENCE, leave=False)
+    except Exception:  # tqdm before 4.56 has no delay: a bar is not worth a forward
+        return _NoBar()

@@ -130,7 +130,7 @@ def kernel_state(stage: nn.Sequential) -> str:
         return said + ahead if merged else ""
     obstacles = _kernel_obstacles(stage)
     count = len(stage) - len(obstacles) if bound is None else merged
-    why = f": {obstacles[0]}" if obstacles else ""
+    why = f": {obstacles[0]}" if obstacles and count < len(stage) else ""
     return f", {count} of {len(stage)} tails as one kernel{why}{ahead}"
 
 

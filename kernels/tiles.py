@@ -16,14 +16,14 @@ def _parts(name: str) -> tuple[list[int], dict[str, int]]:
     return [int(size) for size in match.groups()[:3]], {letter: int(number) for letter, number in fields}
 
 
-#: a size in a tile's name that none has that fits a GPU
+#: no number in a tile's name is above it
 LARGEST = 1024
 
 
 def _checked(tile: Any, name: str) -> Any:
     """The tile, if its name is `name` and every size is a power of two, as kernels ask, and not out of all bounds."""
     sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
-    bounded = max(*sizes, getattr(tile, "split_k", 1)) <= LARGEST
+    bounded = all(number <= LARGEST for number in vars(tile).values())
     if str(tile) != name or not bounded or any(size < 1 or size & (size - 1) for size in sizes):
         raise ValueError(f"name must be that of a tile, got {name!r}")
     return tile
