@@ -6,9 +6,10 @@ kernel with a halo do. What is predicted here is with the filters in shared memo
 convolutions' filters read from L2 for every box.
 
 Winograd F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): 2.25 times fewer
-products, of 4 times the input. What is counted is the way to the matrix units: 16 sums for each 2x2 outputs leave registers
-for 64 of these by 32 channels, and both operands of each product come from shared memory. Only that is counted, beside
-the usual ceilings: transforms, and filters from L2, cost nothing, so this is a bound and no prediction. Its error is in `test_basic_block`.
+products, of 4 times the input. What is counted is the way to the matrix units: 16 sums for each 2x2 outputs leave
+registers for 64 of these by 32 channels, and both operands of each product come from shared memory. Only that is
+counted, beside the usual ceilings: transforms, and filters from L2, cost nothing, so this is a bound and no prediction.
+Its error is in `test_basic_block`.
 
 Beside them stands what the block's convolutions took one by one on the measured chip.
 """
