@@ -30,7 +30,7 @@ from fused_resblock.table import format_table
 from .floors import blocks_of, floors_of, gemm_of
 from .gpu.space import key_of
 from .results import FOLDER
-from .roofline import read_ceilings
+from .roofline import kept_ceilings, read_ceilings
 from .shapes import ConvShape
 from .tables import NOT_MEASURED
 
@@ -48,7 +48,6 @@ def one_kernel_seconds(shapes: Sequence[ConvShape], batch: int, itemsize: int, c
     first, second = shapes
     x, y = gemm_of(first, batch), gemm_of(second, batch)
     filters = itemsize * sum(shape.weights() for shape in shapes)
-    shortcut = second.shortcut
 
     def seconds(rows: int, columns: int) -> float:
         between = (rows + 2) * (columns + 2)
@@ -58,7 +57,7 @@ def one_kernel_seconds(shapes: Sequence[ConvShape], batch: int, itemsize: int, c
         if held > chip.shared:
             return float("inf")
         stay = held + filters <= chip.shared
-        products = [(between, x.n * x.k * 9), (rows * columns, y.n * (y.k * 9 + shortcut))]
+        products = [(between, x.n * x.k * 9), (rows * columns, y.n * (y.k * 9 + second.shortcut))]
         flops = sum(2 * -(-pixels // ROWS) * ROWS * filter_ for pixels, filter_ in products)
         read = itemsize * seen * x.k + (0 if stay else filters)
         step = chip.multiprocessors * (flops / chip.matrix + read / chip.l2) + 3 * LATENCY
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"batch must be at least 1, got {args.batch}")
-    ceilings = next(iter(sorted(FOLDER.glob("*/ceilings.json"))), None)
+    ceilings = kept_ceilings()
     measured = read_measured(ceilings and ceilings.with_name("tune.csv"), args.batch)
     lines = rows(args.batch, read_ceilings(ceilings), measured)
     with args.out.open("w", newline="", encoding="utf-8") as file:

@@ -35,7 +35,7 @@ from fused_resblock.kernels import (
     tail_ring,
 )
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.stage import candidates, kernel_of
+from fused_resblock.kernels.stage import kernel_of
 from fused_resblock.kernels.stem import bind_stem
 from fused_resblock.kernels.tiles import StageTile, Tile
 from fused_resblock.table import error_line
@@ -177,9 +177,7 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
                 kernel = convolution_of(tile, shape)
                 yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)
             for shape in shapes(False):
-                for stage_tile in candidates(
-                    shape.width, shape.outputs, DTYPES[name][0].itemsize, bool(shape.second), gpu
-                ):
+                for stage_tile in shape.shipped(DTYPES[name][0].itemsize, gpu):
                     run = partial(tail, capability, name, shape, stage_tile)
                     kernel = kernel_of(stage_tile)
                     yield Job(capability, name, kernel, shape.key(), str(stage_tile), run)

@@ -28,6 +28,11 @@ RESULTS = Path(__file__).parent / "results" / "roofline.csv"
 NOMINAL = Ceilings("H100 (assumed: 3.0 TB/s, L2 5.5 TB/s, 700 TFLOP/s)", 3.0e12, 5.5e12, 700e12, 132)
 
 
+def kept_ceilings() -> Path | None:
+    """The `ceilings.json` of a measured chip in `benchmarks/results/`, if there is one."""
+    return next(iter(sorted(RESULTS.parent.glob("*/ceilings.json"))), None)
+
+
 def read_ceilings(path: Path | None) -> Ceilings:
     """The ceilings in a `ceilings.json` (see `benchmarks.gpu.ceilings`); `NOMINAL` for no path.
 
@@ -90,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.batch < 1:
         parser.error(f"batch must be at least 1, got {args.batch}")
     if args.ceilings is None and not args.assumed:
-        args.ceilings = next(iter(sorted(RESULTS.parent.glob("*/ceilings.json"))), None)
+        args.ceilings = kept_ceilings()
         beside = args.ceilings and args.ceilings.with_name("bench.csv")
         args.measured = args.measured or (beside if beside and beside.exists() else None)
     chip = read_ceilings(args.ceilings)

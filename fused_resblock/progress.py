@@ -43,5 +43,5 @@ def first_call(total: int, device: torch.device) -> Any:
         return _NoBar()
     try:
         return bar(total, desc="compiling kernels", disable=None, delay=PATIENCE, leave=False)
-    except Exception:  # tqdm before 4.56 has no delay: a bar is not worth a forward
+    except KeyError:  # tqdm before 4.56 has no delay
         return _NoBar()

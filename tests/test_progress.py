@@ -63,6 +63,16 @@ def test_a_first_call_on_a_gpu_has_one_that_waits(monkeypatch):
     assert options["delay"] == progress.PATIENCE
 
 
+def test_an_old_tqdm_does_not_stop_a_first_call(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+
+    def old(**options):
+        raise tqdm.TqdmKeyError(f"Unknown argument(s): {options['delay']}")
+
+    monkeypatch.setattr(tqdm, "tqdm", old)
+    assert isinstance(progress.first_call(3, torch.device("cuda")), progress._NoBar)
+
+
 def test_nobody_needs_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with progress.first_call(3, torch.device("cuda")) as bar:

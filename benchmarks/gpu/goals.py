@@ -10,10 +10,9 @@ from ..tables import NOT_MEASURED
 from .records import Row
 
 #: what a user could take instead, in eager mode or as a CUDA graph
-PEERS = ("eager", "folded", "cudnn", "compile", "max-autotune", "onnxruntime")
+FUSING = ("cudnn", "compile", "max-autotune", "onnxruntime")  # without one of these a group says nothing of the best
+PEERS = ("eager", "folded", *FUSING)
 OURS = ("fused", "fused+graph")
-#: those of `PEERS` that fuse: without one of them a group says nothing of the best
-FUSING = ("cudnn", "compile", "max-autotune", "onnxruntime")
 OTHERS = ("resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
 
 
@@ -44,14 +43,12 @@ def _best(rows: Sequence[Row], names: Sequence[str]) -> float | None:
 
 def speedup(rows: Sequence[Row]) -> float | None:
     """The best peer's time over ours, by each group alone (its providers took turns), and of those the smallest."""
-    names = [name + graph for name in PEERS for graph in ("", "+graph")]
+    names, fusing = ([name + graph for name in peers for graph in ("", "+graph")] for peers in (PEERS, FUSING))
     found = []
     for group in dict.fromkeys(row["group"] for row in rows):
         of_group = [row for row in rows if row["group"] == group]
-        if all(_best(of_group, (name, f"{name}+graph")) is None for name in FUSING):
-            continue  # nothing but eager PyTorch ran
         peer, own = _best(of_group, names), _best(of_group, OURS)
-        if peer is not None and own is not None:
+        if peer is not None and own is not None and _best(of_group, fusing) is not None:
             found.append(peer / own)
     return min(found, default=None)
 

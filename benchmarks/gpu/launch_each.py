@@ -19,7 +19,7 @@ from fused_resblock.kernels.convolution import bind_convolution
 from fused_resblock.kernels.gpu import gpu_of
 from fused_resblock.kernels.launch import Launch
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.kernels.stage import candidates, choose_stage_tile
+from fused_resblock.kernels.stage import choose_stage_tile
 from fused_resblock.kernels.stem import bind_stem, pack_weight
 from fused_resblock.kernels.tiles import StageTile, Tile
 
@@ -81,7 +81,7 @@ def _of_chip(batch: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str,
             if tile.halo or tile.ring:
                 yield shape.name, partial(_fused, shape, batch, dtype, device, tile)
     for tail in TINY_TAILS_OF_CHIP:
-        for of_tail in candidates(tail.width, tail.outputs, dtype.itemsize, bool(tail.second), gpu):
+        for of_tail in tail.shipped(dtype.itemsize, gpu):
             if of_tail.halo or of_tail.ring:
                 yield f"tail.{tail.name}", partial(_tail, tail, batch, dtype, device, of_tail)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fused_resblock.backends.asked import Asked
 from fused_resblock.kernels.cost import expand_shift_cost
-from fused_resblock.kernels.stage import gemms_of
+from fused_resblock.kernels.gpu import Gpu
+from fused_resblock.kernels.stage import candidates, gemms_of
 from fused_resblock.kernels.tables import stage_name
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import BatchNorm, Conv, Epilogue
@@ -57,6 +58,10 @@ class TailShape:
             tuple(layers),
             Epilogue(1, None, shortcut),
         )
+
+    def shipped(self, itemsize: int, gpu: Gpu) -> list[StageTile]:
+        """The tiles of which one is chosen for it."""
+        return candidates(self.width, self.outputs, itemsize, bool(self.second), gpu)
 
     def dram_bytes(self, batch: int, itemsize: int) -> int:
         """What one kernel has to move at least: its inputs, outputs and filters, each once."""

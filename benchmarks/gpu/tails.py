@@ -14,7 +14,7 @@ from fused_resblock import backends
 from fused_resblock.backends import triton
 from fused_resblock.backends.asked import Asked
 from fused_resblock.kernels.gpu import Gpu
-from fused_resblock.kernels.stage import bind_stage, candidates
+from fused_resblock.kernels.stage import bind_stage
 from fused_resblock.kernels.tail_ring import channels_refusal, is_wide
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.tuning import MARGIN
@@ -31,7 +31,7 @@ from .timing import timed_row
 def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
     """The tiles that ship and their neighbours; those that ship come first."""
     item = DTYPES[dtype][0].itemsize
-    found = candidates(shape.width, shape.outputs, item, bool(shape.second), gpu)
+    found = shape.shipped(item, gpu)
     if not found:
         return []
     rings = [tile for tile in found if tile.ring]
@@ -131,12 +131,9 @@ def _tiles(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
 
 
 def _shipped(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
-    return _tiles(context, shape, dtype) if context.quick else shipped_tiles(shape, dtype, context.device.gpu)
-
-
-def shipped_tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
-    """The tiles that ship for a tail: those that a choice is made of."""
-    return candidates(shape.width, shape.outputs, DTYPES[dtype][0].itemsize, bool(shape.second), gpu)
+    if context.quick:
+        return _tiles(context, shape, dtype)
+    return shape.shipped(DTYPES[dtype][0].itemsize, context.device.gpu)
 
 
 def shipped_faults(context: Context, table: Records) -> list[str]:
