@@ -66,7 +66,7 @@ def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
     import torch
 
     from . import models, tune
-    from .tuning import check_out
+    from .tuned_file import check_out
 
     if args.model not in models.ARCHITECTURES:
         raise ValueError(f"model must be one of {', '.join(models.ARCHITECTURES)}, got {args.model!r}")
@@ -75,13 +75,17 @@ def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if not torch.cuda.is_available():
         raise ValueError("tune must have a CUDA device, got none")
-    check_out(args.out, torch.device("cuda"))
+    path = check_out(args.out, torch.device("cuda"))
 
     def job() -> int:
         dtype = getattr(torch, args.dtype)
         model = models.build(args.model).eval().to("cuda", dtype)
         x = torch.randn(args.batch, 3, args.size, args.size, device="cuda", dtype=dtype)
-        print(f"written to {tune(model, x, out=args.out)}")
+        try:
+            print(f"written to {tune(model, x, out=path)}")
+        except KeyboardInterrupt:
+            print(f"fused-resblock: interrupted; the same command goes on with what is in {path}", file=sys.stderr)
+            return 130
         return 0
 
     return job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,12 @@ class _Graph(NamedTuple):
     kept: list[object]
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a device's graphs are recorded: one stream, as what one graph lets go of serves the next on that only."""
+    return torch.cuda.Stream(device)
+
+
 def record(call: Callable[[], Any], pool: Any, device: torch.device) -> tuple[Callable[[], None], Any]:
     """Record what a call launches on a CUDA device.
 
@@ -41,7 +48,7 @@ def record(call: Callable[[], Any], pool: Any, device: torch.device) -> tuple[Ca
         A function that launches all of it again, and the call's result, which that overwrites.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(device)):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
         y = call()
     return graph.replay, y
 
@@ -145,11 +152,11 @@ def _words(key: tuple[object, ...]) -> str:
 
 
 def _warm_up(call: Callable[[], Any], device: torch.device) -> None:
-    """Call it on a stream of its own, as a capture will."""
+    """Call it where a capture will, so that libraries have their workspaces there."""
     if device.type != "cuda":
         call()
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):

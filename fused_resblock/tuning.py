@@ -1,17 +1,14 @@
 """The fastest tile of every convolution of a model on this machine's GPU, searched offline: `tune`.
 
 For each distinct convolution that the fused model runs on an example, the tiles of least predicted time are compiled,
-held against PyTorch's result, and timed beside cuDNN and eager; then each tail of a block as one kernel, with every
-tile, beside its convolutions one by one. The winners go into a table (`kernels.tables`). None of this happens unless it
-is asked for, and never inside of a CUDA graph's capture.
+held against PyTorch's result, and timed beside cuDNN and eager; likewise the stem as one kernel; then each tail of a
+block as one, with every tile, beside its convolutions one by one. The winners go into a table (`kernels.tables`). None
+of this happens unless it is asked for, and never inside of a CUDA graph's capture.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -21,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, machine, on_cuda
+from . import backends, on_cuda
 from .backends import asked, tuned
 from .backends.asked import Asked
 from .convert import blocks, fuse
@@ -30,6 +27,7 @@ from .kernels.gpu import gpu_of
 from .modules import FusedBlock
 from .progress import bar as progress_bar
 from .tf32_unit import Tf32Unit
+from .tuned_file import Growing, key_of, path_of
 
 #: tiles that are tried for a convolution
 TRIED = 16
@@ -77,36 +75,25 @@ def tune(
         RuntimeError: if there is no CUDA device, or a CUDA graph is being captured.
     """
     on_cuda.check("tune", model, example)
-    table = _Table(_path(out, example.device), example.device)
+    table = Growing(path_of(out, example.device), example.device)
     if not any(isinstance(module, FusedBlock) for module in model.modules()):
         if next(blocks(model), None) is None:
             raise ValueError("model must hold residual blocks, got none")
         model = fuse(model)
-    todo = [found for found in _asked(model, example) if not table.knows(found)]
-    convolutions, tails = ([f for f in todo if f.is_tail == which] for which in (False, True))
     here = torch.cuda.device(example.device) if example.is_cuda else nullcontext()
-    with torch.no_grad(), here, progress_bar(len(todo), disable=not progress) as bar:
-        for found in convolutions:
-            table.add(found, convolution_winner(found))
-            bar.update()
-        tuned.load_config(table.write())  # a tail is held against its convolutions with their best tiles
-        for found in tails:
-            table.add(found, tail_winner(found))
-            bar.update()
-    tuned.load_config(table.write())
+    with torch.no_grad(), here:
+        for kind in (
+            "stem",
+            "convolution",
+            "tail",
+        ):  # each beside winners of those before
+            todo = [found for found in _asked(model, example) if found.kind == kind and not table.knows(found)]
+            with progress_bar(len(todo), desc=f"{kind}s", disable=not (progress and todo)) as bar:
+                for found in todo:
+                    table.add(found, _winner(found))
+                    bar.update()
+            tuned.load_config(table.write())
     return table.path
-
-
-def _path(out: str | os.PathLike[str] | None, device: torch.device) -> Path:
-    if out is not None:
-        if not isinstance(out, (str, os.PathLike)):
-            raise TypeError(f"out must be a path, got {out!r}")
-        return Path(out)
-    return Path(os.environ.get(tuned.FOLDER) or ".") / f"{re.sub('[^a-z0-9]+', '-', _gpu_name(device).lower())}.json"
-
-
-def _gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _asked(model: nn.Module, example: Tensor) -> list[Asked]:
@@ -118,19 +105,13 @@ def _asked(model: nn.Module, example: Tensor) -> list[Asked]:
     with torch.no_grad(), asked.recording() as found:
         model(example)
         model(example)
-    return list({_key(one): one for one in found}.values())
+    return list({key_of(one): one for one in found}.values())
 
 
-def _key(found: Asked) -> tuple[str, str, int]:
-    """An operation as tables name it: dtype, case and output pixels."""
-    first, *rest = found.layers
-    n, _, h, w = found.size
-    p, q = first.output_size(h, w)
-    if rest:
-        case = tables.stage_name(first, rest[0], found.epilogue.shortcut, found.reduce)
-    else:
-        case = tables.case_name(first, found.other_size, found.epilogue)
-    return tuned.dtype_name(found.dtype), case, n * p * q
+def _winner(found: Asked) -> dict[str, Any]:
+    if found.kind == "tail":
+        return tail_winner(found)
+    return stem_winner(found) if found.kind == "stem" else convolution_winner(found)
 
 
 def convolution_winner(found: Asked) -> dict[str, Any]:
@@ -152,6 +133,25 @@ def convolution_winner(found: Asked) -> dict[str, Any]:
     branch = found.epilogue.shortcut
     weight_bytes = sum(layer.weight.nbytes for layer in (conv, branch) if layer is not None)
     return {"backend": tables.winner(best, weight_bytes) if best else "eager", "tile": tile, "us": best}
+
+
+def stem_winner(found: Asked) -> dict[str, Any]:
+    """Whether a stem is faster as one kernel than its convolution on a backend and the pool: a row besides its key."""
+    x, _ = found.inputs()
+    (conv,), pool = found.layers, found.pool
+
+    def apart(module: Any) -> Callable[[Tensor, None], Tensor]:
+        run = module.bind_conv_bn_act(x, conv, None, found.epilogue, False)
+        return lambda x, other: torch.max_pool2d(run(x, other), *pool)  # type: ignore[misc]
+
+    ways: dict[str, Callable[[], Any]] = {
+        "triton": lambda: backends.triton.bind_stem(x, conv, found.epilogue.relu, pool, False)  # type: ignore[arg-type]
+    }
+    for name in ("cudnn", "eager"):
+        if backends.BACKENDS[name].unavailable() is None:
+            ways[name] = partial(apart, backends.BACKENDS[name])
+    times = _times(found, ways, x, None)
+    return {"backend": min(times, key=times.__getitem__, default="eager"), "tile": None, "us": times}
 
 
 def tail_winner(found: Asked) -> dict[str, Any]:
@@ -205,67 +205,3 @@ def _right(result: Any, same: Sequence[Tensor], exact: Sequence[Tensor]) -> bool
         if not ours <= 2 * own + 1e-6 * truth.abs().max():
             return False
     return True
-
-
-def check_out(out: str | os.PathLike[str] | None, device: torch.device) -> None:
-    """Raise ValueError unless a table of this GPU can be written there, or one that is there continued."""
-    _Table(_path(out, device), device)
-
-
-class _Table:
-    """A table that is being made, kept on disk after each row."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, gpu = path, gpu_of(device)
-        try:
-            if path.is_dir():
-                raise ValueError(f"out must be a file, got the folder {path}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out must be in a folder that can be written, got {path}: {error}") from None
-        if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"out must be in a folder that can be written, got {path}")
-        self._head = {
-            "gpu": _gpu_name(device),
-            **{name: machine.stamp().get(name) for name in ("driver", "torch", "triton", "fused_resblock", "commit")},
-            "date": datetime.date.today().isoformat(),
-            "capability": gpu.capability,
-            "multiprocessors": gpu.multiprocessors,
-        }
-        self._rows: dict[str, list[dict[str, Any]]] = {"winners": [], "stages": []}
-        if path.exists():
-            known = tables.read(path)
-            if known.gpu != gpu:
-                raise ValueError(f"out must be a table of {self._head['gpu']}, got {path} of {known.name}")
-            data = json.loads(path.read_text(encoding="utf-8"))
-            others = [f"{name} {data.get(name)}" for name in ("torch", "triton") if data.get(name) != self._head[name]]
-            if others:
-                told = " and ".join(others)
-                tuned.warn_once(f"out holds tiles measured with {told}, which are measured again: {path}")
-            else:
-                self._rows = {name: data.get(name, []) for name in self._rows}
-
-    def knows(self, found: Asked) -> bool:
-        """Whether an operation is in the table."""
-        key = _key(found)
-        return any((row["dtype"], row["case"], row["pixels"]) == key for row in self._rows[_kind(found)])
-
-    def add(self, found: Asked, winner: dict[str, Any]) -> None:
-        """Add an operation's winner, and write; not where nothing ran: another time it may."""
-        if not winner["us"]:
-            return
-        dtype, case, pixels = _key(found)
-        self._rows[_kind(found)].append({"dtype": dtype, "case": case, "pixels": pixels, **winner})
-        self.write()
-
-    def write(self) -> Path:
-        """Replace the file; a reader sees the old one or the new one."""
-        text = json.dumps({**self._head, **self._rows}, indent=1)
-        part = self.path.with_suffix(".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.path)
-        return self.path
-
-
-def _kind(found: Asked) -> str:
-    return "stages" if found.is_tail else "winners"

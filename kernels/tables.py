@@ -19,6 +19,8 @@ from .tiles import StageTile, Tile
 
 CONFIGS = Path(__file__).parent / "configs"
 BACKENDS = ("triton", "cudnn", "eager")
+#: ends the name of a stem's convolution, whose norm, ReLU and max-pool are one operation with it
+STEM = ".pool"
 #: how far the pixels of an entry may be from those asked for, as a factor
 REACH = 4.0
 #: cuDNN's convolutions keep folded weights beside a model's own: it is taken where it is faster by this factor or

@@ -7,6 +7,7 @@ from mutants_changes import CHANGES
 from mutants_functions import FUNCTIONS
 from mutants_halo import HALO
 from mutants_kernels import KERNELS
+from mutants_on_cuda import ON_CUDA
 from mutants_ring import RING
 from mutants_stages import STAGES
 from mutants_stems import STEMS
@@ -32,6 +33,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **HALO,
     **RING,
     **USERS,
+    **ON_CUDA,
     "fused_resblock/head.py": [
         (
             "heads in fp32",
@@ -149,32 +151,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_handover.py::test_threads_do_not_take_each_others_heads",
         ),
     ],
-    "fused_resblock/graphs.py": [
-        (
-            "the model's own attributes not asked",
-            "[owner, *model.modules()]",
-            "list(model.modules())",
-            "tests/test_graphs.py::test_changed_attributes_of_the_model_itself_are_captured_again",
-        ),
-        (
-            "changed model not captured again",
-            "if graph.signature == signature(x) and self._holds():",
-            "if True:",
-            "tests/test_graphs.py::test_a_changed_model_is_captured_again[edit_in_place]",
-        ),
-        (
-            "result in the graph's memory",
-            "if self._copy else",
-            "if False else",
-            "tests/test_graphs.py::test_results_are_of_their_own_unless_asked_otherwise",
-        ),
-        (
-            "folded weights let go",
-            "with torch.no_grad(), keeping(kept):",
-            "with torch.no_grad():",
-            "tests/test_graphs.py::test_what_a_graph_reads_stays_in_memory",
-        ),
-    ],
     "fused_resblock/backends/few_images.py": [
         (
             "rows above a window are not pooled",
@@ -193,20 +169,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "as_integers = relu and ",
             "as_integers = ",
             "tests/test_few_images.py::test_numbers_of_16_bits_are_pooled_to_the_bit[torch.bfloat16-False]",
-        ),
-    ],
-    "fused_resblock/tuning.py": [
-        (
-            "slowest tile of a tail wins",
-            "tile = min(tiles",
-            "tile = max(tiles",
-            "tests/test_tuning.py::test_the_fastest_tile_of_a_tail_is_in_the_table",
-        ),
-        (
-            "wrong results timed",
-            "if run is None or not _right(run(x, other), same, exact):",
-            "if run is None:",
-            "tests/test_tuning.py::test_a_wrong_way_is_never_a_winner",
         ),
     ],
     "fused_resblock/backends/folding.py": [

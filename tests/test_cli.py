@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resblock import __version__, backends, cli, doctor, machine, models
+import fused_resblock
+from fused_resblock import __version__, backends, cli, doctor, machine, models, tuned_file
 
 
 def run(argv: list[str]) -> int:
@@ -157,6 +158,23 @@ def test_explain_lists_every_block(backend: str, capsys: pytest.CaptureFixture[s
     assert run(["explain", "--model", "resnet18", "--backend", backend]) == 0
     out = capsys.readouterr().out
     assert all(f"layer{stage}.{block} " in out for stage in (1, 2, 3, 4) for block in (0, 1))
+
+
+def test_an_interrupted_search_says_where_it_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*args: object, out: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuned_file, "check_out", lambda out, device: tmp_path / out)
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: None)
+    monkeypatch.setattr(models, "build", lambda name: torch.nn.Identity())
+    monkeypatch.setattr(torch.nn.Identity, "to", lambda module, *args: module)
+    monkeypatch.setattr(fused_resblock, "tune", interrupted)
+    assert run(["tune", "--out", "t.json"]) == 130
+    told = f"fused-resblock: interrupted; the same command goes on with what is in {tmp_path / 't.json'}\n"
+    assert capsys.readouterr().err == told
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,8 @@ from fused_resblock.reference import Bottleneck
 REAL_CHECK = on_cuda.check_device
 X = torch.randn(2, 64, 6, 4, generator=torch.Generator().manual_seed(0))
 CASES = {"64-16.1x1.s1.g1.plain", "16-16.3x3.s1.g1.plain", "16-64.1x1.s1.g1.residual"}
+STEM = "3-64.7x7.s2.g1.plain"
+IMAGES = torch.randn(2, 3, 18, 16, generator=torch.Generator().manual_seed(0))
 TAILS = {"16-64.s1.residual.next16", "16-64.s1.residual.last"}
 
 
@@ -102,6 +104,48 @@ def test_the_table_is_in_force_afterwards(tmp_path):
     frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
     (table,) = {id(t.convolutions): t for t in tuned._given[:1]}.values()
     assert {case for _, case in table.convolutions} == CASES
+
+
+class WithStem(nn.Module):
+    """A stem as the kernel takes it, in front of the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()
+        self.maxpool, self.layer1 = nn.MaxPool2d(3, 2, 1), network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+
+
+def test_a_stem_as_one_kernel_and_apart(tmp_path):
+    path = frb.tune(randomize_norms(WithStem()).eval(), IMAGES, out=tmp_path / "t.json", progress=False)
+    assert rows(path).keys() == CASES | {STEM + ".pool"}
+    row = rows(path)[STEM + ".pool"]
+    assert (row["pixels"], row["backend"], row["tile"]) == (2 * 9 * 8, "triton", None)
+    assert row["us"].keys() == {"triton", "eager"}
+    assert (STEM + ".pool") in {case for _, case in tables.read(path).convolutions}
+
+
+def test_the_convolution_of_a_stem_that_is_faster_apart_is_tuned_too(tmp_path, monkeypatch):
+    apart, bind = {"backend": "eager", "tile": None, "us": {"eager": 1.0, "triton": 2.0}}, backends.triton.bind_stem
+    monkeypatch.setattr(tuning, "stem_winner", lambda found: apart)
+    monkeypatch.setattr(tuned, "_of_gpu", lambda device: iter(tuned._given))
+    monkeypatch.setattr(backends.triton, "bind_stem", lambda *args, measured: bind(*args, measured=True))
+    path = frb.tune(randomize_norms(WithStem()).eval(), IMAGES, out=tmp_path / "t.json", progress=False)
+    assert rows(path).keys() == CASES | {STEM + ".pool", STEM}
+
+
+def test_a_wrong_stem_is_no_winner(tmp_path, monkeypatch):
+    bind = backends.triton.bind_stem
+
+    def wrong(*args, **options):
+        run = bind(*args, **options)
+        return lambda x, other: run(x, other) + 1
+
+    monkeypatch.setattr(backends.triton, "bind_stem", wrong)
+    path = frb.tune(randomize_norms(WithStem()).eval(), IMAGES, out=tmp_path / "t.json", progress=False)
+    assert rows(path)[STEM + ".pool"]["us"].keys() == {"eager"}
 
 
 def test_a_second_table_of_the_same_file_takes_the_place_of_the_first(tmp_path):

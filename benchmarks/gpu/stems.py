@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_resblock import backends
 from fused_resblock.kernels.pool import POOL
-from fused_resblock.kernels.tables import case_name
+from fused_resblock.kernels.tables import STEM, case_name
 from fused_resblock.params import PLAIN, Epilogue
 
 from ..shapes import ConvShape
@@ -91,7 +91,7 @@ def plan(quick: bool) -> Iterator[tuple[str, int, int]]:
 
 def _case(size: int) -> str:
     op = operation(size, 1, torch.float16, "meta")
-    return case_name(op.conv, None, PLAIN) + ".pool"
+    return case_name(op.conv, None, PLAIN) + STEM
 
 
 def tune(context: Context, table: Records, dtype: str, batch: int) -> int:

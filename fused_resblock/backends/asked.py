@@ -14,7 +14,7 @@ from . import eager
 
 
 class Asked(NamedTuple):
-    """A fused convolution; or, with two or three layers, a bottleneck's tail and the next one's head.
+    """A fused convolution; with a pool, a stem; with two or three layers, a bottleneck's tail and the next one's head.
 
     Attributes:
         size: of x, `[N, C, H, W]`.
@@ -22,6 +22,7 @@ class Asked(NamedTuple):
         dtype, device: of both.
         layers: the convolution; or the 3x3, the expand and, unless it is None, the next reduce.
         epilogue: behind the convolution, or behind the expand.
+        pool: kernel size, stride, padding, dilation and ceil_mode of a stem's max-pool, else None.
     """
 
     size: tuple[int, ...]
@@ -30,11 +31,14 @@ class Asked(NamedTuple):
     device: torch.device
     layers: tuple[Conv, ...]
     epilogue: Epilogue
+    pool: tuple[Any, ...] | None = None
 
     @property
-    def is_tail(self) -> bool:
-        """Whether it is a tail, and no single convolution."""
-        return len(self.layers) > 1
+    def kind(self) -> str:
+        """One of "stem", "convolution" and "tail"."""
+        if len(self.layers) > 1:
+            return "tail"
+        return "convolution" if self.pool is None else "stem"
 
     @property
     def reduce(self) -> Conv | None:
@@ -67,7 +71,8 @@ class Asked(NamedTuple):
         branch = self.epilogue.shortcut
         epilogue = self.epilogue._replace(shortcut=None if branch is None else _in(branch, x.dtype))
         if not rest:
-            return (eager.conv_bn_act(x, first, other, epilogue),)
+            y = eager.conv_bn_act(x, first, other, epilogue)
+            return (y if self.pool is None else torch.max_pool2d(y, *self.pool),)
         y = eager.conv_bn_act(eager.conv_bn_act(x, first, None, PLAIN), rest[0], other, epilogue)
         return (y, *(eager.conv_bn_act(y, conv, None, PLAIN) for conv in rest[1:]))
 
@@ -88,9 +93,15 @@ _asked: Recorder[Asked] = Recorder("asked")
 recording = _asked.recording
 
 
-def note(x: Tensor, layers: Sequence[Conv | None], other: Tensor | None, epilogue: Epilogue) -> None:
+def note(
+    x: Tensor,
+    layers: Sequence[Conv | None],
+    other: Tensor | None,
+    epilogue: Epilogue,
+    pool: tuple[Any, ...] | None = None,
+) -> None:
     """Note an operation, if this is within `recording`."""
     if _asked.active():
         size = None if other is None else tuple(other.shape)
         kept = tuple(layer for layer in layers if layer is not None)
-        _asked.note(Asked(tuple(x.shape), size, x.dtype, x.device, kept, epilogue))
+        _asked.note(Asked(tuple(x.shape), size, x.dtype, x.device, kept, epilogue, pool))

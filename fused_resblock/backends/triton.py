@@ -16,7 +16,7 @@ from ..kernels.tf32 import tf32_weight
 from ..kernels.tiles import StageTile
 from ..params import PLAIN, Affine, BatchNorm, Bound, BoundPair, Conv, Epilogue
 from ..table import error_line
-from . import tuned
+from . import asked, tuned
 from .folding import TensorCache, bypassed, scale_shift
 from .select import Problem
 
@@ -235,18 +235,18 @@ def packed_stem(x: Tensor, conv: Conv) -> Tensor:
 
 def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured: bool) -> Bound | None:
     """See `backends.bind_stem`; `measured` asks whether a table knows something faster."""
-    from ..kernels.stem import bind_stem as bind
-    from ..kernels.stem import refusal
+    from ..kernels import stem, tables
 
-    if refusal(conv, relu, pool) is not None:
+    if stem.refusal(conv, relu, pool) is not None:
         return None
-    entry = tuned.lookup(x, conv, None, PLAIN, suffix=".pool") if measured else None
+    asked.note(x, (conv,), None, Epilogue(relu=relu), pool)
+    entry = tuned.lookup(x, conv, None, PLAIN, suffix=tables.STEM) if measured else None
     if entry is not None and entry.backend != "triton":
         return None
     packed = packed_stem(x, conv)
     norm = affine(conv.norm, conv, x.dtype)
     bias = None if isinstance(norm, Affine) else conv.bias
-    return bind(x, conv._replace(bias=bias, norm=norm), packed)
+    return stem.bind_stem(x, conv._replace(bias=bias, norm=norm), packed)
 
 
 def _guarded(bind: Any, name: str, otherwise: Any, instead: str) -> Any:

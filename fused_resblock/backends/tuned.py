@@ -148,7 +148,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def lookup(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, suffix: str = "") -> Entry | None:
     """What was measured for a convolution on x's GPU, for its pixels; None if nothing was that is near enough.
 
-    `suffix` tells a convolution apart that something else follows, such as ".pool".
+    `suffix` tells a convolution apart that something else follows, such as `kernels.tables.STEM`.
     """
     if not measured(x.device):
         return None
