@@ -17,6 +17,9 @@ NETWORKS = ("resnet18", "resnet50")
 #: all stages, without stem and classifier
 BODY = "layer1-4"
 PARTS = ("whole", BODY)
+STAGES = tuple(f"layer{layer}" for layer in (1, 2, 3, 4))
+#: of every stage the two kinds of blocks
+BLOCKS = tuple(f"{stage}.{block}" for stage in STAGES for block in (0, 1))
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 16)
 SIZE = 224
@@ -26,7 +29,7 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One network or the body of one, in one dtype, at one batch size."""
+    """One network or a part of one (see `part_of`), in one dtype, at one batch size."""
 
     network: str
     part: str = "whole"
@@ -38,9 +41,24 @@ class Case:
         return f"{self.network} {self.part} {self.dtype} batch {self.batch}"
 
 
-def body_of(model: nn.Module) -> nn.Module:
-    """The stages of a network in a row: its `BODY`."""
-    return nn.Sequential(*(model.get_submodule(f"layer{n}") for n in (1, 2, 3, 4)))
+@torch.no_grad()
+def part_of(model: nn.Module, part: str, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """A part of a network, and what the network itself hands it, channels_last, for the input x.
+
+    Args:
+        model: a ResNet.
+        part: "whole", `BODY`, a stage such as "layer1", or a block such as "layer1.0".
+        x: the network's input.
+    """
+    if part == "whole":
+        return model, x
+    stages = list(map(model.get_submodule, STAGES))
+    first = stages[0] if part == BODY else model.get_submodule(part)
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    model(x)
+    hook.remove()
+    return (nn.Sequential(*stages) if part == BODY else first), seen[0].contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -50,20 +68,15 @@ def prepare(case: Case) -> tuple[nn.Module, Tensor]:
     The weights are random but behave like trained ones, batch norms included (`demo.inputs.make_model`).
 
     Returns:
-        The network, or `nn.Sequential(layer1, ..., layer4)` of it, in eval mode and channels_last; and its input,
-        channels_last: `[batch, 3, size, size]` from a standard normal distribution, or what the network's own stem
-        makes of that, `[batch, 64, size / 4, size / 4]`.
+        The network, or the part of it, in eval mode and channels_last; and its input, channels_last: `[batch, 3, size,
+        size]` from a standard normal distribution, or what the network makes of that in front of the part.
     """
     dtype = getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)
     model = make_model(case.network, None, images).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = images.to(dtype)
-    if case.part == "whole":
-        return model, x
-    stem = model.maxpool(model.relu(model.bn1(model.conv1(x))))
-    return body_of(model), stem.contiguous(memory_format=torch.channels_last)
+    return part_of(model, case.part, images.to(dtype))
 
 
 @torch.no_grad()

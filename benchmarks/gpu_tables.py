@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from .gpu import goals
+from .gpu import bandwidth, bench, goals
 from .gpu.tail_shapes import TailShape, shapes
 from .tables import NOT_MEASURED, markdown
 
@@ -139,12 +140,17 @@ def _profiled(rows: Rows) -> Iterator[tuple[TailShape, Mapping[str, str], float]
             yield shape, row, float(row["dram_read_bytes"]) + float(row["dram_write_bytes"])
 
 
-def judged(rows: Rows, profile: Rows) -> str:
-    """What is meant to be reached on a GPU, and what was: of bench.csv and of profile.csv."""
+def judged(rows: Rows, profile: Rows, tuned: Rows = (), rates: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """What is meant to be reached on a GPU, and what was.
+
+    Args:
+        rows, profile, tuned: of `bench.csv`, `profile.csv` and `tune.csv`.
+        rates: GPU -> what `ceilings.json` holds.
+    """
     if not rows:
         return NOT_MEASURED
-    shares = [total / shape.dram_bytes(128, 2) for shape, _, total in _profiled(profile)]
-    lines = [*goals.judge(rows), goals.verdict("tails, batch 128: bytes moved over those counted", shares, 1.15, False)]
+    tails = [total / shape.dram_bytes(128, 2) for shape, _, total in _profiled(profile)]
+    lines = goals.judge(rows, bench.planned()) + goals.besides(tails, bandwidth.shares(tuned, rates or {}))
     return markdown(["goal", "measured", "met"], [list(line) for line in lines], numbers=0)
 
 
@@ -169,12 +175,14 @@ def networks(rows: Rows) -> str:
     cases: dict[tuple[str, ...], dict[tuple[str, ...], list[Mapping[str, str]]]] = {}
     for row in rows:
         marks = row["gpu"], row["torch"], row["triton"], row["commit"]
-        cases.setdefault(marks, {}).setdefault((row["network"], row["part"], row["batch"]), []).append(row)
-    headers = ["network", "part", "batch", *PROVIDERS, "best other / fused", "memory / eager's"]
+        cases.setdefault(marks, {}).setdefault((row["network"], row["part"], row["dtype"], row["batch"]), []).append(
+            row
+        )
+    headers = ["network", "part", "dtype", "batch", *PROVIDERS, "best other / fused", "memory / eager's"]
     text = []
     for (gpu, torch, triton, commit), of_run in cases.items():
         lines = [line for case, of_case in of_run.items() if (line := _network(case, of_case)) is not None]
-        head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. fp16, CUDA graphs, median milliseconds."
+        head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. CUDA graphs, median milliseconds."
         if lines:
             text.append(f"{head}\n\n{markdown(headers, lines, numbers=9)}")
     return "\n\n".join(text) or NOT_MEASURED

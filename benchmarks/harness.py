@@ -22,6 +22,7 @@ WARM_UP = 3
 BASELINE = "eager"
 
 Call = Callable[[Tensor], Tensor]
+Prepare = Callable[[Callable[[], object]], None]
 
 
 def _nothing() -> None:
@@ -80,6 +81,10 @@ def turn(names: Sequence[str], number: int) -> list[str]:
     return order[::-1] if number // len(names) % 2 else order
 
 
+def as_left(call: Callable[[], object]) -> None:
+    """No preparation: caches are as whatever ran before has left them."""
+
+
 def time_in_turns(
     calls: Mapping[str, Callable[[], object]],
     *,
@@ -87,11 +92,12 @@ def time_in_turns(
     warm_up: int = WARM_UP,
     clock: Callable[[], int] = perf_counter_ns,
     tick: Callable[[], object] = _nothing,
+    prepare: Prepare = as_left,
 ) -> dict[str, Spread]:
     """Time every call once a round, in the order of `turn`; drifts of the machine then fall on all alike.
 
-    Caches are as the provider before left them (warm weights only where they fit beside another provider's). The
-    garbage collector is off while the clock runs. Times are wall-clock times of CPU work.
+    Unless `prepare` sees to them, caches are as the provider before left them (warm weights only where they fit beside
+    another provider's). The garbage collector is off while the clock runs. Times are wall-clock times of CPU work.
 
     Args:
         calls: name -> what to time.
@@ -99,6 +105,7 @@ def time_in_turns(
         warm_up: how many times each is called untimed before.
         clock: nanoseconds.
         tick: called after each round, for a progress bar.
+        prepare: called with what is about to be timed, before the clock is read.
 
     Raises:
         ValueError: if rounds is less than 1.
@@ -116,6 +123,7 @@ def time_in_turns(
         for number in range(rounds):
             for name in turn(list(calls), number):
                 call = calls[name]
+                prepare(call)
                 start = clock()
                 call()
                 samples[name].append(clock() - start)
@@ -160,6 +168,8 @@ def compare(
     rounds: int,
     clock: Callable[[], int] = perf_counter_ns,
     tick: Callable[[], object] = _nothing,
+    prepare: Prepare = as_left,
+    same_dtype: Tensor | None = None,
 ) -> list[Outcome]:
     """Check every provider's output on `x`, then time those that are right.
 
@@ -170,13 +180,15 @@ def compare(
         providers: name -> what makes the callable, `BASELINE` among them; all runs under `torch.no_grad()`.
         x: the input of each.
         exact: the right output, in float64.
-        rounds, clock, tick: see `time_in_turns`.
+        rounds, clock, tick, prepare: see `time_in_turns`.
+        same_dtype: the output whose error sets the bound; None for that of `BASELINE`.
 
     Raises:
-        RuntimeError: if the output of `BASELINE` is not finite: nothing can be held against it.
+        RuntimeError: if that output is not finite: nothing can be held against it.
     """
     before = x.clone()
-    same_dtype = providers[BASELINE]()(x)
+    if same_dtype is None:
+        same_dtype = providers[BASELINE]()(x)
     if not (torch.isfinite(same_dtype).all() and torch.isfinite(exact).all()):
         raise RuntimeError(f"{BASELINE} must give finite numbers, got {same_dtype.isnan().sum()} NaN")
     calls: dict[str, Callable[[], object]] = {}
@@ -193,6 +205,6 @@ def compare(
         if verdicts[name][0] is None:
             calls[name] = lambda call=call: call(x)  # type: ignore[misc]
     disturbance = Disturbance()
-    spreads = time_in_turns(calls, rounds=rounds, clock=clock, tick=tick)
+    spreads = time_in_turns(calls, rounds=rounds, clock=clock, tick=tick, prepare=prepare)
     others = disturbance.cores()
     return [Outcome(name, spreads.get(name), *verdicts[name], others) for name in providers]

@@ -113,13 +113,13 @@ def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] |
 
 
 def gpu(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None:
-    """ResNet-18 and 50 as CUDA graphs, a panel a batch; the ways that the README's table tells of.
+    """ResNet-18 and 50 in fp16 as CUDA graphs, a panel a batch; the ways that the README's table tells of.
 
     What was measured in several groups is shown as in the main one.
     """
     shown = {f"{name}+graph" for name in PROVIDERS}
     timed = [row for row in rows if row.get("status") == "ok" and row["provider"] in shown and row["part"] == "whole"]
-    timed = [row for row in timed if row["network"] in ("resnet18", "resnet50")]
+    timed = [row for row in timed if row["network"] in ("resnet18", "resnet50") and row["dtype"] == "fp16"]
     if not timed:
         return None
     panels: dict[str, dict[str, dict[str, float]]] = {}

@@ -4,7 +4,7 @@ A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME i
 from files in `benchmarks/results/`: `cpu.csv`, and `cpu_*.csv` for other CPUs and settings (`python -m
 benchmarks.bench_cpu`), `demo.json` (`python -m fused_resblock demo --json FILE`), `roofline.csv`, `basic_block.csv`,
 `activations.csv`, `codegen.csv` and `emulate*.csv` (`python -m benchmarks.roofline` and so on), and `*/bench.csv`,
-`check.csv` and `profile.csv` (`make gpu`). What none of them holds reads "not measured".
+`check.csv`, `profile.csv`, `tune.csv` and `ceilings.json` (`make gpu`). What none of them holds reads "not measured".
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import gpu_tables, results, tables
+from .gpu.records import read_json
 from .results import Row
 
 README = Path(__file__).parent.parent / "README.md"
@@ -38,6 +39,8 @@ class Sources(NamedTuple):
     gpu: list[dict[str, str]]
     checks: list[dict[str, str]]
     profile: list[dict[str, str]]
+    tune: list[dict[str, str]]
+    ceilings: dict[str, dict[str, Any]]  # by GPU
 
 
 TABLES: dict[str, Callable[[Sources], str]] = {
@@ -55,12 +58,12 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "codegen": lambda s: gpu_tables.codegen(s.codegen),
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
     "gpu": lambda s: gpu_tables.networks(s.gpu),
-    "gpu-goals": lambda s: gpu_tables.judged(s.gpu, s.profile),
+    "gpu-goals": lambda s: gpu_tables.judged(s.gpu, s.profile, s.tune, s.ceilings),
     "gpu-checks": lambda s: gpu_tables.checked(s.checks),
     "gpu-bytes": lambda s: gpu_tables.moved(s.profile),
 }
 #: of a folder of `make gpu`, in the order of `Sources`
-GPU_FILES = ("bench", "check", "profile")
+GPU_FILES = ("bench", "check", "profile", "tune")
 _OPEN = re.compile(r"^<!-- table:(?P<name>.*?) -->$")
 _CLOSE = "<!-- /table -->"
 
@@ -82,6 +85,7 @@ def load(folder: Path) -> Sources:
         _csv(folder / "codegen.csv"),
         [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],
         *([row for file in sorted(folder.glob(f"*/{name}.csv")) for row in _csv(file)] for name in GPU_FILES),
+        {rates["gpu"]: rates for rates in map(read_json, sorted(folder.glob("*/ceilings.json")))},
     )
 
 

@@ -63,7 +63,8 @@ def read_measured(path: Path | None) -> dict[tuple[str, str, str], float]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             part, stage = row["part"], row["group"] == "by-stage"
-            if row["status"] == "ok" and row["provider"] == "fused+graph" and (stage or row["group"] == "main"):
+            ours = (row["status"], row["provider"], row["dtype"]) == ("ok", "fused+graph", "fp16")
+            if ours and (stage or row["group"] == "main"):
                 name = {"whole": "stem and body", BODY: "body"}.get(part, part)
                 name = re.sub(r"^layer(\d)\.(\d)$", lambda m: f"l{m[1]}" + ".first" * (m[2] == "0"), name)
                 found[row["network"], name, row["batch"]] = round(1e3 * float(row["median_ms"]), 1)

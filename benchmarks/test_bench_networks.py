@@ -1,7 +1,9 @@
-"""Single cases by hand, in pytest-benchmark's table: `pytest benchmarks --benchmark-only -k "resnet50 and bfloat16"`.
+"""Networks, stages and blocks on a CPU, in pytest-benchmark's table.
 
-A provider is timed only if its output is right. The providers of a case follow one another here, so that a drift of the
-machine can favour one; figures to be quoted come from `python -m benchmarks.bench_cpu`, where they take turns.
+`pytest benchmarks --benchmark-only -k "resnet50 and bfloat16"`, or `-k "layer1.0 and float32-batch-1-"`. Where there is
+a GPU, `CUDA_VISIBLE_DEVICES=` in front of it. A provider is timed only if its output is right. The providers of a case
+follow one another here, so that a drift of the machine can favour one; figures to be quoted come from `python -m
+benchmarks.bench_cpu`, where they take turns.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.cases import BATCHES, DTYPES, NETWORKS, PARTS, PROVIDERS, Case, exact_output, prepare
+from benchmarks.cases import BATCHES, BLOCKS, DTYPES, NETWORKS, PARTS, PROVIDERS, STAGES, Case, exact_output, prepare
 from benchmarks.harness import WARM_UP, parity
 
-CASES = [Case(n, p, d, b) for n, d, b, p in product(NETWORKS, DTYPES, BATCHES, PARTS)]
+PLACES = () if torch.cuda.is_available() else (*PARTS, *STAGES, *BLOCKS)
+CASES = [Case(n, p, d, b) for n, d, b, p in product(NETWORKS, DTYPES, BATCHES, PLACES)]
 
 
 @lru_cache(maxsize=1)

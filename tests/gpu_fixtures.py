@@ -59,4 +59,6 @@ def block(channels=16):
 def small_bench(monkeypatch):
     """A block under every provider of the main group."""
     monkeypatch.setattr(bench, "prepare", lambda case, *rest: (block(), torch.randn(case.batch, 16, 4, 4)))
-    monkeypatch.setattr(bench, "cases", lambda quick: iter([networks.Case("resnet18", 2, "layer1.0", size=16)]))
+    monkeypatch.setattr(
+        bench, "cases", lambda quick: iter([networks.Case("resnet18", 2, "layer1.0", size=16, dtype="ieee")])
+    )

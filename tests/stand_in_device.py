@@ -28,6 +28,7 @@ class StandIn:
         self.compile_calls = []
         self.out_of_memory_after = None
         self.timed = 0
+        self.flushed = 0
 
     def synchronize(self):
         pass
@@ -55,6 +56,9 @@ class StandIn:
 
     def free(self):
         pass
+
+    def flush_l2(self):
+        self.flushed += 1
 
     def compiled(self, jobs, deadline):
         for job in jobs:

@@ -43,6 +43,19 @@ def test_rounds_follow_the_turns_after_the_warm_up():
     assert ticks == [9, 12, 15, 18]
 
 
+def test_what_is_timed_is_prepared_outside_of_its_time():
+    told = []
+    calls = {name: partial(told.append, name) for name in "ab"}
+    readings = iter(range(100))
+
+    def clock():
+        told.append("clock")
+        return next(readings)
+
+    harness.time_in_turns(calls, rounds=2, warm_up=0, clock=clock, prepare=lambda call: call())
+    assert told == [step for name in "abba" for step in (name, "clock", name, "clock")]
+
+
 def test_median_and_percentiles_belong_to_their_provider():
     times = {"a": [1.0, 9.0, 2.0, 3.0, 100.0], "b": [10.0, 30.0, 20.0, 50.0, 40.0]}
     dealt = [times[name][number] for number in range(5) for name in harness.turn("ab", number)]
@@ -98,6 +111,27 @@ def test_wrong_providers_are_reported_without_a_speed():
     assert rows["wrong"].median_ms is rows["wrong"].speedup_vs_eager is rows["wrong"].rounds is None
     assert rows["wrong"].note == outcomes["wrong"].failure
     assert rows["same"].speedup_vs_eager > 0
+
+
+def test_the_bound_may_be_that_of_another_result():
+    x = torch.randn(2, 8, 4, 4)
+    makers = {"eager": lambda: lambda x: x, "worse": lambda: lambda x: x + 1e-3}
+    for same_dtype, failed in ((None, 1), (x + 1e-3, 0)):
+        outcomes = harness.compare(makers, x, x.double(), rounds=1, same_dtype=same_dtype)
+        assert sum(o.failure is not None for o in outcomes) == failed
+
+
+@pytest.mark.parametrize("part", ["whole", cases.BODY, "layer2", "layer2.0", "layer3.1"])
+def test_a_part_is_what_the_network_runs_on_what_it_hands_it(part, one_thread):
+    model, x = cases.prepare(Case("resnet18", part, size=64))
+    whole, images = cases.prepare(Case("resnet18", size=64))
+    place = {"whole": whole, cases.BODY: whole.layer4}.get(part) or whole.get_submodule(part)
+    seen = []
+    place.register_forward_hook(lambda module, args, y: seen.append(y))
+    with torch.no_grad():
+        whole(images)
+        torch.testing.assert_close(model(x), seen[0])
+    assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_many_small_errors_fail_where_the_largest_one_does_not():

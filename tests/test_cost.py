@@ -238,15 +238,16 @@ def test_stages_are_the_sums_of_their_blocks():
 
 def test_what_was_measured_stands_beside_its_row(tmp_path):
     rows = [
-        "network,part,batch,group,provider,status,median_ms",
-        "resnet50,whole,128,main,fused+graph,ok,3",
-        "resnet50,whole,128,compile,fused+graph,ok,4",
-        "resnet50,layer1-4,128,by-stage,fused+graph,ok,2",
-        "resnet50,layer1,128,by-stage,fused+graph,ok,0.5",
-        "resnet50,layer1,128,by-stage,eager+graph,ok,9",
-        "resnet50,layer2.0,128,main,fused+graph,ok,0.25",
-        "resnet50,layer2.1,128,main,fused+graph,ok,0.125",
-        "resnet50,layer3.1,128,main,fused+graph,failed,",
+        "network,part,dtype,batch,group,provider,status,median_ms",
+        "resnet50,whole,bf16,128,main,fused+graph,ok,7",
+        "resnet50,whole,fp16,128,main,fused+graph,ok,3",
+        "resnet50,whole,fp16,128,compile,fused+graph,ok,4",
+        "resnet50,layer1-4,fp16,128,by-stage,fused+graph,ok,2",
+        "resnet50,layer1,fp16,128,by-stage,fused+graph,ok,0.5",
+        "resnet50,layer1,fp16,128,by-stage,eager+graph,ok,9",
+        "resnet50,layer2.0,fp16,128,main,fused+graph,ok,0.25",
+        "resnet50,layer2.1,fp16,128,main,fused+graph,ok,0.125",
+        "resnet50,layer3.1,fp16,128,main,fused+graph,failed,",
     ]
     (tmp_path / "bench.csv").write_text("\n".join(rows))
     assert roofline.read_measured(tmp_path / "bench.csv") == {

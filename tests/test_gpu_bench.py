@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from gpu_fixtures import block, context, few_tiles, one_thread, small_bench
 
-from benchmarks.cases import BODY
+from benchmarks.cases import BLOCKS, BODY
 from benchmarks.gpu import (
     bench,
     check,
@@ -18,6 +18,7 @@ from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.records import read_json
 from benchmarks.shapes import ConvShape
 from fused_resblock.kernels.tables import read
+from fused_resblock.models import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +98,47 @@ def test_bench_times_what_is_right_and_resumes(context, small_bench):
     size = (context.folder / "bench.csv").stat().st_size
     bench.run(context)
     assert (context.folder / "bench.csv").stat().st_size == size
+
+
+def test_l2_is_emptied_or_filled_before_each_call(context, monkeypatch):
+    """By the group: emptied for each of two rounds of the four providers, each as it is and as a graph."""
+    calls = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x):
+            calls.append(1)
+            return x + 1
+
+    model = Counting()
+    makers = {"eager": lambda model, x: model}
+    monkeypatch.setattr(bench, "prepare", lambda case, *rest: (model, torch.randn(2, 16, 4, 4)))
+    for group, flushed, each in (("main", 0, 1), ("cold", 4, 1), ("warm", 0, 2)):
+        monkeypatch.setitem(networks.GROUPS, group, makers)
+        before, context.device.flushed = len(calls), 0
+        bench.measure(context, networks.Case("resnet18", 2, group=group, dtype="ieee"), bench.records(context))
+        assert context.device.flushed == flushed
+        called = len(calls) - before
+        if group == "main":
+            usual = called
+        assert called == usual + 4 * (each - 1)
+
+
+def test_in_tf32_the_bound_is_the_larger_error_of_torch_and_of_an_ideal_unit(monkeypatch):
+    model, x = torch.nn.Conv2d(8, 8, 3).requires_grad_(False), torch.randn(2, 8, 6, 6)
+    exact = model.double()(x.double())
+    model.float()
+    off = {d: (bench.bounding_output(d, model, x, exact) - exact).abs().max() for d in ("ieee", "tf32")}
+    assert off["tf32"] > 50 * off["ieee"]
+    monkeypatch.setattr(bench, "own", lambda dtype, function: exact.float())
+    assert torch.equal(bench.bounding_output("tf32", model, x, exact), model(x))
+
+
+def test_what_is_planned_is_every_network_in_every_dtype():
+    planned = bench.planned()
+    assert len(planned) == len(set(planned))
+    whole = {(of.network, of.dtype, of.batch) for of in planned if of.part == "whole"}
+    assert whole == {(n, d, b) for n in ARCHITECTURES for d in ("fp16", "bf16", "tf32") for b in bench.BATCHES}
+    assert {c.group for c in bench.cases() if c.part in BLOCKS} == {"main", "cold", "warm", "compile"}
 
 
 def test_folding_changes_no_result():

@@ -28,6 +28,7 @@ ROW = {
     "commit": "abc",
     "network": "resnet50",
     "part": "whole",
+    "dtype": "fp16",
     "batch": "128",
     "group": "main",
     "status": "ok",
@@ -59,7 +60,7 @@ def test_networks_by_gpu():
     text = networks([ROW, plain, eager, failed, peer, {**ROW, "provider": "eager+graph", "median_ms": "6"}])
     assert "H100, torch 2.11, Triton 3.6, commit abc" in text
     absent = "not measured"
-    cells = ["resnet50", "whole", "128", "6.000", absent, "5.000", absent, absent, "2.500", "2.00x", "0.75x"]
+    cells = ["resnet50", "whole", "fp16", "128", "6.000", absent, "5.000", absent, absent, "2.500", "2.00x", "0.75x"]
     assert text.splitlines()[-1] == f"| {' | '.join(cells)} |"
 
 
@@ -88,6 +89,6 @@ def test_bytes_are_a_goal(share, met):
     counted = 2 * 128 * 28**2 * 10 * 128 + 2 * (9 * 128**2 + 2 * 128 * 512)
     row = {"launch": "tail.l2.b128", "status": "ok", "dram_read_bytes": "0"}
     profile = [] if share is None else [{**row, "dram_write_bytes": str(share * counted)}]
-    last = judged([ROW], profile).splitlines()[-1]
+    last = judged([ROW], profile).splitlines()[-2]
     shown = "not measured" if share is None else f"{share}x"
     assert last == f"| tails, batch 128: bytes moved over those counted: at most 1.15x | {shown} | {met} |"

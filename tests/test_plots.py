@@ -45,8 +45,11 @@ def test_figures_are_those_of_the_rows():
 
 def test_gpu_bars():
     row = {"gpu": "H100", "torch": "2.11", "triton": "3.6", "network": "resnet50", "part": "whole", "batch": "128"}
+    row["dtype"] = "fp16"
     graph = {**row, "status": "ok", "provider": "fused+graph", "median_ms": "2.5"}
-    panels, title = plots.gpu([graph, {**graph, "provider": "fused"}, {**graph, "status": "failed"}])
+    panels, title = plots.gpu(
+        [graph, {**graph, "provider": "fused"}, {**graph, "status": "failed"}, {**graph, "dtype": "bf16"}]
+    )
     assert panels == {"batch 128": {"resnet50": {"fused": 2.5}}}
     assert title == "H100, torch 2.11, Triton 3.6, fp16"
     compiled = [{**graph, "group": "compile", "median_ms": "2.9"}, {**graph, "group": "main"}]

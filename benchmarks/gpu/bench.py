@@ -1,27 +1,31 @@
-"""Whole networks, and blocks and stages of ResNet-50, in fp16: every provider checked, then timed in turns."""
+"""Whole networks in fp16, bf16 and TF32, and blocks and stages of them: every provider checked, then timed in turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from fused_resblock.models import ARCHITECTURES
 
-from ..cases import BODY, exact_output
-from ..harness import Outcome, compare
+from ..cases import BLOCKS, BODY, exact_output
+from ..harness import Outcome, as_left, compare
 from . import onnx_session
 from .context import Context
 from .device import Broken, error_line, is_broken, is_out_of_memory
-from .networks import Case, prepare, providers
+from .goals import Of
+from .networks import L2_GROUPS, Case, prepare, providers
+from .operations import own, precision
 from .records import Records
 
-KEY = ("network", "part", "batch", "group", "provider")
+KEY = ("network", "part", "dtype", "batch", "group", "provider")
 COLUMNS = ("status", "median_ms", "p20_ms", "p80_ms", "rounds", "speedup_vs_eager", "images_per_s")
 COLUMNS += ("max_error", "error_bound", "extra_mib", "note")
 BATCHES = (128, 1, 32, 256)
 #: seconds that a group takes to make its providers, below which it is not begun
-SECONDS = {"main": 20, "by-stage": 20, "compile": 90, "max-autotune": 240, "engines": 60}
+SECONDS = {"main": 20, "by-stage": 20, "cold": 20, "warm": 20, "compile": 90, "max-autotune": 240, "engines": 60}
 
 
 def records(context: Context) -> Records:
@@ -32,30 +36,47 @@ def records(context: Context) -> Records:
 def cases(quick: bool = False) -> Iterator[Case]:
     """What is measured, what matters most first."""
     if quick:
-        yield Case("resnet18", 2, size=64)
-        yield Case("resnet18", 2, "layer2.0", size=64)
+        dtype = "fp16" if torch.cuda.is_available() else "ieee"
+        yield Case("resnet18", 2, size=64, dtype=dtype)
+        yield from (Case("resnet18", 2, "layer2.0", group, 64, dtype) for group in ("main", *L2_GROUPS))
         return
     others = [name for name in ARCHITECTURES if name not in ("resnet18", "resnet50")]
     yield from (Case(network, batch) for batch in BATCHES[:2] for network in ("resnet50", "resnet18"))
-    for layer in (1, 2, 3, 4):
-        yield from (Case("resnet50", 128, f"layer{layer}.{block}") for block in (0, 1))
+    yield from (Case("resnet50", 128, block) for block in BLOCKS)
     stages = ("layer1", "layer2", BODY)
     yield from (Case("resnet50", batch, part, "by-stage") for batch in (128, 64, 256) for part in stages)
     yield from (Case(network, batch) for batch in BATCHES[2:] for network in ("resnet50", "resnet18"))
     yield from (Case(network, 128) for network in others)
     yield from (Case(network, batch, group="compile") for network in ("resnet50", "resnet18") for batch in BATCHES[:2])
     yield from (Case(network, 128, group="max-autotune") for network in ("resnet50", "resnet18"))
-    yield from (Case("resnet50", 128, part, "max-autotune") for part in stages[:2])
+    yield from (Case("resnet50", batch, part, "max-autotune") for batch in (128, 64, 256) for part in stages[:2])
     if onnx_session.available():
         yield from (
             Case(network, batch, group="engines") for network in ("resnet50", "resnet18") for batch in BATCHES[:2]
         )
     yield from (Case(network, batch) for batch in BATCHES[1:] for network in others)
+    yield from (Case(network, 128, group="compile") for network in others)
+    yield from (Case("resnet50", 128, block, group) for group in L2_GROUPS for block in BLOCKS)
+    yield from (Case("resnet18", 128, block) for block in BLOCKS)
+    yield from (Case("resnet50", 128, block, "compile") for block in BLOCKS)
+    yield from (
+        Case(network, batch, dtype=dtype)
+        for batch in BATCHES
+        for dtype in ("bf16", "tf32")
+        for network in ("resnet50", "resnet18", *others)
+    )
+    yield from (Case("resnet50", 128, group="compile", dtype=dtype) for dtype in ("bf16", "tf32"))
+    yield from (Case(network, 128, group="max-autotune") for network in others)
+
+
+def planned(quick: bool = False) -> list[Of]:
+    """What `goals.judge` is told of: the networks and parts that are to be measured."""
+    return list(dict.fromkeys(Of(c.network, c.part, c.dtype, c.batch) for c in cases(quick)))
 
 
 def smaller(case: Case) -> Case | None:
     """The same at half the batch; None at one image."""
-    return None if case.batch == 1 else Case(case.network, case.batch // 2, case.part, case.group, case.size)
+    return None if case.batch == 1 else replace(case, batch=case.batch // 2)
 
 
 def _record(case: Case, outcomes: list[Outcome], extra: dict[str, int | None], table: Records) -> None:
@@ -65,6 +86,7 @@ def _record(case: Case, outcomes: list[Outcome], extra: dict[str, int | None], t
         table.add(
             network=case.network,
             part=case.part,
+            dtype=case.dtype,
             batch=case.batch,
             group=case.group,
             provider=outcome.provider,
@@ -79,6 +101,18 @@ def _record(case: Case, outcomes: list[Outcome], extra: dict[str, int | None], t
         )
 
 
+@torch.no_grad()
+def bounding_output(dtype: str, model: nn.Module, x: Tensor, exact: Tensor) -> Tensor:
+    """The output whose error sets the bound: torch's own, or an ideal TF32 unit's where that is further off.
+
+    cuDNN may do without TF32 though it is allowed.
+    """
+    results = [model(x)]
+    if dtype == "tf32":
+        results.append(own(dtype, lambda: model(x)))
+    return max(results, key=lambda y: (y - exact).square().mean().item())
+
+
 def measure(context: Context, case: Case, table: Records) -> None:
     """Check and time the providers of one case, and record them.
 
@@ -86,12 +120,22 @@ def measure(context: Context, case: Case, table: Records) -> None:
         RuntimeError: if memory runs out.
     """
     device = context.device
-    dtype = torch.float16 if device.torch_name == "cuda" else torch.float32
-    model, x = prepare(case, device.torch_name, dtype)
-    made = providers(case, model, x, device)
-    exact = exact_output(model, x)
-    device.free()
-    outcomes = compare(made, x, exact, rounds=context.rounds(20 if case.batch >= 128 else 50), clock=device.clock)
+    prepared = {"cold": lambda _: device.flush_l2(), "warm": lambda call: call()}
+    with precision(case.dtype) as dtype:
+        model, x = prepare(case, device.torch_name, dtype)
+        made = providers(case, model, x, device)
+        exact = exact_output(model, x)
+        same_dtype = bounding_output(case.dtype, model, x, exact)
+        device.free()
+        outcomes = compare(
+            made,
+            x,
+            exact,
+            rounds=context.rounds(20 if case.batch >= 128 else 50),
+            clock=device.clock,
+            prepare=prepared.get(case.group, as_left),
+            same_dtype=same_dtype,
+        )
     for outcome in outcomes:
         if outcome.failure is not None and is_broken(RuntimeError(outcome.failure)):
             raise Broken(outcome.failure)
@@ -108,6 +152,7 @@ def _refuse(case: Case, table: Records, status: str, note: str) -> None:
         table.add(
             network=case.network,
             part=case.part,
+            dtype=case.dtype,
             batch=case.batch,
             group=case.group,
             provider=name,
@@ -123,7 +168,7 @@ def run(context: Context) -> int:
     todo = list(cases(context.quick))
     left = 0
     for case in todo:  # grows by smaller batches
-        label = case.network, case.part, case.batch, case.group
+        label = case.network, case.part, case.dtype, case.batch, case.group
         if table.done(*label, "all"):
             continue
         if not context.deadline.allows(0 if context.quick else SECONDS[case.group]):

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import fused_resblock as frb
 from fused_resblock.demo.inputs import make_model
 
-from ..cases import BODY, body_of
+from ..cases import part_of
 from . import onnx_session
 from .device import Device
 
@@ -28,9 +28,9 @@ CALIBRATION = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A network, or a part of one, at one batch size, and the providers that take turns on it.
+    """A network, or a part of one (`cases.part_of`), at one batch size, and the providers that take turns on it.
 
-    A part is a block such as `layer1.0`, a stage such as `layer1`, or `layer1-4`: all stages.
+    `dtype` is one of `operations.DTYPES`.
     """
 
     network: str
@@ -38,32 +38,21 @@ class Case:
     part: str = "whole"
     group: str = "main"
     size: int = 224
+    dtype: str = "fp16"
 
     def __str__(self) -> str:
-        return f"{self.network} {self.part} batch {self.batch} {self.group}"
+        return f"{self.network} {self.part} {self.dtype} batch {self.batch} {self.group}"
 
 
 @torch.no_grad()
 def prepare(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """The model in eval mode and its input, both channels_last, in `dtype` and on the device.
-
-    A part's input is what the network itself hands it.
-    """
+    """The model in eval mode and its input, both channels_last, in `dtype` and on the device."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)
     model = make_model(case.network, None, images[:CALIBRATION].repeat(-(-2 // case.batch), 1, 1, 1))
     model = model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = images.to(device, dtype)
-    if case.part == "whole":
-        return model, x
-    part = body_of(model) if case.part == BODY else model.get_submodule(case.part)
-    first = part[0] if case.part == BODY else part  # type: ignore[index]
-    seen: list[Tensor] = []
-    hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    model(x)
-    hook.remove()
-    return part, seen[0].contiguous(memory_format=torch.channels_last)
+    return part_of(model, case.part, images.to(device, dtype))
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -142,6 +131,9 @@ GROUPS: dict[str, dict[str, Callable[[nn.Module, Tensor], Call]]] = {
         "onnxruntime": onnx_session.Session,
     },
 }
+#: as "main", with L2 emptied before each call, or filled by the same call
+L2_GROUPS = ("cold", "warm")
+GROUPS |= {l2: {name: GROUPS["main"][name] for name in ("eager", "folded", "cudnn", "fused")} for l2 in L2_GROUPS}
 NO_GRAPH = ("onnxruntime",)  # it launches on the stream that it was made with
 
 

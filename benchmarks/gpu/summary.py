@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fused_resblock.table import format_table
 
-from . import bench, ceilings, check, goals, profile, tune
+from . import bandwidth, bench, ceilings, check, goals, profile, tune
 from .context import Context
+from .networks import L2_GROUPS
 from .records import Row, read_json
 
 KERNELS = ("conv_bn_act", "bn_act", "relu_backward", "expand_shift", "stem")
@@ -32,17 +33,21 @@ def _counts(counts: dict[str, int]) -> str:
 def _networks(rows: list[Row]) -> str:
     """Median milliseconds by case, a column a provider, eager mode and CUDA graph on lines of their own."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["group"] not in L2_GROUPS):
         provider, _, graph = row["provider"].partition("+")
         if provider not in PROVIDERS:
             continue
         text = f"{float(row['median_ms']):.3f}" if row["status"] == "ok" else row["status"]
-        line = lines.setdefault((row["network"], row["part"], row["batch"], graph or "eager"), {})
+        line = lines.setdefault((row["network"], row["part"], row["dtype"], row["batch"], graph or "eager"), {})
         if row["group"] == "main" or provider not in line:
             line[provider] = text
     shown = [name for name in PROVIDERS if any(name in line for line in lines.values())]
     cells = [[*key, *(line.get(name) for name in shown)] for key, line in lines.items()]
-    return format_table(["network", "part", "batch", "launch", *shown], cells) if cells else "no networks measured"
+    return (
+        format_table(["network", "part", "dtype", "batch", "launch", *shown], cells)
+        if cells
+        else "no networks measured"
+    )
 
 
 def text(context: Context) -> str:
@@ -58,6 +63,10 @@ def text(context: Context) -> str:
         by_backend[winner["backend"]] = by_backend.get(winner["backend"], 0) + 1
     stages = read_json(context.folder / "tiles.json").get("stages", [])
     stamp = context.stamp
+    judged = goals.judge(networks, bench.planned(context.quick))
+    judged += goals.besides(
+        [], bandwidth.shares(times.rows(), {stamp["gpu"]: rates} if "copy_tb_per_s" in rates else {})
+    )
     lines = [
         f"{stamp['gpu']}, driver {stamp.get('driver')}, torch {stamp.get('torch')}, Triton {stamp.get('triton')}, "
         f"fused_resblock {stamp.get('fused_resblock')} ({stamp.get('commit')}), {stamp.get('date')}",
@@ -71,10 +80,10 @@ def text(context: Context) -> str:
         f"stage kernel faster than conv by conv: {sum(row['faster'] for row in stages)} of {len(stages)} tails timed",
         f"launches profiled: {len(profile.records(context).rows(status='ok'))}",
         "",
-        "fp16, channels_last, median ms:",
+        "channels_last, median ms:",
         _networks(networks),
         "",
-        format_table(["goal", "measured", "met"], [list(line) for line in goals.judge(networks)]),
+        format_table(["goal", "measured", "met"], [list(line) for line in judged]),
     ]
     return "\n".join(lines)
 
