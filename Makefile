@@ -82,6 +82,8 @@ emulate: $(STAMP)
 roofline: $(STAMP)
 	$(PY) -m benchmarks.roofline $(ARGS)
 	$(PY) -m benchmarks.basic_block
+	$(PY) -m benchmarks.predictions
+	$(PY) -m benchmarks.l2_rates
 
 activations: $(STAMP)
 	KINETO_LOG_LEVEL=6 $(PY) -m benchmarks.activations $(ARGS)  # else torch's profiler says when it starts

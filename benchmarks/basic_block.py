@@ -30,7 +30,7 @@ from fused_resblock.table import format_table
 from .floors import blocks_of, floors_of, gemm_of
 from .gpu.space import key_of
 from .results import FOLDER
-from .roofline import kept_ceilings, read_ceilings
+from .roofline import kept_ceilings, kept_chip
 from .shapes import ConvShape
 from .tables import NOT_MEASURED
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"batch must be at least 1, got {args.batch}")
     ceilings = kept_ceilings()
     measured = read_measured(ceilings and ceilings.with_name("tune.csv"), args.batch)
-    lines = rows(args.batch, read_ceilings(ceilings), measured)
+    lines = rows(args.batch, kept_chip(), measured)
     with args.out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([HEADERS, *lines])
     print(format_table(HEADERS[1:], [line[1:] for line in lines]))

@@ -54,8 +54,9 @@ class Floors:
 
     Floors of eager, of fusion conv by conv, of blocks whose tails and next heads are one kernel (`stage`; other blocks
     hold the next one's head, also across stages), and of whole blocks as one kernel. Predictions for conv by conv
-    (`ours`), with the stage kernel where it wins (`ours_stage`), and for `whole_bottleneck`, which is not built
-    (`l2_whole`). Where there is no such kernel, what is next best stands in its place.
+    (`ours`), with the stage kernel where it wins (`ours_stage`), and for `whole_bottleneck`, which is not built: with
+    its halves overlapping (`l2_whole`), and one after the other (`l2_in_turn`). Where there is no such kernel, what is
+    next best stands in its place.
     """
 
     eager: float
@@ -65,6 +66,7 @@ class Floors:
     ours: float
     ours_stage: float
     l2_whole: float
+    l2_in_turn: float
 
     def __add__(self, other: Floors) -> Floors:
         return Floors(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -140,19 +142,17 @@ def floors_of(
     whole = Cost(x + y + weights, 0, flops).floor(chip)
     tail = tail_of(shapes, batch, itemsize, chip, following)
     if tail is None:
-        return Floors(eager, per_conv, per_conv, whole, ours, ours, ours)
-    l2_whole = _l2_whole(shapes, batch, itemsize, chip)
+        return Floors(eager, per_conv, per_conv, whole, ours, ours, ours, ours)
+    l2_whole = _l2_whole(shapes, batch, itemsize, chip) or (ours, ours)
     head = (0.0, 0.0) if headless else of_convs[0]
     next_head = 0.0 if following is None else predicted_of(following, batch, itemsize, chip)
     alone = tail_of(shapes, batch, itemsize, chip, None) or tail
     best = min(tail[1], alone[1] + next_head, of_convs[1][1] + of_convs[2][1] + next_head)
-    return Floors(
-        eager, per_conv, head[0] + tail[0], whole, ours, head[1] + best, ours if l2_whole is None else l2_whole
-    )
+    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, head[1] + best, *l2_whole)
 
 
-def _l2_whole(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> float | None:
-    """A bottleneck by `whole_bottleneck`, with the stage kernel's tile; None where there is no such kernel."""
+def _l2_whole(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> tuple[float, float] | None:
+    """A bottleneck by `whole_seconds`, with the stage kernel's best tile; None where there is no such kernel."""
     reduce, conv, expand = (gemm_of(shape, batch) for shape in shapes)
     second = second_of(shapes[2], batch)
     tiles = candidates(conv.n, 0, itemsize, second is not None, Gpu(chip.multiprocessors))
@@ -162,7 +162,8 @@ def _l2_whole(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceil
         for tile in tiles
         if not tile.halo
     ]
-    return min((time for time in times if time is not None), default=None)
+    known = [time for time in times if time is not None]
+    return (min(t for t, _ in known), min(t for _, t in known)) if known else None
 
 
 def tail_of(
@@ -196,7 +197,7 @@ def stem_floors(batch: int, itemsize: int, chip: Ceilings) -> Floors:
     cost = stem_cost(conv, pixels, itemsize, tile)
     programs = batch * -(-56 // tile.pooled_rows) * -(-56 // (tile.pooled_columns - 1))
     ours = predicted(cost, programs, STEM_PROGRAMS, chip) + LAUNCH  # the copy is a launch of its own
-    return Floors(eager, plain.floor(chip) + pool, whole, whole, ours, ours, ours)
+    return Floors(eager, plain.floor(chip) + pool, whole, whole, ours, ours, ours, ours)
 
 
 def blocks_of(kind: str) -> dict[str, list[ConvShape]]:
@@ -227,7 +228,7 @@ def network_floors(
         ends = behind is None or behind.endswith("first")
         counted[block, block + ".last" * (ends and not block.endswith("first")), following, headless] += 1
         headless = following is not None
-    total, rows = Floors(0, 0, 0, 0, 0, 0, 0), []
+    total, rows = Floors(*[0.0] * 8), []
     for (block, name, following, headless), count in counted.items():
         floors = floors_of(blocks[block], batch, itemsize, chip, following, headless)
         rows.append((name, count, floors))

@@ -29,9 +29,14 @@ def roofline(rows: Rows) -> str:
     columns += ("predicted_l2_whole_us",)
     headers = ["network", "floor of eager", "of conv by conv", "of stages", "of whole blocks"]
     headers += ["predicted, conv by conv", "predicted, with stages", "predicted, blocks in L2", "measured"]
-    lines = [[row["network"], *(_ms(row[c]) for c in columns), _ms(row["measured_us"])] for row in bodies]
+    headers += ["predicted with stages / measured"]
+    lines = []
+    for row in bodies:
+        seen = row["measured_us"]
+        known = "-" if seen == NOT_MEASURED else f"{float(row['predicted_stage_us']) / float(seen):.2f}"
+        lines.append([row["network"], *(_ms(row[c]) for c in columns), _ms(seen), known])
     told = f"{first['chip']}, batch {first['batch']}, {8 * int(first['itemsize'])}-bit elements, milliseconds."
-    return f"{told}\n\n{markdown(headers, lines, numbers=8)}"
+    return f"{told}\n\n{markdown(headers, lines, numbers=9)}"
 
 
 def stages(rows: Rows) -> str:
@@ -58,6 +63,32 @@ def basic_block(rows: Rows) -> str:
     lines = [[row["block"], *(row[c] or "-" for c in columns)] for row in rows]
     told = f"{rows[0]['chip']}, batch {rows[0]['batch']}, fp16, microseconds."
     return f"{told}\n\n{markdown(headers, lines, numbers=6)}"
+
+
+def predictions(rows: Rows) -> str:
+    """Tiles that were timed: predicted over measured, and what the tile that is picked costs."""
+    if not rows:
+        return NOT_MEASURED
+    columns = ("kind", "dtype", "batch", "tiles", "over_measured", "cases", "over_fastest", "worst_over_fastest")
+    headers = ["", "dtype", "batch", "tiles timed", "predicted / measured", "picked and timed"]
+    headers += ["picked / fastest", "the worst"]
+    lines = [[row[column] or "-" for column in columns] for row in rows]
+    return f"{rows[0]['gpu']}.\n\n{markdown(headers, lines, numbers=6)}"
+
+
+def l2_rates(rows: Rows) -> str:
+    """Three designs at two rates of L2, and what was measured."""
+    if not rows:
+        return NOT_MEASURED
+    columns = ("predicted_us", "predicted_stage_us", "predicted_l2_whole_us", "predicted_l2_in_turn_us")
+    columns += ("measured_conv_by_conv_us", "measured_us")
+    headers = ["L2's rate, TB/s", "network", "part", "conv by conv", "with stages", "blocks in L2, halves overlapping"]
+    headers += ["halves in turn", "measured, conv by conv", "measured, with stages"]
+    lines = []
+    for row in rows:
+        rate = f"{row['l2_tb_per_s']}: {row['of']}"
+        lines.append([rate, row["network"], row["part"], *(row[c] or NOT_MEASURED for c in columns)])
+    return f"{rows[0]['chip']}, batch {rows[0]['batch']}, fp16, microseconds.\n\n{markdown(headers, lines, numbers=6)}"
 
 
 def activations(rows: Rows) -> str:

@@ -15,7 +15,7 @@ from . import results
 from .gpu_tables import PROVIDERS
 from .readme_tables import Sources, load
 from .results import Row
-from .tables import machines
+from .tables import NOT_MEASURED, machines
 
 #: provider or floor -> colour; what is ours is the strongest
 COLOURS = {
@@ -30,6 +30,7 @@ COLOURS = {
     "floor, stages": "#b0bec5",
     "predicted, conv by conv": "#1b6ca8",
     "predicted, with stages": "#0b3c5d",
+    "measured": "#c1666b",
 }
 Bars = Mapping[str, Mapping[str, float]]  # label of a group -> name of a bar -> value
 
@@ -92,7 +93,7 @@ def cpu(rows: Sequence[Row]) -> tuple[dict[str, Bars], str] | None:
 
 
 def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None:
-    """ResNet-50's stem and blocks, and all networks without their classifiers."""
+    """ResNet-50's stem and blocks, measured conv by conv, and all networks, measured with their classifiers."""
     if not rows:
         return None
     columns = {
@@ -100,15 +101,16 @@ def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] |
         "floor, stages": "stage_us",
         "predicted, conv by conv": "predicted_us",
         "predicted, with stages": "predicted_stage_us",
+        "measured": "measured_us",
     }
 
     def bars(row: Mapping[str, str]) -> dict[str, float]:
-        return {name: float(row[column]) for name, column in columns.items()}
+        return {name: float(row[column]) for name, column in columns.items() if row[column] != NOT_MEASURED}
 
     of_one = [row for row in rows if row["network"] == "resnet50"]
     blocks = {row["block"]: bars(row) for row in of_one if re.match(r"stem$|l\d", row["block"])}
     networks = {row["network"]: bars(row) for row in rows if row["block"] == "stem and body"}
-    title = f"Not measured: floors and predictions. {rows[0]['chip']}, batch {rows[0]['batch']}"
+    title = f"Floors, predictions and, where there is one, a measurement. {rows[0]['chip']}, batch {rows[0]['batch']}"
     return {"blocks of resnet50": blocks, "networks (stem and body)": networks}, title
 
 

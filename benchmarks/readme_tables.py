@@ -3,8 +3,9 @@
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is one of `TABLES`. The figures come
 from files in `benchmarks/results/`: `cpu.csv`, and `cpu_*.csv` for other CPUs and settings (`python -m
 benchmarks.bench_cpu`), `demo.json` (`python -m fused_resblock demo --json FILE`), `roofline.csv`, `basic_block.csv`,
-`activations.csv`, `codegen.csv` and `emulate*.csv` (`python -m benchmarks.roofline` and so on), and `*/bench.csv`,
-`check.csv`, `profile.csv`, `tune.csv` and `ceilings.json` (`make gpu`). What none of them holds reads "not measured".
+`predictions.csv`, `l2_rates.csv`, `activations.csv`, `codegen.csv` and `emulate*.csv` (`python -m benchmarks.roofline`
+and so on), and `*/bench.csv`, `check.csv`, `profile.csv`, `tune.csv` and `ceilings.json` (`make gpu`). What none of
+them holds reads "not measured".
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Sources(NamedTuple):
     demo: dict[str, Any]
     roofline: list[dict[str, str]]
     basic_block: list[dict[str, str]]
+    predictions: list[dict[str, str]]
+    l2_rates: list[dict[str, str]]
     activations: list[dict[str, str]]
     codegen: list[dict[str, str]]
     emulate: list[dict[str, str]]
@@ -54,6 +57,8 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "roofline": lambda s: gpu_tables.roofline(s.roofline),
     "stages": lambda s: gpu_tables.stages(s.roofline),
     "basic-block": lambda s: gpu_tables.basic_block(s.basic_block),
+    "predictions": lambda s: gpu_tables.predictions(s.predictions),
+    "l2-rates": lambda s: gpu_tables.l2_rates(s.l2_rates),
     "activations": lambda s: gpu_tables.activations(s.activations),
     "codegen": lambda s: gpu_tables.codegen(s.codegen),
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
@@ -81,6 +86,8 @@ def load(folder: Path) -> Sources:
         json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {},
         _csv(folder / "roofline.csv"),
         _csv(folder / "basic_block.csv"),
+        _csv(folder / "predictions.csv"),
+        _csv(folder / "l2_rates.csv"),
         _csv(folder / "activations.csv"),
         _csv(folder / "codegen.csv"),
         [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],

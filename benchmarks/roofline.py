@@ -4,8 +4,9 @@ Four floors a block: eager (every operation reads and writes memory), per-conv (
 follows it, the best that fusion conv by conv can do), stage (a block's tail and the next one's head as one kernel) and
 whole (a block that reads its input and writes its output once). Beside them the prediction for our kernels with the
 tiles that the heuristic picks. Ceilings come from the `ceilings.json` of a measured chip in `benchmarks/results/`
-(`make gpu-check`), and what was measured from the `bench.csv` beside it; with `--assumed`, or without such a file, from
-`NOMINAL`, which no run of this code measured.
+(`make gpu-check`), the rate of L2 from the convolutions in the `tune.csv` beside it (`predictions.fitted_l2`), and what
+was measured from `bench.csv`; with `--assumed`, or without such files, from `NOMINAL`, which no run of this code
+measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fused_resblock.kernels.cost import Ceilings
@@ -23,6 +25,7 @@ from fused_resblock.table import format_table
 
 from .cases import BODY
 from .floors import DEPTHS, Floors, network_floors, stem_floors
+from .predictions import fitted_l2, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "roofline.csv"
 NOMINAL = Ceilings("H100 (assumed: 3.0 TB/s, L2 5.5 TB/s, 700 TFLOP/s)", 3.0e12, 5.5e12, 700e12, 132)
@@ -49,6 +52,17 @@ def read_ceilings(path: Path | None) -> Ceilings:
     except KeyError as error:
         needed = f"gpu, multiprocessors, {', '.join(names)}"
         raise ValueError(f"ceilings must hold {needed}, got no {error}") from None
+
+
+def kept_chip() -> Ceilings:
+    """The ceilings of the chip in `benchmarks/results/`, with L2's rate as its convolutions show it; else `NOMINAL`."""
+    path = kept_ceilings()
+    chip = read_ceilings(path)
+    tuned = path.with_name("tune.csv") if path else None
+    if tuned is None or not tuned.exists():
+        return chip
+    l2 = fitted_l2(read_rows(tuned), chip)
+    return replace(chip, l2=l2, name=f"{chip.name.removesuffix(')')}, L2's fitted: {l2 / 1e12:.1f} TB/s)")
 
 
 def read_measured(path: Path | None) -> dict[tuple[str, str, str], float]:
@@ -95,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"batch must be at least 1, got {args.batch}")
-    if args.ceilings is None and not args.assumed:
-        args.ceilings = kept_ceilings()
-        beside = args.ceilings and args.ceilings.with_name("bench.csv")
-        args.measured = args.measured or (beside if beside and beside.exists() else None)
-    chip = read_ceilings(args.ceilings)
+    kept = None if args.ceilings is not None or args.assumed else kept_ceilings()
+    if kept is not None:
+        beside = kept.with_name("bench.csv")
+        args.measured = args.measured or (beside if beside.exists() else None)
+    chip = read_ceilings(args.ceilings) if kept is None else kept_chip()
     measured = read_measured(args.measured)
     rows = []
     for network in DEPTHS:
@@ -112,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, seen or "not measured"])
     headers = ["chip", "network", "batch", "itemsize", "block", "count"]
     headers += ["eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us"]
-    headers += ["predicted_l2_whole_us", "measured_us"]
+    headers += ["predicted_l2_whole_us", "predicted_l2_in_turn_us", "measured_us"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([headers, *rows])

@@ -188,14 +188,16 @@ def test_stem_of_a_resnet_by_hand():
 def test_whole_bottleneck_by_hand():
     """One image of 8x8, 64 -> 16 -> 64 channels; bands of 4 rows compute 6 of the reduce."""
     reduce, conv, expand = Gemm(64, 16, 64, 1, 64), Gemm(64, 16, 16, 9, 64), Gemm(64, 64, 16, 1, 64)
-    cost = whole_cost(reduce, conv, expand, None, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
+    halves = whole_cost(reduce, conv, expand, None, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
+    cost = halves[0] + halves[1]
     large, small, filters = 64 * 64 * 2, 64 * 16 * 2, 2 * (64 * 16 + 16 * 16 * 9 + 16 * 64)
     assert cost.dram == 2 * large + filters
     assert cost.l2 == 1.5 * (large + small) + 9 * small + 2 * large + 2 * filters  # two tiles of 32 pixels
     assert cost.flops == 1.5 * reduce.flops + conv.flops + expand.flops
     branch = Gemm(64, 64, 32, 1, 64)
-    other = whole_cost(reduce, conv, expand, branch, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
-    assert other.l2 - cost.l2 == 64 * 32 * 2 - large + 2 * 2 * 64 * 32  # the branch's input for the residual
+    assert halves[0] == Cost(large + 2 * 64 * 16, 1.5 * (large + small) + 2 * 2 * 64 * 16, 1.5 * reduce.flops)
+    _, other = whole_cost(reduce, conv, expand, branch, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
+    assert other.l2 - halves[1].l2 == 64 * 32 * 2 - large + 2 * 2 * 64 * 32  # the branch's input for the residual
     wide = Gemm(64, 256, 256, 9, 64)
     assert whole_seconds(reduce, wide, expand, None, 2, StageTile(32, 32, 16, 4, 3, 2), 1, 8, CHIP) is None
 
@@ -259,7 +261,7 @@ def test_what_was_measured_stands_beside_its_row(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("options", "name"), [([], "(measured ceilings)"), (["--assumed"], "(assumed")])
+@pytest.mark.parametrize(("options", "name"), [([], "(measured ceilings, L2's fitted: "), (["--assumed"], "(assumed")])
 def test_the_roofline_is_that_of_a_measured_chip_unless_told_otherwise(options, name, tmp_path, capsys):
     assert roofline.main([*options, "--out", str(tmp_path / "r.csv")]) == 0
     header, first, *_ = (tmp_path / "r.csv").read_text().splitlines()

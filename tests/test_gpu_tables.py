@@ -41,8 +41,10 @@ ROW = {
 def test_roofline_shows_networks_in_milliseconds():
     text = roofline([{**ROOF, "block": "l1"}, ROOF])
     assert text.startswith("H100, batch 128, 16-bit elements")
-    assert text.splitlines()[-1] == "| resnet50 | 6.85 | 2.62 | 1.80 | 1.57 | 3.86 | 3.37 | 3.40 | not measured |"
+    assert text.splitlines()[-1] == "| resnet50 | 6.85 | 2.62 | 1.80 | 1.57 | 3.86 | 3.37 | 3.40 | not measured | - |"
     assert len(text.splitlines()) == 5
+    text = roofline([{**ROOF, "measured_us": "6742.8"}])
+    assert text.splitlines()[-1].endswith("| 3.40 | 6.74 | 0.50 |")
 
 
 def test_codegen_counts_spills():
