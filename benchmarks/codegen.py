@@ -66,10 +66,12 @@ def _affine(channels: int) -> Affine:
     return Affine(_meta(channels), _meta(channels))
 
 
-def shipped(gpu: Gpu, name: str) -> Iterator[tuple[ConvShape, int, Tile, str]]:
+def shipped(
+    gpu: Gpu, name: str, shapes: Sequence[ConvShape] = (*all_shapes(), *wide_shapes())
+) -> Iterator[tuple[ConvShape, int, Tile, str]]:
     """Each tile that is chosen for a kind of convolution: a shape and a batch it is chosen for, and the kind."""
     seen = set()
-    for shape in all_shapes() + wide_shapes():
+    for shape in shapes:
         for batch in BATCHES:
             tile = space.chosen(shape, batch, name, gpu)
             epilogue = "second" if shape.shortcut else "residual" if shape.residual else "plain"

@@ -51,7 +51,7 @@ from .offline import CHIPS
 from .other_triton import run_with
 from .ptx.driver import emulated
 from .ptx.profile import Profile
-from .shapes import ConvShape
+from .shapes import ConvShape, odd_shapes
 from .workers import in_order
 
 #: chips whose instructions are known; 10.x multiplies in a memory of its own
@@ -172,7 +172,7 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
     for capability in capabilities:
         gpu = Gpu(CHIPS[capability].multiprocessors, capability)
         for name in dtypes:
-            for shape, _, tile, _ in shipped(gpu, name):
+            for shape, _, tile, _ in (*shipped(gpu, name), *shipped(gpu, name, odd_shapes())):
                 run = partial(convolution, capability, name, shape, tile)
                 kernel = convolution_of(tile, shape)
                 yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)

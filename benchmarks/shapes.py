@@ -81,6 +81,18 @@ def wide_shapes() -> list[ConvShape]:
     return bottleneck_shapes(1, 128, "wide")
 
 
+def odd_shapes() -> list[ConvShape]:
+    """Channels that fill no whole step of a loop over them, as RegNets have, on images that cut tiles."""
+    return [
+        ConvShape("odd.reduce", 208, 72, 14),
+        ConvShape("odd.3x3", 72, 104, 14, 3),
+        ConvShape("odd.first.3x3", 104, 104, 14, 3, 2),
+        ConvShape("odd.expand", 104, 208, 14, residual=True),
+        ConvShape("odd.first.expand", 104, 208, 7, shortcut=72, shortcut_stride=2),
+        ConvShape("odd.grouped", 112, 112, 14, 3, groups=2),
+    ]
+
+
 def all_shapes() -> list[ConvShape]:
     """ResNet-18 to 152, and ResNeXt-50 32x4d for the grouped form."""
     grouped = [s for s in bottleneck_shapes(32, 4, "resnext") if s.groups > 1]
