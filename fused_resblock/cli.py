@@ -84,7 +84,8 @@ def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
         try:
             print(f"written to {tune(model, x, out=path)}")
         except KeyboardInterrupt:
-            print(f"fused-resblock: interrupted; the same command goes on with what is in {path}", file=sys.stderr)
+            held = f"; the same command goes on with what is in {path}" if path.exists() else ""
+            print(f"fused-resblock: interrupted{held}", file=sys.stderr)
             return 130
         return 0
 

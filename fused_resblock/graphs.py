@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,25 +29,19 @@ class _Graph(NamedTuple):
     kept: list[object]
 
 
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where a device's graphs are recorded: one stream, as what one graph lets go of serves the next on that only."""
-    return torch.cuda.Stream(device)
-
-
-def record(call: Callable[[], Any], pool: Any, device: torch.device) -> tuple[Callable[[], None], Any]:
+def record(call: Callable[[], Any], pool: Any, stream: Any) -> tuple[Callable[[], None], Any]:
     """Record what a call launches on a CUDA device.
 
     Args:
         call: has been called before, so that nothing is compiled or chosen in it.
         pool: of memory, shared with other graphs that do not run at the same time; see `torch.cuda.graph`.
-        device: where.
+        stream: where. Graphs of a pool that are recorded on one stream share what each lets go of.
 
     Returns:
         A function that launches all of it again, and the call's result, which that overwrites.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
+    with torch.cuda.device(stream.device), torch.cuda.graph(graph, pool=pool, stream=stream):
         y = call()
     return graph.replay, y
 
@@ -65,6 +58,7 @@ class Captured:
     def __init__(self, model: nn.Module, copy: bool) -> None:
         self._model, self._copy = model, copy
         self._pool: Any = None
+        self._streams: dict[torch.device, Any] = {}
         self._graphs: dict[tuple[object, ...], _Graph] = {}
         self._examples: dict[tuple[object, ...], Tensor] = {}  # of all that was captured, also before a change
         self._guard: Guard | None = None
@@ -103,7 +97,7 @@ class Captured:
         try:
             with torch.no_grad(), keeping(kept):
                 _warm_up(call, x.device)
-                replay, y = record(call, self._pool_of(x.device), x.device)
+                replay, y = record(call, self._pool_of(x.device), self._stream_of(x.device))
         finally:
             torch.set_autocast_cache_enabled(cached)
         return _Graph(x, replay, y, signature(x), kept)
@@ -112,6 +106,12 @@ class Captured:
         if self._pool is None and device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
+
+    def _stream_of(self, device: torch.device) -> Any:
+        """Where this model's graphs are recorded, and nothing else runs: a stream has workspaces of its own."""
+        if device not in self._streams and device.type == "cuda":
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams.get(device)
 
     def __call__(self, x: Tensor) -> Any:
         """The model's output for x.
@@ -152,11 +152,11 @@ def _words(key: tuple[object, ...]) -> str:
 
 
 def _warm_up(call: Callable[[], Any], device: torch.device) -> None:
-    """Call it where a capture will, so that libraries have their workspaces there."""
+    """Call it on a stream of its own, as a capture will."""
     if device.type != "cuda":
         call()
         return
-    stream = _stream(device)
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):

@@ -24,6 +24,7 @@ from .backends.asked import Asked
 from .convert import blocks, fuse
 from .kernels import tables
 from .kernels.gpu import gpu_of
+from .kernels.tiles import Tile
 from .modules import FusedBlock
 from .progress import bar as progress_bar
 from .tf32_unit import Tf32Unit
@@ -38,6 +39,8 @@ MARGIN = 0.98
 #: images whose results are checked
 CHECKED = 4
 
+#: the operations in the order in which they are tuned, each beside the winners of those before
+KINDS = ("stem", "convolution", "tail")
 Ways = Mapping[str, Callable[[], Any]]
 
 
@@ -82,11 +85,7 @@ def tune(
         model = fuse(model)
     here = torch.cuda.device(example.device) if example.is_cuda else nullcontext()
     with torch.no_grad(), here:
-        for kind in (
-            "stem",
-            "convolution",
-            "tail",
-        ):  # each beside winners of those before
+        for kind in KINDS:
             todo = [found for found in _asked(model, example) if found.kind == kind and not table.knows(found)]
             with progress_bar(len(todo), desc=f"{kind}s", disable=not (progress and todo)) as bar:
                 for found in todo:
@@ -129,7 +128,12 @@ def convolution_winner(found: Asked) -> dict[str, Any]:
         if module.unavailable() is None:
             ways[name] = lambda m=module: m.bind_conv_bn_act(x, conv, other, found.epilogue, False)  # type: ignore[misc]
     times = _times(found, ways, x, other)
-    tile, best = _fastest(times, "triton", backends.BACKENDS)
+    n, outputs, p, q = conv.output_shape(x)
+
+    def scratch_us(tile: str) -> float:
+        return tables.scratch_us(Tile.parse(tile), max(conv.stride) > 1, n * p * q, outputs)
+
+    tile, best = _fastest(times, "triton", backends.BACKENDS, scratch_us)
     branch = found.epilogue.shortcut
     weight_bytes = sum(layer.weight.nbytes for layer in (conv, branch) if layer is not None)
     return {"backend": tables.winner(best, weight_bytes) if best else "eager", "tile": tile, "us": best}
@@ -168,13 +172,21 @@ def tail_winner(found: Asked) -> dict[str, Any]:
     return {"faster": faster, "tile": tile_name, "us": best}
 
 
-def _fastest(times: Mapping[str, float], kind: str, others: Collection[str]) -> tuple[str | None, dict[str, float]]:
-    """The fastest tile, None where there is none, and times by what a table names: those of `others`, its as `kind`."""
-    tiles = {name: us for name, us in times.items() if name not in others}
+def _fastest(
+    times: Mapping[str, float],
+    kind: str,
+    others: Collection[str],
+    besides_us: Callable[[str], float] = lambda tile: 0.0,
+) -> tuple[str | None, dict[str, float]]:
+    """The fastest tile, None where there is none, and times by what a table names: those of `others`, its as `kind`.
+
+    `besides_us` counts for a tile beside its time.
+    """
     best = {name: us for name, us in times.items() if name in others}
-    tile = min(tiles, key=tiles.__getitem__, default=None)
+    tiles = [name for name in times if name not in others]
+    tile = min(tiles, key=lambda name: times[name] + besides_us(name), default=None)
     if tile is not None:
-        best[kind] = tiles[tile]
+        best[kind] = times[tile]
     return tile, best
 
 

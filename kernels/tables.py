@@ -23,9 +23,11 @@ BACKENDS = ("triton", "cudnn", "eager")
 STEM = ".pool"
 #: how far the pixels of an entry may be from those asked for, as a factor
 REACH = 4.0
-#: cuDNN's convolutions keep folded weights beside a model's own: it is taken where it is faster by this factor or
-#: saves so many microseconds a MiB of them
-CUDNN_FACTOR, CUDNN_US_PER_MIB = 1.08, 1.5
+#: microseconds that a MiB of memory has to save
+US_PER_MIB = 1.5
+#: cuDNN's convolutions keep folded weights beside a model's own: it is taken where these save as much, or it is faster
+#: by this factor
+CUDNN_FACTOR = 1.08
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,23 @@ def winner(us: Mapping[str, float], weight_bytes: int) -> str:
     fastest, *others = sorted((name for name in us if name in BACKENDS), key=us.__getitem__)
     if fastest != "cudnn" or not others:
         return fastest
-    pays = us[others[0]] - us["cudnn"] >= CUDNN_US_PER_MIB * weight_bytes / 2**20
+    pays = us[others[0]] - us["cudnn"] >= US_PER_MIB * weight_bytes / 2**20
     return "cudnn" if pays or us[others[0]] >= CUDNN_FACTOR * us["cudnn"] else others[0]
+
+
+def scratch_us(tile: Tile, strided: bool, pixels: int, outputs: int) -> float:
+    """Microseconds that a tile's partial sums have to save beside a tile without any; 0 where the memory is there.
+
+    It is not in a strided convolution, which runs while its block's input, four times its own output, is still needed.
+
+    Args:
+        tile: with `split_k` of them.
+        strided: whether the convolution's stride is above 1.
+        pixels, outputs: of its output.
+    """
+    if tile.split_k == 1 or not strided:
+        return 0.0
+    return US_PER_MIB * 4 * tile.split_k * pixels * outputs / 2**20
 
 
 def nearest(entries: Iterable[Any], pixels: int) -> Any | None:

@@ -31,9 +31,9 @@ ON_CUDA: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "a stream for each graph",
-            "@cache\ndef _stream",
-            "def _stream",
-            "tests/test_graph_streams.py::test_every_graph_of_a_device_is_recorded_where_it_was_warmed_up",
+            "if device not in self._streams and",
+            "if",
+            "tests/test_graph_streams.py::test_the_graphs_of_a_model_are_recorded_on_one_stream_a_device",
         ),
     ],
     "fused_resblock/tuning.py": [

@@ -1,4 +1,4 @@
-"""On which stream graphs are recorded, with stubs for CUDA's: one a device, so that they share what they let go of."""
+"""On which stream graphs are recorded, with stubs for CUDA's: those of a model on one, to share what they let go of."""
 
 from __future__ import annotations
 
@@ -38,15 +38,18 @@ def used(monkeypatch):
         "current_stream": Stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stub)
-    graphs._stream.cache_clear()
-    yield streams
-    graphs._stream.cache_clear()
+    return streams
 
 
-def test_every_graph_of_a_device_is_recorded_where_it_was_warmed_up(used):
-    devices = [torch.device("cuda", index) for index in (0, 1, 0)]
-    for device in devices:
-        graphs._warm_up(lambda: None, device)
-        graphs.record(lambda: None, None, device)
-    assert [stream.device for stream in used] == [device for device in devices for _ in range(2)]
-    assert len({id(stream) for stream in used}) == 2
+def test_the_graphs_of_a_model_are_recorded_on_one_stream_a_device(used):
+    """Which is another model's for no device, and nobody's who warms up: a stream has workspaces of its own."""
+    first, second = (graphs.Captured(torch.nn.Identity(), True) for _ in range(2))
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    for captured in (first, first, second):
+        for device in devices:
+            graphs._warm_up(lambda: None, device)
+            graphs.record(lambda: None, None, captured._stream_of(device))
+    warm, recorded = used[::2], used[1::2]
+    assert [stream.device for stream in recorded] == 3 * devices
+    assert recorded[:2] == recorded[2:4]
+    assert len({id(stream) for stream in used}) == len(warm) + 4

@@ -34,7 +34,7 @@ def recorded(monkeypatch):
     """How many graphs have been recorded."""
     graphs = []
 
-    def record(call, pool, device):
+    def record(call, pool, stream):
         y = call()
         graphs.append(y)
 

@@ -136,6 +136,17 @@ def test_the_convolution_of_a_stem_that_is_faster_apart_is_tuned_too(tmp_path, m
     assert rows(path).keys() == CASES | {STEM + ".pool", STEM}
 
 
+def test_the_convolutions_of_a_tail_that_is_faster_as_one_kernel_are_tuned_all_the_same(tmp_path, monkeypatch):
+    """As a table has it that another batch was tuned for: conv by conv is what the tail is held against."""
+    monkeypatch.setattr(tuned, "_of_gpu", lambda device: iter(tuned._given))
+    path = frb.tune(network(), X, out=tmp_path / "t.json", progress=False)
+    assert all(row["faster"] for row in rows(path, "stages").values())
+    frb.tune(network(), X.repeat(2, 1, 1, 1), out=path, progress=False)
+    for kind, cases in (("winners", CASES), ("stages", TAILS)):
+        found = [(row["case"], row["pixels"]) for row in json.loads(path.read_text())[kind]]
+        assert sorted(found) == sorted((case, pixels) for case in cases for pixels in (48, 96))
+
+
 def test_a_wrong_stem_is_no_winner(tmp_path, monkeypatch):
     bind = backends.triton.bind_stem
 

@@ -65,7 +65,7 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
     """Every tile worth trying: taps from shared memory, TMA, where the chip has them, plain pointers, split loops.
 
     Left out: what does not fit the registers or the shared memory, blocks wider than the convolution, stages where the
-    loop has a single step, and split loops where there are programs enough without.
+    loop has a single step, and, where there are programs enough without, split loops and the small tiles for them.
     """
     item = DTYPES[dtype][0].itemsize
     with precision(dtype) as kind:
@@ -101,7 +101,7 @@ def tiles(shape: ConvShape, dtype: str, gpu: Gpu, batch: int = 16) -> Iterator[T
             if fits(tile) and block_n <= max(64, width):
                 yield tile
     for block_m, block_n, warps in SPLIT:
-        for split in (2, 4, 8, 16):
-            tile = Tile(block_m, min(block_n, width), block_k, warps, 4, split)
+        for split in (1, 2, 4, 8, 16):
+            tile = Tile(block_m, min(block_n, width), block_k, warps, 4, split)  # whole, too: no sums to add up
             if steps >= 4 * split and gemm.pieces(tile) < 2 * gpu.multiprocessors and fits(tile):
                 yield tile

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_resblock.backends import cudnn, tuned
 from fused_resblock.kernels.bn_act import bn_act
-from fused_resblock.kernels.tables import BACKENDS, winner
+from fused_resblock.kernels.tables import BACKENDS, scratch_us, winner
 from fused_resblock.kernels.tiles import Tile
 from fused_resblock.params import Epilogue
 
@@ -153,10 +153,18 @@ def write_winners(context: Context, table: Records) -> int:
     """Write the winner of each case to tiles.json; how many there are."""
     shapes = {space.key_of(shape): shape for shape in check.shapes(context)}
     best: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+
+    def counted_us(row: dict[str, str]) -> float:
+        shape, us = shapes[row["case"]], float(row["median_us"])
+        if not row["tile"]:
+            return us
+        pixels = int(row["batch"]) * shape.out_size**2
+        return us + scratch_us(Tile.parse(row["tile"]), shape.stride > 1, pixels, shape.out_channels)
+
     for row in (row for row in table.rows(status="ok") if row["case"] in shapes):
         by_backend = best.setdefault((row["dtype"], row["case"], row["batch"]), {})
         before = by_backend.get(row["backend"])
-        if before is None or float(row["median_us"]) < float(before["median_us"]):
+        if before is None or counted_us(row) < counted_us(before):
             by_backend[row["backend"]] = row
     winners = []
     for (dtype, case, batch), rows in best.items():

@@ -176,6 +176,8 @@ def bind_expand_shift(
         if refusal("triton", problem) is not None:
             return None
     asked.note(h, (conv, expand, reduce), other, Epilogue(shortcut=shortcut))
+    if asked.is_recording():  # its convolutions are to be noted, too, whatever a table says
+        return None
     apart = partial(bind_apart, backend=backend)
     return triton.bind_expand_shift(h, conv, expand, other, shortcut, reduce, force, overwrite, apart)
 

@@ -93,6 +93,11 @@ _asked: Recorder[Asked] = Recorder("asked")
 recording = _asked.recording
 
 
+def is_recording() -> bool:
+    """Whether this is within `recording`."""
+    return _asked.active()
+
+
 def note(
     x: Tensor,
     layers: Sequence[Conv | None],
