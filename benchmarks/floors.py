@@ -143,12 +143,13 @@ def floors_of(
     tail = tail_of(shapes, batch, itemsize, chip, following)
     if tail is None:
         return Floors(eager, per_conv, per_conv, whole, ours, ours, ours, ours)
-    l2_whole = _l2_whole(shapes, batch, itemsize, chip) or (ours, ours)
     head = (0.0, 0.0) if headless else of_convs[0]
     next_head = 0.0 if following is None else predicted_of(following, batch, itemsize, chip)
     alone = tail_of(shapes, batch, itemsize, chip, None) or tail
     best = min(tail[1], alone[1] + next_head, of_convs[1][1] + of_convs[2][1] + next_head)
-    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, head[1] + best, *l2_whole)
+    ours_stage = head[1] + best
+    l2_whole = _l2_whole(shapes, batch, itemsize, chip) or (ours_stage, ours_stage)
+    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, ours_stage, *l2_whole)
 
 
 def _l2_whole(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> tuple[float, float] | None:

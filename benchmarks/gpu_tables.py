@@ -11,8 +11,6 @@ from .gpu.tail_shapes import TailShape, shapes
 from .tables import NOT_MEASURED, markdown
 
 Rows = Sequence[Mapping[str, str]]
-#: columns of a GPU's table, by the providers of `benchmarks.gpu.networks`
-PROVIDERS = ("eager", "cudnn", "compile", "max-autotune", "conv-by-conv", "fused")
 
 
 def _ms(us: str) -> str:
@@ -69,11 +67,12 @@ def predictions(rows: Rows) -> str:
     """Tiles that were timed: predicted over measured, and what the tile that is picked costs."""
     if not rows:
         return NOT_MEASURED
-    columns = ("kind", "dtype", "batch", "tiles", "over_measured", "cases", "over_fastest", "worst_over_fastest")
-    headers = ["", "dtype", "batch", "tiles timed", "predicted / measured", "picked and timed"]
-    headers += ["picked / fastest", "the worst"]
+    columns = ("kind", "dtype", "batch", "tiles", "over_measured", "cases", "picked")
+    columns += ("over_fastest", "worst_over_fastest")
+    headers = ["", "dtype", "batch", "tiles timed", "median of predicted / measured", "cases", "pick among those timed"]
+    headers += ["its time / fastest, mean", "the worst"]
     lines = [[row[column] or "-" for column in columns] for row in rows]
-    return f"{rows[0]['gpu']}.\n\n{markdown(headers, lines, numbers=6)}"
+    return f"{rows[0]['gpu']}.\n\n{markdown(headers, lines, numbers=7)}"
 
 
 def l2_rates(rows: Rows) -> str:
@@ -183,37 +182,3 @@ def judged(rows: Rows, profile: Rows, tuned: Rows = (), rates: Mapping[str, Mapp
     tails = [total / shape.dram_bytes(128, 2) for shape, _, total in _profiled(profile)]
     lines = goals.judge(rows, bench.planned()) + goals.besides(tails, bandwidth.shares(tuned, rates or {}))
     return markdown(["goal", "measured", "met"], [list(line) for line in lines], numbers=0)
-
-
-def _network(case: Sequence[str], rows: Rows) -> list[str] | None:
-    """The line of a case, None where nothing ran as a CUDA graph."""
-    graphs = [row for row in rows if row.get("status") == "ok" and row["provider"].endswith("+graph")]
-    if not graphs:
-        return None
-    times: dict[str, str] = {}
-    for row in graphs:
-        times.setdefault(row["provider"].removesuffix("+graph"), f"{float(row['median_ms']):.3f}")
-    ratios = goals.speedup(graphs), goals.memory(rows)
-    return [*case, *(times.get(name, NOT_MEASURED) for name in PROVIDERS), *(f"{r:.2f}x" if r else "" for r in ratios)]
-
-
-def networks(rows: Rows) -> str:
-    """Per GPU and versions: median milliseconds of every provider, as CUDA graphs.
-
-    Behind them the best other provider's time over that of the fused network (where its groups differ, the least), and
-    the memory that it takes beside weights and input over eager's.
-    """
-    cases: dict[tuple[str, ...], dict[tuple[str, ...], list[Mapping[str, str]]]] = {}
-    for row in rows:
-        marks = row["gpu"], row["torch"], row["triton"], row["commit"]
-        cases.setdefault(marks, {}).setdefault((row["network"], row["part"], row["dtype"], row["batch"]), []).append(
-            row
-        )
-    headers = ["network", "part", "dtype", "batch", *PROVIDERS, "best other / fused", "memory / eager's"]
-    text = []
-    for (gpu, torch, triton, commit), of_run in cases.items():
-        lines = [line for case, of_case in of_run.items() if (line := _network(case, of_case)) is not None]
-        head = f"{gpu}, torch {torch}, Triton {triton}, commit {commit}. CUDA graphs, median milliseconds."
-        if lines:
-            text.append(f"{head}\n\n{markdown(headers, lines, numbers=9)}")
-    return "\n\n".join(text) or NOT_MEASURED

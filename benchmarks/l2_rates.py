@@ -31,8 +31,8 @@ BATCH = 128
 
 def measured(bench: Path) -> dict[tuple[str, str, str], float]:
     """Microseconds of stages of a network as CUDA graphs, by network, stage and way: "conv-by-conv" or "fused"."""
-    found = {}
-    for row in read_rows(bench):
+    found: dict[tuple[str, str, str], float] = {}
+    for row in read_rows(bench) if bench.exists() else ():
         here = (row["group"], row["dtype"], row["batch"], row["status"]) == ("by-stage", "fp16", str(BATCH), "ok")
         name, _, graph = row["provider"].partition("+")
         if here and graph:
@@ -46,6 +46,8 @@ def lines(chip: Ceilings, of: str, known: dict[tuple[str, str, str], float]) -> 
         total, blocks = network_floors(network, BATCH, 2, chip)
         for part, floors in (*((name, f) for name, _, f in stages(blocks)[:2]), ("layer1-4", total)):
             times = [f"{1e6 * t:.1f}" for t in (floors.ours, floors.ours_stage, floors.l2_whole, floors.l2_in_turn)]
+            if floors.l2_whole == floors.ours_stage:  # no block of it is narrow enough
+                times[2:] = ["-", "-"]
             seen = [known.get((network, part, name), "") for name in ("conv-by-conv", "fused")]
             yield [chip.name.partition(" (")[0], BATCH, f"{chip.l2 / 1e12:.1f}", of, network, part, *times, *seen]
 

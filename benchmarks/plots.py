@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import results
-from .gpu_tables import PROVIDERS
+from .network_tables import PROVIDERS
 from .readme_tables import Sources, load
 from .results import Row
 from .tables import NOT_MEASURED, machines

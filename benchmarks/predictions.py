@@ -1,8 +1,9 @@
-"""How good the choice of tiles is where none was measured: predictions held against every tile that a GPU has timed.
+"""How good the choice of tiles is where none was measured: predictions held against the tiles that a GPU has timed.
 
 `python -m benchmarks.predictions` or `make roofline`. From the `tune.csv` of a GPU in `benchmarks/results/`: what each
-tile should have taken over what it took, and, where the tile that the heuristic picks was timed, its time over that of
-the fastest one.
+tile should have taken over what it took, and the time of the tile that the heuristic picks over that of the fastest.
+Of a convolution those were timed that a short look left (`gpu.tune.FINALISTS`): a pick that is not among them was
+slower, or did not run. Of a tail every tile was.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from .gpu.tail_shapes import shapes as tail_shapes
 from .results import FOLDER
 
 RESULTS = FOLDER / "predictions.csv"
-HEADERS = ("gpu", "kind", "dtype", "batch", "tiles", "over_measured", "cases", "over_fastest", "worst_over_fastest")
+HEADERS = ("gpu", "kind", "dtype", "batch", "tiles", "over_measured", "cases", "picked")
+HEADERS += ("over_fastest", "worst_over_fastest")
 #: the kind of operation by the name of its times in `tune.csv`
 KINDS = {"triton": "convolutions", "stage": "tails"}
 H100 = Gpu()
 STEPS = 12  # of a bisection
+FIT_BATCH, FIT_DTYPES = 128, ("fp16", "bf16")
 
 
 class Timed(NamedTuple):
@@ -98,11 +101,16 @@ def _convolution_seconds(gemm: Gemm, itemsize: int, tile: Tile, of_block: Mappin
 def fitted_l2(rows: Iterable[Mapping[str, str]], chip: Ceilings) -> float:
     """Bytes a second from L2 at which half of the predictions for convolutions are too low, and half too high.
 
+    Of those in 16 bits at batch 128: in smaller ones launches count, and in TF32 the matrix units have another rate.
+    The chip's own where none was timed.
+
     Args:
         rows: of a `tune.csv`.
         chip: the other ceilings.
     """
-    tiles = [tile for tile in timed(rows) if tile.kind == "convolutions"]
+    tiles = [t for t in timed(rows) if (t.kind, t.batch) == ("convolutions", FIT_BATCH) and t.dtype in FIT_DTYPES]
+    if not tiles:
+        return chip.l2
     low, high = 1e12, 32e12
     for _ in range(STEPS):
         middle = (low * high) ** 0.5
@@ -114,8 +122,8 @@ def fitted_l2(rows: Iterable[Mapping[str, str]], chip: Ceilings) -> float:
 def summary(tiles: Iterable[Timed], chip: Ceilings) -> list[list[object]]:
     """A line for each kind, dtype and batch: see `HEADERS`.
 
-    Tiles, the median of predicted over measured; cases in which the tile that is picked was timed, the mean and the
-    largest of its time over that of the fastest.
+    Tiles, the median of predicted over measured; cases, in how many of them the tile that is picked was timed, the mean
+    and the largest of its time over that of the fastest.
     """
     groups: dict[tuple[str, str, str, int], list[Timed]] = {}
     for tile in tiles:
@@ -128,7 +136,7 @@ def summary(tiles: Iterable[Timed], chip: Ceilings) -> list[list[object]]:
         over = [tile.us / fastest[tile.case] for tile in group if tile.picked]
         known = [f"{mean(over):.3f}", f"{max(over):.3f}"] if over else ["", ""]
         ratio = median(tile.over_measured(chip) for tile in group)
-        lines.append([*key, len(group), f"{ratio:.2f}", len(over), *known])
+        lines.append([*key, len(group), f"{ratio:.2f}", len(fastest), len(over), *known])
     return lines
 
 

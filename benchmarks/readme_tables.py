@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import gpu_tables, results, tables
+from . import gpu_tables, network_tables, results, tables
 from .gpu.records import read_json
 from .results import Row
 
@@ -62,7 +62,9 @@ TABLES: dict[str, Callable[[Sources], str]] = {
     "activations": lambda s: gpu_tables.activations(s.activations),
     "codegen": lambda s: gpu_tables.codegen(s.codegen),
     "emulate": lambda s: gpu_tables.emulated(s.emulate),
-    "gpu": lambda s: gpu_tables.networks(s.gpu),
+    "gpu": lambda s: network_tables.networks(s.gpu),
+    "gpu-launched": lambda s: network_tables.launched(s.gpu),
+    "gpu-l2": lambda s: network_tables.by_l2(s.gpu),
     "gpu-goals": lambda s: gpu_tables.judged(s.gpu, s.profile, s.tune, s.ceilings),
     "gpu-checks": lambda s: gpu_tables.checked(s.checks),
     "gpu-bytes": lambda s: gpu_tables.moved(s.profile),
@@ -91,7 +93,7 @@ def load(folder: Path) -> Sources:
         _csv(folder / "activations.csv"),
         _csv(folder / "codegen.csv"),
         [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],
-        *([row for file in sorted(folder.glob(f"*/{name}.csv")) for row in _csv(file)] for name in GPU_FILES),
+        *([_dated(row) for file in sorted(folder.glob(f"*/{name}.csv")) for row in _csv(file)] for name in GPU_FILES),
         {rates["gpu"]: rates for rates in map(read_json, sorted(folder.glob("*/ceilings.json")))},
     )
 
@@ -105,6 +107,11 @@ def _csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def _dated(row: dict[str, str]) -> dict[str, str]:
+    """A row of a GPU's table; those of networks had no dtype once, and were of fp16."""
+    return {"dtype": "fp16", **row}
 
 
 def fill(text: str, sources: Sources) -> str:

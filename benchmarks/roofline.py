@@ -5,7 +5,7 @@ follows it, the best that fusion conv by conv can do), stage (a block's tail and
 whole (a block that reads its input and writes its output once). Beside them the prediction for our kernels with the
 tiles that the heuristic picks. Ceilings come from the `ceilings.json` of a measured chip in `benchmarks/results/`
 (`make gpu-check`), the rate of L2 from the convolutions in the `tune.csv` beside it (`predictions.fitted_l2`), and what
-was measured from `bench.csv`; with `--assumed`, or without such files, from `NOMINAL`, which no run of this code
+was measured from `bench.csv`; with `--assumed`, or without a measured chip, from `NOMINAL`, which no run of this code
 measured.
 """
 

@@ -25,8 +25,8 @@ from .ring import WIDTH
 from .tiles import Tile
 
 #: by generation: vendors' figures of device memory and dense fp16 rates, at what kernels reach of them (80 to 90 and
-#: 70 %), and L2 as measured by others. Relative sizes are what counts here: an H100's tiles come from L2 faster than
-#: that, and yet what is picked by it is near the fastest (`benchmarks.predictions`)
+#: 70 %), and L2 as measured by others; relative sizes are what counts here. An H100's tiles come from L2 faster than
+#: that; how near to the fastest those are that are picked tells `benchmarks.predictions`
 CHIPS = {
     80: Ceilings("A100", 1.7e12, 4.0e12, 220e12, 108, 164 << 10),
     86: Ceilings("RTX 3090", 0.8e12, 2.0e12, 100e12, 82, 100 << 10),

@@ -29,9 +29,10 @@ class StandIn:
         self.out_of_memory_after = None
         self.timed = 0
         self.flushed = 0
+        self.awaited = 0
 
     def synchronize(self):
-        pass
+        self.awaited += 1
 
     def clock(self):
         if self.out_of_memory_after is not None:

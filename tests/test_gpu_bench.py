@@ -136,7 +136,7 @@ def test_in_tf32_the_bound_is_the_larger_error_of_torch_and_of_an_ideal_unit(mon
 def test_what_is_planned_is_every_network_in_every_dtype():
     planned = bench.planned()
     assert len(planned) == len(set(planned))
-    whole = {(of.network, of.dtype, of.batch) for of in planned if of.part == "whole"}
+    whole = {(of.network, of.dtype, of.batch) for of, _ in planned if of.part == "whole"}
     assert whole == {(n, d, b) for n in ARCHITECTURES for d in ("fp16", "bf16", "tf32") for b in bench.BATCHES}
     assert {c.group for c in bench.cases() if c.part in BLOCKS} == {"main", "cold", "warm", "compile"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.gpu import bandwidth, goals
 
 
@@ -59,36 +61,69 @@ def test_the_worst_of_several_cases():
 
 
 def test_what_is_planned_and_not_measured_is_told():
-    planned = [goals.Of("resnet18", "whole", dtype, batch) for dtype in ("fp16", "bf16") for batch in (1, 32)]
+    def of(dtype, batch):
+        return goals.Of("resnet18", "whole", dtype, batch)
+
+    planned = [(of(dtype, batch), "main") for dtype in ("fp16", "bf16") for batch in (1, 32)]
+    planned += [(of("fp16", 32), "compile")]
+    end = {"network": "resnet18", "batch": 32, "status": "measured"}
     rows = [row("cudnn", 2.0, network="resnet18", batch=32), row("fused", 1.0, network="resnet18", batch=32)]
-    assert verdict(rows, "every network", planned) == ("2x (worst of 1, 3 not measured)", "yes so far")
-    rows += [row(name, 1.0, network="resnet18", dtype="bf16", batch=1) for name in ("cudnn", "fused")]
-    assert verdict(rows, "other networks", planned) == ("2x (worst of 1, 1 not measured)", "yes so far")
+    told = "2x (worst of 1; 4 not wholly measured)"
+    assert verdict(rows, "every network", planned) == (told, "yes so far"), "the group has not ended"
+    rows += [row("all", **end)]
+    assert verdict(rows, "every network", planned) == (told, "yes so far"), "compile has not been timed"
+    rows += [row("all", **{**end, "status": "oom"}, group="compile")]
+    assert verdict(rows, "every network", planned) == ("2x (worst of 1; 3 not wholly measured)", "yes so far")
+    assert verdict(rows, "other networks", planned) == ("2x (worst of 1; 1 not wholly measured)", "yes so far")
     rows += [row("cudnn", 1.0, network="resnet18", batch=1), row("fused", 2.0, network="resnet18", batch=1)]
-    assert verdict(rows, "every network", planned) == ("0.5x (worst of 3, 1 not measured; met by 2)", "no")
+    told = "0.5x (worst of 2; met by 1; 3 not wholly measured)"
+    assert verdict(rows, "every network", planned) == (told, "no")
+    for dtype, batch in (("fp16", 1), ("bf16", 1), ("bf16", 32)):
+        rows += [row("all", **{**end, "batch": batch}, dtype=dtype)]
+    assert verdict(rows, "every network", planned) == ("0.5x (worst of 2; met by 1)", "no")
+
+
+def test_commits_and_groups_are_judged_apart_and_those_of_l2_not_at_all():
+    rows = [{**row(name, ms), "commit": "a"} for name, ms in (("cudnn", 4.0), ("fused", 2.0))]
+    rows += [{**row(name, ms), "commit": "b"} for name, ms in (("cudnn", 3.0), ("fused", 1.0))]
+    assert verdict(rows, "every network") == ("2x", "yes"), "and not 3 over 2"
+    rows += [row(name, ms, group="warm") for name, ms in (("cudnn", 1.0), ("fused", 2.0))]
+    assert verdict(rows, "every network") == ("2x", "yes")
+    graphs = [row("fused+graph", 0.2, batch=1), row("fused+graph", 0.1, batch=1, group="compile")]
+    assert verdict(graphs, "ResNet-50, fp16, batch 1,") == ("0.2 ms", "yes")
 
 
 def test_most_is_more_than_half():
     rows = [row("cudnn", ms, part=f"layer{n}.0") for n, ms in ((1, 2.0), (2, 1.0), (3, 2.0), (4, 1.1))]
     rows += [row("fused", 1.0, part=f"layer{n}.0") for n in (1, 2, 3, 4)]
-    assert verdict(rows, "most blocks") == ("1x (worst of 4; met by 2)", "no")
+    assert verdict(rows, "most blocks") == ("1.55x (median of 4; met by 2)", "no")
+    to_come = [(goals.Of("resnet50", "layer3.1", "fp16", 128), "main")]
+    told = "1.55x (median of 4; met by 2; 1 not wholly measured)"
+    assert verdict(rows, "most blocks", to_come) == (told, "no so far")
     rows += [row("cudnn", 1.3, part="layer1.1"), row("fused", 1.0, part="layer1.1")]
-    assert verdict(rows, "most blocks") == ("1x (worst of 5; met by 3)", "yes")
+    assert verdict(rows, "most blocks") == ("1.3x (median of 5; met by 3)", "yes")
     assert verdict(rows, "every block") == ("1x (worst of 5)", "yes")
 
 
 def test_the_bandwidth_of_convolutions_that_memory_binds():
+    """A reduce, of 10 bytes a pixel and channel of 64; a shortcut of stride 2, of whose input a quarter is read."""
     rates = {"H100": {"copy_tb_per_s": 2.0, "bf16_matrix_tflops": 800.0}}
     made = {"dtype": "fp16", "batch": "128", "backend": "triton", "status": "ok", "gpu": "H100"}
-
-    def timed(case, us, tb, tflops, **other):
-        return {**made, "case": case, "median_us": str(us), "tb_per_s": str(tb), "tflops": str(tflops), **other}
-
-    rows = [timed("a", 9, 1.0, 10), timed("a", 6, 1.5, 15), timed("a", 10, 0.9, 9), timed("products", 5, 1.0, 500)]
-    rows += [timed("b", 1, 1.9, 1, backend="cudnn"), timed("b", 1, 1.9, 1, batch="1"), timed("b", 1, 1.9, 1, gpu="L4")]
-    rows += [timed("b", 1, 1.9, 1, dtype="tf32"), timed("b", "", "", "", status="failed"), timed("b", 1, 0.5, 1)]
-    assert bandwidth.shares(rows, rates) == [0.75, 0.25]
-    _, line = goals.besides([], bandwidth.shares(rows, rates))
+    reduce, wide = "256-64.1x1.s1.g1.plain.56px", "512-512.3x3.s1.g1.plain.7px"
+    pixels = 128 * 56**2
+    moved = (10 * 64 * pixels + 2 * 64 * 256) / 1e6  # bytes over 1e6 are TB/s over us
+    rows = [{**made, "case": reduce, "median_us": str(us)} for us in (200.0, 150.0, 170.0)]
+    rows += [{**made, "case": wide, "median_us": "40"}, {**made, "case": "7-7.1x1.s1.g1.plain.7px", "median_us": "1"}]
+    for other in ({"backend": "cudnn"}, {"batch": "1"}, {"gpu": "L4"}, {"dtype": "tf32"}, {"status": "failed"}):
+        rows += [{**made, "case": reduce, "median_us": "1", **other}]
+    assert bandwidth.shares(rows, rates) == [pytest.approx(moved / 150 / 2)]
+    for case, elements in (
+        ("64-256.1x1.s1.g1.shortcut64.s1.56px", (64 + 64 + 256) * pixels),
+        ("128-512.1x1.s1.g1.shortcut256.s2.28px", (128 + 256 + 512) * pixels / 4),
+    ):
+        share = bandwidth.shares([{**made, "case": case, "median_us": "150"}], rates)
+        assert share == [pytest.approx(2 * elements / 150e6 / 2, rel=0.01)]
+    _, line = goals.besides([], [0.75, 0.25])
     assert line[1:] == ("0.25x (worst of 2; met by 1)", "no")
 
 

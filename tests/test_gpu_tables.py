@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu_tables import checked, codegen, judged, moved, networks, roofline
+from benchmarks.gpu_tables import checked, codegen, judged, moved, roofline
+from benchmarks.network_tables import by_l2, launched, networks
 
 ROOF = {
     "chip": "H100",
@@ -64,6 +65,28 @@ def test_networks_by_gpu():
     absent = "not measured"
     cells = ["resnet50", "whole", "fp16", "128", "6.000", absent, "5.000", absent, absent, "2.500", "2.00x", "0.75x"]
     assert text.splitlines()[-1] == f"| {' | '.join(cells)} |"
+
+
+def test_blocks_by_l2_have_tables_of_their_own():
+    block = {**ROW, "part": "layer1.0"}
+    cold, warm = ({**block, "group": group, "median_ms": ms} for group, ms in (("cold", "0.3"), ("warm", "0.2")))
+    assert networks([cold, warm]) == "not measured"
+    text = by_l2([block, cold, warm, {**cold, "provider": "eager"}])
+    assert [line for line in text.splitlines() if "layer1.0" in line] == [
+        f"| resnet50 | layer1.0 | fp16 | 128 | not measured | not measured | {ms} |" for ms in ("0.300", "0.200")
+    ]
+    assert "L2 cold, CUDA graphs" in text
+    assert by_l2([block]) == "not measured"
+
+
+def test_without_a_graph():
+    rows = [
+        {**ROW, "provider": name, "median_ms": ms} for name, ms in (("eager", "9"), ("fused", "5"), ("frozen", "4"))
+    ]
+    text = launched([ROW, *rows, {**rows[1], "part": "layer1"}])
+    absent = "not measured"
+    assert text.splitlines()[-1] == f"| resnet50 | whole | fp16 | 128 | 9.000 | {absent} | {absent} | 5.000 | 4.000 |"
+    assert launched([ROW]) == absent
 
 
 def test_nothing_was_measured():

@@ -31,7 +31,7 @@ def test_what_is_picked_is_held_against_the_fastest():
     assert [(tile.us, tile.picked) for tile in tiles] == [(50.0, True), (40.0, False)]
     (line,) = predictions.summary(tiles, CHIP)
     assert line[:5] == ["H100", "convolutions", "fp16", 128, 2]
-    assert line[6:] == [1, "1.250", "1.250"]
+    assert line[6:] == [1, 1, "1.250", "1.250"]
     assert float(line[5]) == pytest.approx(sum(tile.over_measured(CHIP) for tile in tiles) / 2, abs=0.01)
     (text,) = table([dict(zip(predictions.HEADERS, map(str, line), strict=True))]).splitlines()[-1:]
     assert text.startswith("| convolutions | fp16 | 128 | 2 |")
@@ -42,7 +42,12 @@ def test_tails_are_of_another_kind():
     (tile,) = predictions.timed([row("64x64x64.w4.s3.c2", 240.0, case=case, backend="stage")])
     assert (tile.kind, tile.picked) == ("tails", False)
     (line,) = predictions.summary([tile], CHIP)
-    assert line[6:] == [0, "", ""]
+    assert line[6:] == [1, 0, "", ""]
+
+
+def test_without_convolutions_l2_is_what_it_was():
+    assert predictions.fitted_l2([], CHIP) == CHIP.l2
+    assert predictions.fitted_l2([row("64x64x64.w4.s2", 9.0, batch="1")], CHIP) == CHIP.l2
 
 
 def test_l2_is_fitted_to_what_was_timed():
@@ -56,7 +61,7 @@ def test_l2_is_fitted_to_what_was_timed():
     assert predictions.fitted_l2(rows, CHIP) == pytest.approx(4.0e12, rel=0.05)
 
 
-def test_the_kept_chip_has_the_rate_of_its_convolutions(tmp_path, monkeypatch):
+def test_the_kept_chip_has_the_rate_of_its_convolutions(monkeypatch):
     plain, kept = roofline.read_ceilings(roofline.kept_ceilings()), roofline.kept_chip()
     assert kept.l2 > 1.5 * plain.l2
     assert replace(kept, l2=plain.l2, name=plain.name) == plain

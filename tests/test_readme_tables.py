@@ -185,7 +185,7 @@ def test_the_demo_is_read_from_its_json(tmp_path):
     [
         (
             "<!-- table:gpus -->\n<!-- /table -->",
-            "table must be one of cpu, cpu-others, goals, fuse, memory, demo, digits, roofline, stages, basic-block, predictions, l2-rates, activations, codegen, emulate, gpu, gpu-goals, gpu-checks, gpu-bytes, got",
+            "table must be one of cpu, cpu-others, goals, fuse, memory, demo, digits, roofline, stages, basic-block, predictions, l2-rates, activations, codegen, emulate, gpu, gpu-launched, gpu-l2, gpu-goals, gpu-checks, gpu-bytes, got",
         ),
         ("<!-- table:cpu -->\n", "got no <!-- /table --> after table:cpu"),
         ("a\n<!-- /table -->\n", "got <!-- /table --> in line 2"),

@@ -33,8 +33,8 @@ def records(context: Context) -> Records:
     return context.records("bench.csv", KEY, COLUMNS)
 
 
-def cases(quick: bool = False) -> Iterator[Case]:
-    """What is measured, what matters most first."""
+def cases(quick: bool = False, engines: bool | None = None) -> Iterator[Case]:
+    """What is measured, what matters most first; with other engines where they are installed, unless told."""
     if quick:
         dtype = "fp16" if torch.cuda.is_available() else "ieee"
         yield Case("resnet18", 2, size=64, dtype=dtype)
@@ -50,7 +50,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
     yield from (Case(network, batch, group="compile") for network in ("resnet50", "resnet18") for batch in BATCHES[:2])
     yield from (Case(network, 128, group="max-autotune") for network in ("resnet50", "resnet18"))
     yield from (Case("resnet50", batch, part, "max-autotune") for batch in (128, 64, 256) for part in stages[:2])
-    if onnx_session.available():
+    if onnx_session.available() if engines is None else engines:
         yield from (
             Case(network, batch, group="engines") for network in ("resnet50", "resnet18") for batch in BATCHES[:2]
         )
@@ -69,9 +69,9 @@ def cases(quick: bool = False) -> Iterator[Case]:
     yield from (Case(network, 128, group="max-autotune") for network in others)
 
 
-def planned(quick: bool = False) -> list[Of]:
-    """What `goals.judge` is told of: the networks and parts that are to be measured."""
-    return list(dict.fromkeys(Of(c.network, c.part, c.dtype, c.batch) for c in cases(quick)))
+def planned(quick: bool = False) -> list[tuple[Of, str]]:
+    """What `goals.judge` is told of: the networks and parts that are to be measured, and in which groups."""
+    return [(Of(c.network, c.part, c.dtype, c.batch), c.group) for c in cases(quick, engines=True)]
 
 
 def smaller(case: Case) -> Case | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from statistics import median
 from typing import NamedTuple
 
 from ..cases import BODY
 from ..tables import NOT_MEASURED
-from .records import Row
+from .records import UNFINISHED, Row
 
 #: what a user could take instead, in eager mode or as a CUDA graph
 FUSING = ("cudnn", "compile", "max-autotune", "onnxruntime")  # without one of these a group says nothing of the best
@@ -31,7 +32,8 @@ class Goal(NamedTuple):
     Attributes:
         text: the goal in words.
         matches: whether a case is meant.
-        measure: what is measured of its rows, None where it was not.
+        groups: of providers that take turns, in which it is measured.
+        measure: what is measured of the rows of a group, None where it was not.
         limit: the bound.
         at_least: whether it is a lower one.
         unit: behind the figure.
@@ -40,11 +42,16 @@ class Goal(NamedTuple):
 
     text: str
     matches: Callable[[Of], bool]
+    groups: tuple[str, ...]
     measure: Callable[[Sequence[Row]], float | None]
     limit: float
     at_least: bool = True
     unit: str = "x"
     most: bool = False
+
+
+#: the groups of `networks.GROUPS` in which peers take turns with ours
+WITH_PEERS = ("main", "compile", "max-autotune", "engines")
 
 
 def _best(rows: Sequence[Row], names: Sequence[str]) -> float | None:
@@ -53,24 +60,17 @@ def _best(rows: Sequence[Row], names: Sequence[str]) -> float | None:
 
 
 def speedup(rows: Sequence[Row]) -> float | None:
-    """The best peer's time over ours, by each group alone (its providers took turns), and of those the smallest."""
+    """The best peer's time over ours."""
     names, fusing = ([name + graph for name in peers for graph in ("", "+graph")] for peers in (PEERS, FUSING))
-    found = []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        of_group = [row for row in rows if row["group"] == group]
-        peer, own = _best(of_group, names), _best(of_group, OURS)
-        if peer is not None and own is not None and _best(of_group, fusing) is not None:
-            found.append(peer / own)
-    return min(found, default=None)
+    peer, own = _best(rows, names), _best(rows, OURS)
+    return peer / own if peer and own and _best(rows, fusing) is not None else None
 
 
 def _against(provider: str) -> Callable[[Sequence[Row]], float | None]:
-    """A provider's time over ours, of the group in which they took turns, as CUDA graphs."""
+    """A provider's time over ours, as CUDA graphs."""
 
     def quotient(rows: Sequence[Row]) -> float | None:
-        groups = {row["group"] for row in rows if row["provider"] == f"{provider}+graph"}
-        of_group = [row for row in rows if row["group"] in groups]
-        other, own = _best(of_group, (f"{provider}+graph",)), graph_ms(of_group)
+        other, own = _best(rows, (f"{provider}+graph",)), graph_ms(rows)
         return other / own if other and own else None
 
     return quotient
@@ -90,8 +90,8 @@ def _block(of: Of) -> bool:
 
 
 def memory(rows: Sequence[Row]) -> float | None:
-    """The memory that ours takes besides weights and input, over eager's."""
-    used = {r["provider"]: float(r["extra_mib"]) for r in rows if r["extra_mib"] and r["group"] == "main"}
+    """The memory that ours takes besides weights and input, over eager's, both without a graph."""
+    used = {r["provider"]: float(r["extra_mib"]) for r in rows if r["extra_mib"]}
     eager, own = used.get("eager"), used.get("fused")
     return own / eager if eager and own is not None else None
 
@@ -100,39 +100,51 @@ GOALS = (
     Goal(
         "ResNet-50, fp16, batch 128: the best peer's time over ours",
         lambda of: of == ("resnet50", "whole", "fp16", 128),
+        WITH_PEERS,
         speedup,
         1.5,
     ),
     Goal(
         "other networks, batch 32 to 256: the best peer's time over ours",
         lambda of: of.network in OTHERS and of.part == "whole" and 32 <= of.batch <= 256,
+        WITH_PEERS,
         speedup,
         1.2,
     ),
-    Goal("every network at every batch: the best peer's time over ours", lambda of: of.part == "whole", speedup, 1.0),
-    Goal("every block: the best peer's time over ours", _block, speedup, 1.0),
-    Goal("most blocks: the best peer's time over ours", _block, speedup, 1.3, most=True),
+    Goal(
+        "every network at every batch: the best peer's time over ours",
+        lambda of: of.part == "whole",
+        WITH_PEERS,
+        speedup,
+        1.0,
+    ),
+    Goal("every block: the best peer's time over ours", _block, WITH_PEERS, speedup, 1.0),
+    Goal("most blocks: the best peer's time over ours", _block, WITH_PEERS, speedup, 1.3, most=True),
     Goal(
         "layer1 and layer2 of ResNet-50, batch 64 to 256: the time conv by conv over ours",
         _early_stage,
+        ("by-stage",),
         _against("conv-by-conv"),
         1.3,
     ),
     Goal(
         "every stage and body at every batch: the time conv by conv over ours",
         lambda of: of.part.startswith("layer") and not _block(of),
+        ("by-stage",),
         _against("conv-by-conv"),
         1.0,
     ),
     Goal(
         "layer1 and layer2 of ResNet-50, batch 64 to 256: the time of max-autotune over ours",
         _early_stage,
+        ("max-autotune",),
         _against("max-autotune"),
         2.0,
     ),
     Goal(
         "body of ResNet-50, fp16, batch 128, CUDA graph (set for an H100)",
         lambda of: of == ("resnet50", BODY, "fp16", 128),
+        ("by-stage",),
         graph_ms,
         2.7,
         False,
@@ -141,6 +153,7 @@ GOALS = (
     Goal(
         "ResNet-50, fp16, batch 1, CUDA graph (set for an H100)",
         lambda of: of == ("resnet50", "whole", "fp16", 1),
+        ("main",),
         graph_ms,
         0.35,
         False,
@@ -149,51 +162,72 @@ GOALS = (
     Goal(
         "ResNet-18, fp16, batch 1, CUDA graph (set for an H100)",
         lambda of: of == ("resnet18", "whole", "fp16", 1),
+        ("main",),
         graph_ms,
         0.15,
         False,
         " ms",
     ),
-    Goal("memory of a network over eager's", lambda of: of.part == "whole", memory, 0.7, False),
+    Goal("memory of a network over eager's", lambda of: of.part == "whole", ("main",), memory, 0.7, False),
 )
 
 
-def judge(rows: Sequence[Row], planned: Iterable[Of] = ()) -> list[tuple[str, str, str]]:
-    """For each goal: what it is, the worst that was measured, and "yes", "no", "yes so far" or "not measured".
+def judge(rows: Sequence[Row], planned: Iterable[tuple[Of, str]] = ()) -> list[tuple[str, str, str]]:
+    """For each goal: what it is, the worst that was measured, and "yes", "no", "... so far" or "not measured".
 
-    A goal of several cases is met if all of them, or most, meet it; how many those are stands beside the figure. It is
-    met "so far" where not all that are `planned` have been measured.
+    A goal of several cases is met if all of them, or most, meet it; how many those are stands beside the figure. What
+    is known of a case is the worst of its groups, each of one commit: there its providers took turns.
+
+    Args:
+        rows: of `bench.csv`.
+        planned: cases and groups that are to be measured; "so far" is said where one of them is not.
     """
-    cases: dict[Of, list[Row]] = {of: [] for of in planned}
+    turns: dict[tuple[Of, str], dict[object, list[Row]]] = {}
+    settled: set[tuple[Of, str]] = set()
     for row in rows:
-        of = Of(row["network"], row["part"], row["dtype"], int(row["batch"]))
-        cases.setdefault(of, []).append(row)
+        key = Of(row["network"], row["part"], row["dtype"], int(row["batch"])), row["group"]
+        turns.setdefault(key, {}).setdefault((row.get("gpu"), row.get("commit")), []).append(row)
+        if row["provider"] == "all" and row["status"] not in UNFINISHED:
+            settled.add(key)
+    to_come = set(planned) - settled
     verdicts = []
     for goal in GOALS:
-        values = [goal.measure(of_case) for of, of_case in cases.items() if goal.matches(of)]
-        verdicts.append(verdict(goal.text, values, goal.limit, goal.at_least, goal.unit, goal.most))
+        keys = [key for key in turns if goal.matches(key[0]) and key[1] in goal.groups]
+        cases: dict[Of, list[float]] = {}
+        for key in keys:
+            values = [goal.measure(of_commit) for of_commit in turns[key].values()]
+            cases.setdefault(key[0], []).extend(value for value in values if value is not None)
+        worst = min if goal.at_least else max
+        known = [worst(values) for values in cases.values() if values]
+        missing = len({of for of, group in to_come if goal.matches(of) and group in goal.groups})
+        verdicts.append(verdict(goal.text, known, goal.limit, goal.at_least, goal.unit, goal.most, missing))
     return verdicts
 
 
 def verdict(
     text: str,
-    values: Sequence[float | None],
+    known: Sequence[float],
     limit: float,
     at_least: bool = True,
     unit: str = "x",
     most: bool = False,
+    missing: int = 0,
 ) -> tuple[str, str, str]:
-    """A line of `judge`: the goal, the worst of what is known, and whether that is within the limit."""
+    """A line of `judge`: the goal, the worst of what is known, and whether that is within the limit.
+
+    Of a goal for most cases the middle one stands for the worst. `missing` counts cases not, or not wholly, measured.
+    """
     bound = f"{text}: at {'least' if at_least else 'most'} {limit:g}{unit}"
-    known = [value for value in values if value is not None]
     if not known:
         return bound, NOT_MEASURED, NOT_MEASURED
     within = sum(value >= limit if at_least else value <= limit for value in known)
     met = 2 * within > len(known) if most else within == len(known)
-    of_all = f"{len(known)}" if len(known) == len(values) else f"{len(known)}, {len(values) - len(known)} not measured"
-    reach = "" if within == len(known) else f"; met by {within}"
-    shown = f"{min(known) if at_least else max(known):.3g}{unit}" + f" (worst of {of_all}{reach})" * (len(values) > 1)
-    return bound, shown, ("yes" if len(known) == len(values) else "yes so far") if met else "no"
+    turned = most and 2 * (within + missing) > len(known) + missing  # by what is not measured
+    shown = median(known) if most else min(known) if at_least else max(known)
+    told = f"{'median' if most else 'worst'} of {len(known)}"
+    told += f"; met by {within}" * (within < len(known)) + f"; {missing} not wholly measured" * (missing > 0)
+    said = f"{shown:.3g}{unit}" + f" ({told})" * (len(known) > 1 or missing > 0)
+    return bound, said, ("yes" if met else "no") + " so far" * (missing > 0 and (met or turned))
 
 
 def besides(tails: Sequence[float], convolutions: Sequence[float]) -> list[tuple[str, str, str]]:

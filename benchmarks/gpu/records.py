@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Records:
 
     Args:
         path: is made on the first row. A half-written last row is dropped; a file with other columns is renamed to
-            `<name>.old`.
+            `<name>.old`, or `.old2` and so on.
         key: columns that name a case.
         columns: the others; MARKS are added.
         marks: the values of MARKS.
@@ -59,7 +60,9 @@ class Records:
         reader = csv.DictReader(io.StringIO(text))
         if tuple(reader.fieldnames or ()) != self.columns:
             if text.strip():
-                self.path.replace(self.path.with_name(self.path.name + ".old"))
+                names = (f"{self.path.name}.old{number if number > 1 else ''}" for number in count(1))
+                free = (self.path.with_name(name) for name in names)
+                self.path.replace(next(path for path in free if not path.exists()))
             else:
                 self.path.unlink()
             return

@@ -33,12 +33,13 @@ def _counts(counts: dict[str, int]) -> str:
 def _networks(rows: list[Row]) -> str:
     """Median milliseconds by case, a column a provider, eager mode and CUDA graph on lines of their own."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in (row for row in rows if row["group"] not in L2_GROUPS):
+    for row in rows:
         provider, _, graph = row["provider"].partition("+")
         if provider not in PROVIDERS:
             continue
+        launch = (graph or "eager") + (f", L2 {row['group']}" if row["group"] in L2_GROUPS else "")
         text = f"{float(row['median_ms']):.3f}" if row["status"] == "ok" else row["status"]
-        line = lines.setdefault((row["network"], row["part"], row["dtype"], row["batch"], graph or "eager"), {})
+        line = lines.setdefault((row["network"], row["part"], row["dtype"], row["batch"], launch), {})
         if row["group"] == "main" or provider not in line:
             line[provider] = text
     shown = [name for name in PROVIDERS if any(name in line for line in lines.values())]
