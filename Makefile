@@ -19,7 +19,7 @@ help:
 	@echo "make activations  count the memory that a forward takes on a GPU, without one"
 	@echo "make emulate    run the compiled kernels without a GPU (ARGS='--capability 90 --dtype fp16'; some minutes each)"
 	@echo "make mutants    put faults into copies of the library, one by one: the tests must notice each"
-	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into README.md, make plots draws them"
+	@echo "make bench-cpu  measure on this machine's CPU; make readme puts the results into tables, make plots draws them"
 	@echo "make gpu        check, tune, measure and profile on an NVIDIA GPU, with python3's own torch (OUT=folder)"
 	@echo "                gpu-check, gpu-suite, gpu-tune, gpu-bench, gpu-profile are its steps; each goes on where it was stopped"
 	@echo "make clean      remove .venv, caches and build output"

@@ -46,7 +46,7 @@ def networks(rows: Rows) -> str:
     """Per GPU and versions: median milliseconds of every provider, as CUDA graphs.
 
     Behind them the best other provider's time over that of the fused network (where its groups differ, the least), and
-    the memory that it takes beside weights and input over eager's, both without a graph.
+    the memory that it takes beside weights and input over eager's, both without a graph, and as graphs.
     """
 
     def line(of_case: Rows) -> list[str] | None:
@@ -55,11 +55,12 @@ def networks(rows: Rows) -> str:
             return None
         graphs = [row for row in of_case if row["provider"].endswith("+graph")]
         by_group = [goals.speedup([row for row in graphs if row["group"] == group]) for group in goals.WITH_PEERS]
-        memory = goals.memory([row for row in of_case if row["group"] == "main"])
-        ratios = min((ratio for ratio in by_group if ratio), default=None), memory
+        main = [row for row in of_case if row["group"] == "main"]
+        ratios = [min((ratio for ratio in by_group if ratio), default=None)]
+        ratios += [goals.memory(main), goals.memory(main, "+graph")]
         return [*(times.get(name, NOT_MEASURED) for name in PROVIDERS), *(f"{r:.2f}x" if r else "" for r in ratios)]
 
-    headers = [*PROVIDERS, "best other / fused", "memory / eager's, no graph"]
+    headers = [*PROVIDERS, "best other / fused", "memory / eager's, no graph", "as graphs"]
     return _by_run([row for row in rows if row["group"] not in L2_GROUPS], headers, "CUDA graphs", line)
 
 

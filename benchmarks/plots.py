@@ -32,6 +32,7 @@ COLOURS = {
     "predicted, with stages": "#0b3c5d",
     "measured": "#c1666b",
 }
+BLOCKS, NETWORKS = "blocks of resnet50, measured conv by conv", "stem and body, measured with the classifier"
 Bars = Mapping[str, Mapping[str, float]]  # label of a group -> name of a bar -> value
 
 
@@ -111,7 +112,7 @@ def roofline(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] |
     blocks = {row["block"]: bars(row) for row in of_one if re.match(r"stem$|l\d", row["block"])}
     networks = {row["network"]: bars(row) for row in rows if row["block"] == "stem and body"}
     title = f"Floors, predictions and, where there is one, a measurement. {rows[0]['chip']}, batch {rows[0]['batch']}"
-    return {"blocks of resnet50": blocks, "networks (stem and body)": networks}, title
+    return {BLOCKS: blocks, NETWORKS: networks}, title
 
 
 def gpu(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None:
@@ -129,7 +130,9 @@ def gpu(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Bars], str] | None
         panel = panels.setdefault(f"batch {row['batch']}", {})
         name = row["provider"].removesuffix("+graph")
         panel.setdefault(row["network"], {}).setdefault(name, float(row["median_ms"]))
-    return dict(panels), f"{timed[-1]['gpu']}, torch {timed[-1]['torch']}, Triton {timed[-1]['triton']}, fp16"
+    commits = len({row.get("commit") for row in timed})
+    several = f", of {commits} commits" if commits > 1 else ""
+    return dict(panels), f"{timed[-1]['gpu']}, torch {timed[-1]['torch']}, Triton {timed[-1]['triton']}, fp16{several}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

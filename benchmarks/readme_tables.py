@@ -1,4 +1,4 @@
-"""Write the measured tables into the README: `python -m benchmarks.readme_tables [--check]`.
+"""Write the measured tables into README.md and RESULTS.md: `python -m benchmarks.readme_tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, where NAME is one of `TABLES`. The figures come
 from files in `benchmarks/results/`: `cpu.csv`, and `cpu_*.csv` for other CPUs and settings (`python -m
@@ -23,7 +23,7 @@ from . import gpu_tables, network_tables, results, tables
 from .gpu.records import read_json
 from .results import Row
 
-README = Path(__file__).parent.parent / "README.md"
+FILES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "RESULTS.md")
 
 
 class Sources(NamedTuple):
@@ -141,31 +141,34 @@ def fill(text: str, sources: Sources) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Update the README, or with --check only say whether it needs that.
+    """Update the README and `RESULTS.md`, or with --check only say whether they need that.
 
     Returns:
         0; 1 if --check finds a table out of date; 2 if a file cannot be read or the markers do not fit.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a file is out of date")
+    parser.add_argument("--readme", type=Path, nargs="+", default=FILES, metavar="FILE")
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER")
     args = parser.parse_args(argv)
+    outdated = 0
     try:
-        old = args.readme.read_text(encoding="utf-8")
-        new = fill(old, load(args.results))
+        sources = load(args.results)
+        texts = {file: file.read_text(encoding="utf-8") for file in args.readme}
+        filled = {file: fill(text, sources) for file, text in texts.items()}
     except (OSError, ValueError) as error:
         print(f"readme_tables: error: {error}", file=sys.stderr)
         return 2
-    if old == new:
-        print(f"{args.readme} is up to date")
-        return 0
-    if args.check:
-        print(f"{args.readme} is out of date: run python -m benchmarks.readme_tables", file=sys.stderr)
-        return 1
-    args.readme.write_text(new, encoding="utf-8")
-    print(f"updated {args.readme}")
-    return 0
+    for file, new in filled.items():
+        if texts[file] == new:
+            print(f"{file} is up to date")
+        elif args.check:
+            print(f"{file} is out of date: run python -m benchmarks.readme_tables", file=sys.stderr)
+            outdated = 1
+        else:
+            file.write_text(new, encoding="utf-8")
+            print(f"updated {file}")
+    return outdated
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def test_figures_are_those_of_the_rows():
     other = latency("resnet50", "whole", "float32", 1, {"eager": 9.0}, cpu="Other CPU")
     assert plots.cpu(rows + other) == (panels, title), "machines do not mix"
     panels, title = plots.roofline([{**ROOF, "block": "l1"}, ROOF])
-    assert panels["networks (stem and body)"]["resnet50"]["predicted, with stages"] == 3371.4
-    assert "measured" not in panels["networks (stem and body)"]["resnet50"]
+    assert panels[plots.NETWORKS]["resnet50"]["predicted, with stages"] == 3371.4
+    assert "measured" not in panels[plots.NETWORKS]["resnet50"]
     assert title.startswith("Floors, predictions")
     panels, _ = plots.roofline([{**ROOF, "measured_us": "2777.8"}])
-    assert panels["networks (stem and body)"]["resnet50"]["measured"] == 2777.8
+    assert panels[plots.NETWORKS]["resnet50"]["measured"] == 2777.8
 
 
 def test_gpu_bars():

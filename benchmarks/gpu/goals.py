@@ -89,10 +89,10 @@ def _block(of: Of) -> bool:
     return "." in of.part
 
 
-def memory(rows: Sequence[Row]) -> float | None:
-    """The memory that ours takes besides weights and input, over eager's, both without a graph."""
+def memory(rows: Sequence[Row], graph: str = "") -> float | None:
+    """The memory that ours takes besides weights and input, over eager's; both launched one by one, or as "+graph"."""
     used = {r["provider"]: float(r["extra_mib"]) for r in rows if r["extra_mib"]}
-    eager, own = used.get("eager"), used.get("fused")
+    eager, own = used.get(f"eager{graph}"), used.get(f"fused{graph}")
     return own / eager if eager and own is not None else None
 
 
