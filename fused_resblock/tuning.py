@@ -101,9 +101,12 @@ def _asked(model: nn.Module, example: Tensor) -> list[Asked]:
     Of two forwards: in the second one a chain of blocks knows which one comes behind it.
     """
     backends.clear_caches()
-    with torch.no_grad(), asked.recording() as found:
-        model(example)
-        model(example)
+    try:
+        with torch.no_grad(), asked.recording() as found:
+            model(example)
+            model(example)
+    finally:  # tails have been bound conv by conv
+        backends.clear_caches()
     return list({key_of(one): one for one in found}.values())
 
 
@@ -122,7 +125,8 @@ def convolution_winner(found: Asked) -> dict[str, Any]:
     arguments = backends.triton.prepared(x, conv, other, found.epilogue)
     ways: dict[str, Callable[[], Any]] = {}
     for tile in likely_tiles(*arguments, gpu_of(x.device))[:TRIED]:
-        ways[str(tile)] = lambda tile=tile: bind_convolution(*arguments, tile)  # type: ignore[misc]
+        of_tile = backends.triton.prepared(x, conv, other, found.epilogue, tile)
+        ways[str(tile)] = partial(bind_convolution, *of_tile, tile)
     for name in ("cudnn", "eager"):
         module = backends.BACKENDS[name]
         if module.unavailable() is None:

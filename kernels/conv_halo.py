@@ -2,7 +2,7 @@
 
 The same arithmetic. Two programs a multiprocessor keep the filters of 64 channels, 72 KB, and take tile after tile; of
 each they load the pixels with their halo (`halo`). While one of them waits for its pixels, the other one multiplies.
-Groups of fewer channels are joined to 64, with zeros between them.
+Groups of fewer channels share 64, with zeros between them, which are in shared memory alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .taps import (
     load_box,
     load_halo,
     matrix_box,
+    spread_groups,
     tma_load,
     tma_store,
     view,
@@ -40,7 +41,8 @@ def _conv_halo_kernel(
     edge_desc,  # the same, in boxes of two rows
     residual_desc,  # [N, H, W, BLOCKS*C], or None
     y_desc,  # [N, H, W, BLOCKS*C]
-    w_desc,  # [BLOCKS*C, 9*C]
+    w_desc,  # [BLOCKS*C, 9*C]; None for groups of fewer than C channels
+    w_ptr,  # of these, [BLOCKS*C, 3, 3, PER_GROUP]
     bias_ptr,  # [BLOCKS*C], or None
     mean_ptr,  # [BLOCKS*C], or None for no normalisation
     var_ptr,
@@ -50,6 +52,7 @@ def _conv_halo_kernel(
     TILES_P,  # boxes along rows and columns of an image
     TILES_Q,
     C: gl.constexpr,
+    PER_GROUP: gl.constexpr,  # channels of a group
     BLOCKS: gl.constexpr,  # of C channels, each a convolution of its own
     EPS: gl.constexpr,
     APPLY_RELU: gl.constexpr,
@@ -61,7 +64,7 @@ def _conv_halo_kernel(
     BLOCK_M: gl.constexpr = 8 * ROWS  # a row of a box is eight pixels
     RESIDUAL: gl.constexpr = residual_desc is not None
     dtype: gl.constexpr = x_desc.dtype
-    MATRIX: gl.constexpr = w_desc.layout
+    MATRIX: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, C, 16])
 
     x_smem = gl.allocate_shared_memory(dtype, [3 * (ROWS + 2), 8, C], MATRIX)
@@ -72,9 +75,12 @@ def _conv_halo_kernel(
         mbarrier.init(bars.index(bar), count=1)
     fence_async_shared()
     c = gl.program_id(0) % BLOCKS * C
-    mbarrier.expect(bars.index(0), 2 * 9 * C * C)
-    for tap in gl.static_range(9):
-        tma_load(w_desc, [c, tap * C], bars.index(0), w_smem.index(tap))
+    if PER_GROUP < C:
+        spread_groups(w_ptr, w_smem, c, PER_GROUP)
+    else:
+        mbarrier.expect(bars.index(0), 2 * 9 * C * C)
+        for tap in gl.static_range(9):
+            tma_load(w_desc, [c, tap * C], bars.index(0), w_smem.index(tap))
 
     tile = gl.program_id(0) // BLOCKS
     n, p, q = box_of(tile, TILES_P, TILES_Q, x_desc)
@@ -87,7 +93,8 @@ def _conv_halo_kernel(
         bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, offs, offs < BLOCKS * C, EPS, tl.float32
     )
     zeros = gl.zeros([BLOCK_M, C], gl.float32, MMA)
-    mbarrier.wait(bars.index(0), 0)
+    if PER_GROUP == C:
+        mbarrier.wait(bars.index(0), 0)
     turn = 0
     while tile < TILES:
         tile += PROGRAMS  # the next one
@@ -125,13 +132,21 @@ def bind_conv_halo(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fa
         tile: of 64 pixels and 64 channels; `persistent` programs a multiprocessor.
         overwrite: write the result over a residual.
     """
-    stand_in = bind_conv_tma(x, conv, other, epilogue, by_boxes(conv, tile), overwrite=overwrite)
-    if interpreted():
-        return stand_in
     n, channels, h, w = x.shape
     size = (n, h, w, channels)
     width = conv.weight.shape[1]
-    weight = conv.weight if width == WIDTH else join_groups(conv.weight.detach(), conv.groups, WIDTH // width)
+    like = [None if t is None else t.new_empty(()).expand(t.shape) for t in (x, other)]  # of no memory
+
+    def bind_stand_in():
+        joined = conv
+        if width < WIDTH:
+            weight = join_groups(conv.weight.detach(), conv.groups, WIDTH // width)
+            joined = conv._replace(weight=weight, groups=channels // WIDTH)
+        return bind_conv_tma(like[0], joined, like[1], epilogue, by_boxes(joined, tile), overwrite=overwrite)
+
+    if interpreted():
+        return bind_stand_in()
+    stand_in = bind_stand_in() if width == WIDTH else None  # joined groups take memory
     parts = channels // WIDTH
     tiles, down, across = boxes_of(n, h, w)
     programs = min(tiles, max(1, tile.persistent * gpu_of(x.device).multiprocessors // parts))
@@ -139,10 +154,11 @@ def bind_conv_halo(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fa
         _conv_halo_kernel,
         (programs * parts,),
         (
-            matrix_box(weight, channels, 9 * WIDTH, (WIDTH, WIDTH)),
+            None if width < WIDTH else matrix_box(conv.weight, channels, 9 * WIDTH, (WIDTH, WIDTH)),
+            conv.weight if width < WIDTH else None,
             *layer_vectors(conv),
             *(tiles, down, across),
-            *(WIDTH, parts, eps_of(conv.norm), epilogue.relu, programs),
+            *(WIDTH, width, parts, eps_of(conv.norm), epilogue.relu, programs),
         ),
         x.device,
         num_warps=tile.num_warps,
@@ -151,7 +167,9 @@ def bind_conv_halo(x, conv, other, epilogue, tile: Tile, *, overwrite: bool = Fa
     in_place = overwrite and other is not None
 
     def run(x, other):
+        nonlocal stand_in
         if unaligned(x, other):
+            stand_in = stand_in or bind_stand_in()
             return stand_in(x, other)
         y = other if in_place else torch.empty_like(x, memory_format=torch.channels_last)
         launch(whole(x), edge(x), None if other is None else whole(other), whole(y))

@@ -11,7 +11,13 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .boxes import Box, strided_view
@@ -113,6 +119,28 @@ def load_halo(
         tma_load(x_desc, [n, p - 1, q + s - 1, c], bar, view(above, x_desc.block_shape, x_desc.layout), pred=wanted)
         below = view(below, edge_desc.block_shape, edge_desc.layout)
         tma_load(edge_desc, [n, p + ROWS - 1, q + s - 1, c], bar, below, pred=wanted)
+
+
+@gluon.jit
+def spread_groups(
+    w_ptr,  # [K, 3, 3, PER_GROUP]
+    w_smem,  # [9, C, C]
+    first,  # output channel
+    PER_GROUP: gl.constexpr,  # channels of a group, in and out; divides C
+):
+    """The filters of C channels in groups, with zeros between these.
+
+    w_smem[tap, k, c] = w[first + k, tap, c % PER_GROUP] where k and c are of one group.
+    """
+    C: gl.constexpr = w_smem.shape[2]
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // C, C // 8], [gl.num_warps(), 1], [1, 0])
+    k = gl.arange(0, C, gl.SliceLayout(1, LOADED))
+    c = gl.arange(0, C, gl.SliceLayout(0, LOADED))
+    own = (k // PER_GROUP)[:, None] == (c // PER_GROUP)[None, :]
+    rows = w_ptr + ((first + k) * (9 * PER_GROUP))[:, None] + (c % PER_GROUP)[None, :]
+    for tap in gl.static_range(9):
+        w_smem.index(tap).store(gl.load(rows + tap * PER_GROUP, mask=own, other=0.0))
+    fence_async_shared()
 
 
 @gluon.jit

@@ -60,5 +60,7 @@ def small_bench(monkeypatch):
     """A block under every provider of the main group."""
     monkeypatch.setattr(bench, "prepare", lambda case, *rest: (block(), torch.randn(case.batch, 16, 4, 4)))
     monkeypatch.setattr(
-        bench, "cases", lambda quick: iter([networks.Case("resnet18", 2, "layer1.0", size=16, dtype="ieee")])
+        bench,
+        "cases",
+        lambda quick, engines=None: iter([networks.Case("resnet18", 2, "layer1.0", size=16, dtype="ieee")]),
     )

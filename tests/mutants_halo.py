@@ -17,6 +17,12 @@ HALO: dict[str, list[tuple[str, str, str, str]]] = {
             "tap // 3 * HEIGHT + tap % 3",
             _HALO,
         ),
+        (
+            "groups without zeros between them",
+            "own = (k // PER_GROUP)[:, None] == (c // PER_GROUP)[None, :]",
+            "own = (k < C)[:, None] & (c < C)[None, :]",
+            _HALO,
+        ),
     ],
     "kernels/dependent.py": [
         ("no wait for the kernel before", "        gdc_wait()\n", "", _COMPILED),

@@ -102,13 +102,15 @@ USERS: dict[str, list[tuple[str, str, str, str]]] = {
             _SMALL + "parity[3x3-relu-none]",
         ),
     ],
-    "fused_resblock/backends/triton.py": [
+    "fused_resblock/backends/guarded.py": [
         (
             "a tile that cannot be bound raises",
             "except Exception as error:  # a tile that no kernel can have",
             "except ZeroDivisionError as error:",
             "tests/test_tuned.py::test_a_measured_tile_that_does_not_run_gives_way_with_one_warning",
         ),
+    ],
+    "fused_resblock/backends/triton.py": [
         (
             "a table's tile for another kernel",
             "if entry is not None and entry.tile and not takes(",

@@ -47,7 +47,7 @@ if capability == 90 and name != "tf32":  # taps from shared memory
         (TailShape("first", 64, 13, second=64, outputs=64), two),
     ):
         found[shape] = tail(capability, name, shape, tile)
-    for shape in (ConvShape("", 64, 64, 13, 3, residual=True), ConvShape("", 128, 128, 13, 3, groups=32)):
+    for shape in (ConvShape("", 64, 64, 13, 3, residual=True), ConvShape("", 128, 128, 13, 3, groups=32), ConvShape("", 128, 128, 13, 3, groups=8, residual=True)):
         found[shape] = conv(shape, HALO)
     from fused_resblock.kernels import stem_hopper
     stem_hopper.choose_rows = lambda programs, rows, multiprocessors: 3  # of 17, the last of which has one row above

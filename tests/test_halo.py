@@ -205,10 +205,12 @@ with torch.no_grad():
     y = run(op.x, op.other)
     assert torch.allclose(y.double(), op.to(torch.float64).plain(), atol=1e-2)
     # two bytes into their memory: no descriptor can name them
-    grouped = build(ConvShape("", 64, 64, 8, 3, groups=2), 1, torch.float16, "cpu")
-    joined = triton.prepared(grouped.x, grouped.conv, None, grouped.epilogue)
-    other_kernel = both_ways(90, lambda: bind_conv_halo(*joined, HALO)(moved(grouped.x), None))[0]
-    assert torch.allclose(other_kernel.double(), grouped.to(torch.float64).plain(), atol=1e-2)
+    grouped = build(ConvShape("", 128, 128, 8, 3, groups=32), 1, torch.float16, "cpu")
+    taken = grouped.prepared(HALO)
+    assert taken[1].weight is grouped.conv.weight, "no groups are joined in memory"
+    either = bind_conv_halo(*taken, HALO)
+    for x in (grouped.x, moved(grouped.x), grouped.x):
+        assert torch.allclose(both_ways(90, lambda: either(x, None))[0].double(), grouped.to(torch.float64).plain(), atol=1e-2)
     assert torch.allclose(run(moved(op.x), op.other), y, atol=1e-2)
     assert torch.allclose(run(op.x, moved(op.other)), y, atol=1e-2)
     # over the residual

@@ -89,7 +89,7 @@ def _of_chip(batch: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str,
 def _fused(shape: ConvShape, batch: int, dtype: torch.dtype, device: str, tile: Tile | None = None) -> torch.Tensor:
     """The operation of a shape on the kernel that is chosen for it, or that the tile is for."""
     operation = build(shape, batch, dtype, device)
-    return bind_convolution(*operation.prepared(), tile)(operation.x, operation.other)
+    return bind_convolution(*operation.prepared(tile), tile)(operation.x, operation.other)
 
 
 def _tail(shape: TailShape, batch: int, dtype: torch.dtype, device: str, tile: StageTile | None = None) -> object:

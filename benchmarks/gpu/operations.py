@@ -91,13 +91,13 @@ class Operation:
         """What torch makes of it, in the tensors' own dtype."""
         return self.run(eager.conv_bn_act)
 
-    def prepared(self) -> tuple[Tensor, Conv, Tensor | None, Epilogue]:
+    def prepared(self, tile: Tile | None = None) -> tuple[Tensor, Conv, Tensor | None, Epilogue]:
         """The arguments as the Triton backend hands them to its kernels: norms formed, small groups joined."""
-        return triton.prepared(self.x, self.conv, self.other, self.epilogue)
+        return triton.prepared(self.x, self.conv, self.other, self.epilogue, tile)
 
     def bind(self, tile: Tile) -> Bound:
         """The Triton kernel that the tile is for, with the parameters bound."""
-        return bind_convolution(*self.prepared(), tile)
+        return bind_convolution(*self.prepared(tile), tile)
 
     def with_tile(self, tile: Tile) -> Tensor:
         """What the Triton kernel makes of it."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..kernels.gpu import gpu_of, tf32_allowed
 from ..kernels.tf32 import tf32_weight
-from ..kernels.tiles import StageTile
+from ..kernels.tiles import StageTile, Tile
 from ..params import PLAIN, Affine, BatchNorm, Bound, BoundPair, Conv, Epilogue
-from ..table import error_line
 from . import asked, tuned
 from .folding import TensorCache, bypassed, scale_shift
+from .guarded import guarded
 from .select import Problem
 
 MOST_ROWS = 8192  # of a program: its last row is counted in 32 bits, too
@@ -116,29 +116,46 @@ def prepare(conv: Conv, dtype: torch.dtype, joined: int = 1) -> Conv:
 
 
 def prepared(
-    x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue
+    x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, tile: Tile | None = None
 ) -> tuple[Tensor, Conv, Tensor | None, Epilogue]:
-    """The arguments of an operation as the kernels take them.
+    """The arguments of an operation as the kernels take them, or as the kernel that a tile is for does.
 
-    Small groups are joined into larger ones with zeros between them, so that the matrix units have full tiles.
+    Small groups are joined into larger ones with zeros between them, so that the matrix units have full tiles; by
+    `conv_halo` itself.
     """
     if epilogue.shortcut is not None:
         epilogue = epilogue._replace(shortcut=prepare(epilogue.shortcut, x.dtype))
-    joined = joined_groups(conv.weight.shape[0], conv.weight.shape[1] * conv.groups, conv.groups)
+    joined = 1 if tile is not None and tile.halo else _joined(conv)
     return x, prepare(conv, x.dtype, joined), other, epilogue
+
+
+def _joined(conv: Conv) -> int:
+    return joined_groups(conv.weight.shape[0], conv.weight.shape[1] * conv.groups, conv.groups)
+
+
+def _shaped(conv: Conv) -> Conv:
+    """The convolution with its groups joined, of which the shapes alone are there: what a tile is chosen for."""
+    joined, (k, c, r, s) = _joined(conv), conv.weight.shape
+    weight = torch.empty((k, joined * c, r, s), dtype=conv.weight.dtype, device="meta")
+    return conv._replace(weight=weight, groups=conv.groups // joined)
 
 
 def bind_conv_bn_act(x: Tensor, conv: Conv, other: Tensor | None, epilogue: Epilogue, overwrite: bool) -> Bound:
     """See `backends.bind_conv_bn_act`."""
-    from ..kernels.convolution import bind_convolution, usable
+    from ..kernels.convolution import bind_convolution, choose, usable
 
-    entry = tuned.lookup(x, conv, other, epilogue)
-    arguments = prepared(x, conv, other, epilogue)
-    tile = usable(entry, *arguments)
+    shapes = x, _shaped(conv), other, epilogue
+
+    def bind(tile: Tile, overwrite: bool) -> Bound:
+        return bind_convolution(*prepared(x, conv, other, epilogue, tile), tile, overwrite=overwrite)
+
+    def bind_predicted(overwrite: bool = False) -> Bound:
+        return bind(choose(*shapes, gpu_of(x.device)), overwrite)
+
+    tile = usable(tuned.lookup(x, conv, other, epilogue), *shapes)
     if tile is None:
-        return bind_convolution(*arguments, overwrite=overwrite)
-    bind = partial(bind_convolution, *arguments, tile, overwrite=overwrite)
-    return _guarded(bind, f"tile {tile}", lambda: bind_convolution(*arguments), "with a predicted tile")
+        return bind_predicted(overwrite)
+    return guarded(partial(bind, tile, overwrite), f"tile {tile}", bind_predicted, "with a predicted tile")
 
 
 def tail_refusal(
@@ -188,7 +205,7 @@ def bind_expand_shift(
     if tile is None:
         return None
     bind = partial(bind_tail, h, conv, expand, other, shortcut, reduce, tile, overwrite)
-    return _guarded(
+    return guarded(
         bind, f"tile {tile} of a tail", lambda: apart(h, conv, expand, other, shortcut, reduce), "conv by conv"
     )
 
@@ -247,42 +264,6 @@ def bind_stem(x: Tensor, conv: Conv, relu: bool, pool: tuple[Any, ...], measured
     norm = affine(conv.norm, conv, x.dtype)
     bias = None if isinstance(norm, Affine) else conv.bias
     return stem.bind_stem(x, conv._replace(bias=bias, norm=norm), packed)
-
-
-def _guarded(bind: Any, name: str, otherwise: Any, instead: str) -> Any:
-    """What `bind` gives, and if that cannot be bound, compiled or loaded on this GPU what `otherwise` does: `instead`.
-
-    That holds the activations that it was made with, and is let go as soon as the tile has run.
-    """
-
-    def refused(error: Exception) -> Any:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise error
-        tuned.warn_once(f"tuned {name} does not run here ({error_line(error)}); it runs {instead} instead")
-        return otherwise()
-
-    try:
-        run = bind()
-    except Exception as error:  # a tile that no kernel can have
-        return refused(error)
-    chosen: list[Any] = []
-    left = [refused]
-
-    def first(x: Tensor, other: Any) -> Any:
-        if chosen:
-            return chosen[0](x, other)
-        try:
-            y = run(x, other)
-            chosen.append(run)
-        except Exception as error:  # the compiler, the loader and the driver fail in ways of their own
-            if not left:
-                raise
-            chosen.append(left[0](error))
-            y = chosen[0](x, other)
-        left.clear()
-        return y
-
-    return first
 
 
 def bind_bn_act(x: Tensor, norm: BatchNorm | None, other: Tensor | None, epilogue: Epilogue) -> Bound:
