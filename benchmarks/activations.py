@@ -11,7 +11,6 @@ is not seen: workspaces that cuDNN asks for itself.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +33,8 @@ from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.launch import Launch
 from fused_resblock.models import ARCHITECTURES, build
 from fused_resblock.params import output_size
-from fused_resblock.table import format_table
 
+from .result_tables import write_table
 from .results import FOLDER
 
 RESULTS = FOLDER / "activations.csv"
@@ -137,9 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"batches must be at least 1, got {min(args.batches)}")
     total = len(args.networks) * len(args.batches)
     lines = list(tqdm(rows(args.networks, args.batches), total=total, disable=None))
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEADERS, *lines])
-    print(format_table(HEADERS, lines))
+    write_table(args.out, HEADERS, lines)
     return 0
 
 

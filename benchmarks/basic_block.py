@@ -25,10 +25,10 @@ from pathlib import Path
 
 from fused_resblock.kernels.cost import LATENCY, Ceilings, Cost, predicted
 from fused_resblock.kernels.tables import BACKENDS
-from fused_resblock.table import format_table
 
 from .floors import blocks_of, floors_of, gemm_of
 from .gpu.space import key_of
+from .result_tables import write_table
 from .results import FOLDER
 from .roofline import kept_ceilings, kept_chip
 from .shapes import ConvShape
@@ -130,9 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ceilings = kept_ceilings()
     measured = read_measured(ceilings and ceilings.with_name("tune.csv"), args.batch)
     lines = rows(args.batch, kept_chip(), measured)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEADERS, *lines])
-    print(format_table(HEADERS[1:], [line[1:] for line in lines]))
+    write_table(args.out, HEADERS, lines, hidden=1)
     return 0
 
 

@@ -8,16 +8,14 @@ of the convolutions that were timed came faster (`predictions.fitted_l2`).
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fused_resblock.kernels.cost import Ceilings
-from fused_resblock.table import format_table
 
 from .floors import network_floors
-from .predictions import read_rows
+from .result_tables import read_table, write_table
 from .results import FOLDER
 from .roofline import kept_ceilings, kept_chip, read_ceilings, stages
 
@@ -32,7 +30,7 @@ BATCH = 128
 def measured(bench: Path) -> dict[tuple[str, str, str], float]:
     """Microseconds of stages of a network as CUDA graphs, by network, stage and way: "conv-by-conv" or "fused"."""
     found: dict[tuple[str, str, str], float] = {}
-    for row in read_rows(bench) if bench.exists() else ():
+    for row in read_table(bench):
         here = (row["group"], row["dtype"], row["batch"], row["status"]) == ("by-stage", "fp16", str(BATCH), "ok")
         name, _, graph = row["provider"].partition("+")
         if here and graph:
@@ -63,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = measured(path.with_name("bench.csv"))
     table = [*lines(read_ceilings(path), "a copy within L2", known)]
     table += lines(kept_chip(), "convolutions that were timed", known)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEADERS, *table])
-    print(format_table(HEADERS, table))
+    write_table(args.out, HEADERS, table)
     return 0
 
 

@@ -76,13 +76,13 @@ def launched(rows: Rows) -> str:
 
 def by_l2(rows: Rows) -> str:
     """Blocks with L2 emptied before each call, and filled by the same call, as CUDA graphs."""
+
+    def line(of_case: Rows) -> list[str] | None:
+        times = _times(of_case, graph=True)
+        return [times.get(name, NOT_MEASURED) for name in OF_L2] if times else None
+
     text = []
     for group in L2_GROUPS:
         of_group = [row for row in rows if row["group"] == group]
-
-        def line(of_case: Rows) -> list[str] | None:
-            times = _times(of_case, graph=True)
-            return [times.get(name, NOT_MEASURED) for name in OF_L2] if times else None
-
         text.append(_by_run(of_group, OF_L2, f"L2 {group}, CUDA graphs", line))
     return "\n\n".join(dict.fromkeys(text))

@@ -9,29 +9,28 @@ slower, or did not run. Of a tail every tile was.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from fused_resblock.kernels.choice import chip_of, predicted_seconds
 from fused_resblock.kernels.convolution import gemms_of
-from fused_resblock.kernels.cost import Ceilings, Gemm
+from fused_resblock.kernels.cost import Ceilings
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import choose_stage_tile
 from fused_resblock.kernels.stage import predicted_seconds as tail_seconds
 from fused_resblock.kernels.tiles import StageTile, Tile
-from fused_resblock.table import format_table
 
 from .gpu.operations import DTYPES, build, precision
 from .gpu.space import chosen, distinct_shapes, key_of
 from .gpu.tail_shapes import shapes as tail_shapes
+from .result_tables import read_table, write_table
 from .results import FOLDER
 
 RESULTS = FOLDER / "predictions.csv"
@@ -61,12 +60,6 @@ class Timed(NamedTuple):
         return 1e6 * self.seconds(chip) / self.us
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def timed(rows: Iterable[Mapping[str, str]]) -> Iterator[Timed]:
     """The tiles of our kernels in a `tune.csv` of an H100."""
     convolutions = {key_of(shape): shape for shape in distinct_shapes()}
@@ -82,8 +75,7 @@ def timed(rows: Iterable[Mapping[str, str]]) -> Iterator[Timed]:
             with precision(dtype) as torch_dtype:
                 x, conv, _, epilogue = build(shape, batch, torch_dtype, "meta").prepared()
             gemm, second = gemms_of(x, conv, epilogue)
-            of_block = {"residual": shape.residual, "second": second}
-            seconds = partial(_convolution_seconds, gemm, itemsize, tile, of_block)
+            seconds = partial(predicted_seconds, gemm, itemsize, tile, residual=shape.residual, second=second)
             picked = tile == chosen(shape, batch, dtype, H100)
         elif kind == "tails" and case in tails:
             gemms, stage_tile = tails[case].build(batch, DTYPES[dtype][0], "meta").gemms(), StageTile.parse(row["tile"])
@@ -92,10 +84,6 @@ def timed(rows: Iterable[Mapping[str, str]]) -> Iterator[Timed]:
         else:
             continue
         yield Timed(row["gpu"], kind, dtype, batch, case, float(row["median_us"]), seconds, picked)
-
-
-def _convolution_seconds(gemm: Gemm, itemsize: int, tile: Tile, of_block: Mapping[str, Any], chip: Ceilings) -> float:
-    return predicted_seconds(gemm, itemsize, tile, chip, **of_block)
 
 
 def fitted_l2(rows: Iterable[Mapping[str, str]], chip: Ceilings) -> float:
@@ -146,11 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.csv")
     args = parser.parse_args(argv)
-    rows = [row for path in sorted(args.results.glob("*h100*/tune.csv")) for row in read_rows(path)]
+    rows = [row for path in sorted(args.results.glob("*h100*/tune.csv")) for row in read_table(path)]
     lines = summary(timed(tqdm(rows, disable=None)), chip_of(H100))
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEADERS, *lines])
-    print(format_table(HEADERS, lines))
+    write_table(args.out, HEADERS, lines)
     return 0
 
 

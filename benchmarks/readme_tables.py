@@ -11,7 +11,6 @@ them holds reads "not measured".
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from . import gpu_tables, network_tables, results, tables
 from .gpu.records import read_json
+from .result_tables import read_table
 from .results import Row
 
 FILES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "RESULTS.md")
@@ -86,14 +86,14 @@ def load(folder: Path) -> Sources:
         _cpu(folder, "cpu.csv"),
         _cpu(folder, "cpu_*.csv"),
         json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {},
-        _csv(folder / "roofline.csv"),
-        _csv(folder / "basic_block.csv"),
-        _csv(folder / "predictions.csv"),
-        _csv(folder / "l2_rates.csv"),
-        _csv(folder / "activations.csv"),
-        _csv(folder / "codegen.csv"),
-        [row for file in sorted(folder.glob("emulate*.csv")) for row in _csv(file)],
-        *([_dated(row) for file in sorted(folder.glob(f"*/{name}.csv")) for row in _csv(file)] for name in GPU_FILES),
+        read_table(folder / "roofline.csv"),
+        read_table(folder / "basic_block.csv"),
+        read_table(folder / "predictions.csv"),
+        read_table(folder / "l2_rates.csv"),
+        read_table(folder / "activations.csv"),
+        read_table(folder / "codegen.csv"),
+        _all(folder, "emulate*.csv"),
+        *([_dated(row) for row in _all(folder, f"*/{name}.csv")] for name in GPU_FILES),
         {rates["gpu"]: rates for rates in map(read_json, sorted(folder.glob("*/ceilings.json")))},
     )
 
@@ -102,11 +102,8 @@ def _cpu(folder: Path, files: str) -> list[Row]:
     return [row for file in sorted(folder.glob(files)) for row in results.read(file)]
 
 
-def _csv(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def _all(folder: Path, pattern: str) -> list[dict[str, str]]:
+    return [row for file in sorted(folder.glob(pattern)) for row in read_table(file)]
 
 
 def _dated(row: dict[str, str]) -> dict[str, str]:

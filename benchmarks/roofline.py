@@ -25,7 +25,8 @@ from fused_resblock.table import format_table
 
 from .cases import BODY
 from .floors import DEPTHS, Floors, network_floors, stem_floors
-from .predictions import fitted_l2, read_rows
+from .predictions import fitted_l2
+from .result_tables import read_table
 
 RESULTS = Path(__file__).parent / "results" / "roofline.csv"
 NOMINAL = Ceilings("H100 (assumed: 3.0 TB/s, L2 5.5 TB/s, 700 TFLOP/s)", 3.0e12, 5.5e12, 700e12, 132)
@@ -61,7 +62,7 @@ def kept_chip() -> Ceilings:
     tuned = path.with_name("tune.csv") if path else None
     if tuned is None or not tuned.exists():
         return chip
-    l2 = fitted_l2(read_rows(tuned), chip)
+    l2 = fitted_l2(read_table(tuned), chip)
     return replace(chip, l2=l2, name=f"{chip.name.removesuffix(')')}, L2's fitted: {l2 / 1e12:.1f} TB/s)")
 
 
