@@ -20,7 +20,9 @@ from typing import Any
 import torch
 import triton
 
+from fused_resblock.backends.whole import Layers
 from fused_resblock.kernels.bn_act import bn_act
+from fused_resblock.kernels.bottleneck_rows import bind_bottleneck_rows
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
 from fused_resblock.kernels.stage import bind_stage, candidates, kernel_of
@@ -28,7 +30,7 @@ from fused_resblock.kernels.stem import bind_stem, pack_weight
 from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
 from fused_resblock.params import Affine, Conv
 
-from .gpu import space
+from .gpu import block_shapes, space
 from .gpu.operations import build, precision
 from .kernel_table import KEY, Kept, Row, key_of, read, read_kept, table_of, write
 from .offline import CHIPS, compiling_for, inspect
@@ -172,6 +174,27 @@ def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
                 )
 
 
+def _block_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
+    """Whole bottlenecks."""
+    dtype = DTYPES[name]
+    for shape in block_shapes.shapes(False):
+        for tile in shape.shipped(dtype.itemsize, gpu):
+
+            def launch(shape: block_shapes.BlockShape = shape, tile: StageTile = tile) -> Any:
+                asked = shape.build(128, dtype, "meta")
+                block = Layers(*asked.layers, asked.epilogue.shortcut)
+                x = _meta(*asked.size, dtype=dtype)
+                return bind_bottleneck_rows(x, *(None if c is None else _normed(c) for c in block), tile)(x)
+
+            case = f"{shape.width}-{shape.outputs}.{'second' if shape.second else 'residual'}"
+            yield Job(gpu.capability, name, shape.kernel, case, str(tile), launch, tma=True)
+
+
+def _normed(conv: Conv) -> Conv:
+    """A convolution with its norm as the kernels take it."""
+    return conv._replace(norm=_affine(conv.weight.shape[0]))  # type: ignore[arg-type]
+
+
 def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Job]:
     """Every kernel and tile that is chosen for the networks at batch 1 to 256."""
     for capability in capabilities:
@@ -180,6 +203,7 @@ def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tup
             dtype = DTYPES[name]
             yield from _conv_jobs(gpu, name)
             yield from _stage_jobs(gpu, name)
+            yield from _block_jobs(gpu, name)
             x = _meta(32, 64, 56, 56, dtype=dtype)
             image = _meta(32, 3, 224, 224, dtype=dtype)
             first = Conv(_meta(64, 3, 7, 7, dtype=dtype), None, _affine(64), (2, 2), (3, 3))  # type: ignore[arg-type]

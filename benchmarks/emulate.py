@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from fused_resblock.backends import triton as backend
 from fused_resblock.kernels import (
+    bottleneck,
+    bottleneck_rows,
     by_rings,
     conv_halo,
     conv_pair,
@@ -41,10 +43,9 @@ from fused_resblock.kernels.tiles import StageTile, Tile
 from fused_resblock.table import error_line
 
 from .codegen import convolution_of, shipped, stem_kernel, stem_tile
-from .gpu import space, stems, tails
+from .gpu import block_shapes, space, stems, tails
 from .gpu.elementwise import judge_bn_act, judge_relu_backward
 from .gpu.operations import DTYPES, build, own, poisoned, precision
-from .gpu.tail_shapes import TailShape, shapes
 from .harness import parity
 from .kernel_table import KEY, Row, key_of, key_of_row, read, table_of, write
 from .offline import CHIPS
@@ -64,7 +65,19 @@ OTHERS = 5
 #: multiprocessors, so few that programs take several pieces
 FEW = 16
 #: modules that ask for them
-PLACED = (by_rings, conv_halo, conv_pair, conv_ring, conv_tma, expand_shift_halo, halo, ring, tail_ring)
+PLACED = (
+    bottleneck,
+    bottleneck_rows,
+    by_rings,
+    conv_halo,
+    conv_pair,
+    conv_ring,
+    conv_tma,
+    expand_shift_halo,
+    halo,
+    ring,
+    tail_ring,
+)
 #: how work lands: late or not, products apart from the rest or not (see `ptx.grid`); the first one is counted
 ORDERS = ((False, True), (True, False))
 COUNTS = ("instructions", "products", "l2", "device", "wavefronts", "ideal")
@@ -136,8 +149,8 @@ def convolution(capability: int, name: str, shape: ConvShape, tile: Tile) -> dic
         return judged(capability, lambda: op.with_tile(tile), own(name, op.plain), exact)
 
 
-def tail(capability: int, name: str, shape: TailShape, tile: StageTile) -> dict[str, Any]:
-    """A bottleneck's tail with a tile of the stage kernel."""
+def tail(capability: int, name: str, shape: tails.Shape, tile: StageTile) -> dict[str, Any]:
+    """A bottleneck's tail with a tile of the stage kernel, or a whole one with a tile of its own."""
     with precision(name) as dtype, torch.no_grad():
         asked = shape.build(IMAGES.get(shape.size, OTHERS), dtype, "cpu")
         x, other = asked.inputs()
@@ -176,11 +189,11 @@ def jobs(capabilities: Sequence[int] = CAPABILITIES, dtypes: Sequence[str] = NAM
                 run = partial(convolution, capability, name, shape, tile)
                 kernel = convolution_of(tile, shape)
                 yield Job(capability, name, kernel, space.key_of(shape), str(tile), run)
-            for shape in shapes(False):
-                for stage_tile in shape.shipped(DTYPES[name][0].itemsize, gpu):
-                    run = partial(tail, capability, name, shape, stage_tile)
-                    kernel = kernel_of(stage_tile)
-                    yield Job(capability, name, kernel, shape.key(), str(stage_tile), run)
+            for joint in (*tails.shapes(False), *block_shapes.odd_shapes(False)):
+                for stage_tile in joint.shipped(DTYPES[name][0].itemsize, gpu):
+                    run = partial(tail, capability, name, joint, stage_tile)
+                    kernel = kernel_of(stage_tile) if joint.backend == "stage" else joint.kernel
+                    yield Job(capability, name, kernel, joint.key(), str(stage_tile), run)
             for size in (64, 37):
                 run = partial(stem, capability, name, size)
                 yield Job(capability, name, stem_kernel(capability, name), f"7x7.{size}px", "", run)

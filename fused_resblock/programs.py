@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from . import dispatch
+from .chain import bind
 from .frozen import NEVER, generation, substituted
-from .program import Program, bind, signature
+from .program import Program, signature
 from .runner import Runner
 from .watch import Guard
 

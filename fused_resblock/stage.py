@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, dispatch, flat, handover, leaves
+from .chain import last_reads
 from .frozen import Freezable
 from .handover import programs as _programs
 from .modules import FusedBlock
-from .program import Program, last_reads
+from .program import Program
 from .programs import Programs
 from .swap import register, swapped_class, undone
 from .tail import Tail, find_tails, no_tail
@@ -118,7 +119,7 @@ register(FusedStage, nn.Sequential, FusedSequential)
 
 
 def kernel_state(stage: nn.Sequential) -> str:
-    """How many blocks of a chain end in the stage kernel, and if it was asked for, why one does not.
+    """How many blocks of a chain are one kernel or end in one, and if that was asked for, why one does not.
 
     Where it was not asked for a table decides, which depends on the input: "" if it did not for the last new one.
     """
@@ -126,8 +127,10 @@ def kernel_state(stage: nn.Sequential) -> str:
     merged = 0 if bound is None else bound.tails
     ahead = ", the last one with the next chain's head" if bound is not None and bound.ends.ahead is not None else ""
     if not stage.__dict__.get("_fused_kernel"):
-        said = f", {merged} of {len(stage)} tails as one kernel: measured to be faster for the last new size"
-        return said + ahead if merged else ""
+        blocks = 0 if bound is None else bound.wholes
+        counts = [f"{n} of {len(stage)} {what}" for n, what in ((merged, "tails"), (blocks, "blocks")) if n]
+        said = f", {' and '.join(counts)} as one kernel: measured to be faster for the last new size"
+        return said + ahead if counts else ""
     obstacles = _kernel_obstacles(stage)
     count = len(stage) - len(obstacles) if bound is None else merged
     why = f": {obstacles[0]}" if obstacles and count < len(stage) else ""

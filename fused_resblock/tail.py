@@ -55,7 +55,7 @@ def find_tails(
 
     Args:
         runners: of the blocks, each of which reads the result of the one before it.
-        last_read: for each value of the chain the number of the last step that reads it; see `program.bind`.
+        last_read: for each value of the chain the number of the last step that reads it; see `chain.bind`.
         behind: a step that reads the last block's result, if one is known.
     """
     found, base = {}, 0  # the number of a block's input, and of its first step
@@ -72,5 +72,28 @@ def find_tails(
                 reads_y = following is not None and _plain(following) and following.main.source == 0
                 reduce = following.main if following is not None and reads_y else None
                 found[base + len(steps) - 2] = Tail(conv.main, expand.main, base + source, expand.shortcut, reduce)
+        base += len(steps)
+    return found
+
+
+class Whole(NamedTuple):
+    """A bottleneck: `y = relu(expand(relu(conv(relu(reduce(x))))) + (x | shortcut(x)))`."""
+
+    reduce: BoundBranch
+    conv: BoundBranch
+    expand: BoundBranch
+    shortcut: BoundBranch | None
+
+
+def find_wholes(runners: Sequence[Runner]) -> dict[int, Whole]:
+    """The bottlenecks in a chain of blocks, by the number of their first step."""
+    found, base = {}, 0
+    for runner in runners:
+        steps = runner.steps
+        if len(steps) == 3 and _plain(steps[0]) and _plain(steps[1]) and _adds(steps[2]):
+            reduce, conv, expand = steps
+            source = expand.step.residual if expand.shortcut is None else expand.shortcut.source
+            if (reduce.main.source, conv.main.source, expand.main.source, source) == (0, 1, 2, 0):
+                found[base] = Whole(reduce.main, conv.main, expand.main, expand.shortcut)
         base += len(steps)
     return found

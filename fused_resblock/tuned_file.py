@@ -40,7 +40,9 @@ def key_of(found: Asked) -> tuple[str, str, int]:
     first, *rest = found.layers
     n, _, h, w = found.size
     p, q = first.output_size(h, w)
-    if rest:
+    if found.whole:
+        case = tables.whole_name(*found.layers, found.epilogue.shortcut)
+    elif rest:
         case = tables.stage_name(first, rest[0], found.epilogue.shortcut, found.reduce)
     else:
         case = tables.case_name(first, found.other_size, found.epilogue) + tables.STEM * (found.pool is not None)
@@ -108,4 +110,4 @@ class Growing:
 
 
 def _kind(found: Asked) -> str:
-    return "stages" if found.kind == "tail" else "winners"
+    return "stages" if found.kind in ("tail", "block") else "winners"

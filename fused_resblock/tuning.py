@@ -2,8 +2,8 @@
 
 For each distinct convolution that the fused model runs on an example, the tiles of least predicted time are compiled,
 held against PyTorch's result, and timed beside cuDNN and eager; likewise the stem as one kernel; then each tail of a
-block as one, with every tile, beside its convolutions one by one. The winners go into a table (`kernels.tables`). None
-of this happens unless it is asked for, and never inside of a CUDA graph's capture.
+block, and each block, as one, with every tile, beside its convolutions one by one. The winners go into a table
+(`kernels.tables`). None of this happens unless it is asked for, and never inside of a CUDA graph's capture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, on_cuda
-from .backends import asked, tuned
+from .backends import asked, tuned, whole
 from .backends.asked import Asked
 from .convert import blocks, fuse
 from .kernels import tables
@@ -40,7 +40,7 @@ MARGIN = 0.98
 CHECKED = 4
 
 #: the operations in the order in which they are tuned, each beside the winners of those before
-KINDS = ("stem", "convolution", "tail")
+KINDS = ("stem", "convolution", "tail", "block")
 Ways = Mapping[str, Callable[[], Any]]
 
 
@@ -111,8 +111,8 @@ def _asked(model: nn.Module, example: Tensor) -> list[Asked]:
 
 
 def _winner(found: Asked) -> dict[str, Any]:
-    if found.kind == "tail":
-        return tail_winner(found)
+    if found.kind in ("tail", "block"):
+        return tail_winner(found) if found.kind == "tail" else block_winner(found)
     return stem_winner(found) if found.kind == "stem" else convolution_winner(found)
 
 
@@ -173,6 +173,21 @@ def tail_winner(found: Asked) -> dict[str, Any]:
     ways["apart"] = lambda: backends.bind_apart(h, conv, expand, other, shortcut, reduce)
     tile_name, best = _fastest(_times(found, ways, h, other), "stage", ("apart",))
     faster = "stage" in best and best["stage"] < MARGIN * best.get("apart", float("inf"))
+    return {"faster": faster, "tile": tile_name, "us": best}
+
+
+def block_winner(found: Asked) -> dict[str, Any]:
+    """Whether a block is faster as one kernel than conv by conv or by its tail, and the tile: a row besides its key."""
+    x, _ = found.inputs()
+    reduce, conv, expand = found.layers
+    layers = whole.Layers(reduce, conv, expand, found.epilogue.shortcut)
+    ways: dict[str, Callable[[], Any]] = {
+        str(tile): partial(whole.bind_tile, x, layers, tile) for tile in whole.tiles(x, layers)
+    }
+    others: Ways = {"apart": partial(whole.apart, x, layers), "tail": partial(whole.by_tail, x, layers)}
+    tile_name, best = _fastest(_times(found, {**ways, **others}, x, None), "block", others)
+    rest = [best[name] for name in others if name in best]
+    faster = "block" in best and best["block"] < MARGIN * min(rest, default=float("inf"))
     return {"faster": faster, "tile": tile_name, "us": best}
 
 

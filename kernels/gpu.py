@@ -47,6 +47,11 @@ class Gpu:
         """Whether the kernels in Gluon run on it: they are for Hopper, and for Tritons whose Gluon is known."""
         return self.capability == 90 and (3, 6) <= triton_release() <= (3, 9)
 
+    @property
+    def rows(self) -> bool:
+        """Whether `bottleneck_rows` runs on it: its matrices begin within others, as Triton before 3.8 lets them."""
+        return self.gluon and triton_release() < (3, 8)
+
 
 def right_on(device: torch.device, right: Callable[[Gpu], bool]) -> bool:
     """Whether a device computes with a kernel what it should; where no GPU computes, nothing is in the way."""

@@ -51,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class StageEntry:
-    """Whether a block's tail and the next one's head are faster as one kernel at so many pixels, and its tile."""
+    """Whether a block, or its tail and the next one's head, is faster as one kernel at so many pixels, and its tile."""
 
     pixels: int
     faster: bool
@@ -95,6 +95,11 @@ def stage_name(conv: Any, expand: Any, shortcut: Any, reduce: Any) -> str:
     k, c = expand.weight.shape[:2]
     kind = "residual" if shortcut is None else f"shortcut{shortcut.weight.shape[1]}"
     return f"{c}-{k}.s{conv.stride[0]}.{kind}.{'last' if reduce is None else f'next{reduce.weight.shape[0]}'}"
+
+
+def whole_name(reduce: Any, conv: Any, expand: Any, shortcut: Any) -> str:
+    """A bottleneck as one kernel as tables name it, such as `64-256.s1.residual.from256`: its tail, and its input."""
+    return stage_name(conv, expand, shortcut, None).removesuffix("last") + f"from{reduce.weight.shape[1]}"
 
 
 def _pair(value: tuple[int, int]) -> str:

@@ -15,7 +15,7 @@ from .taps import columns, strided_box_of, tma_load, tma_store, view
 
 
 @gluon.jit
-def _next(slot, STAGES: gl.constexpr):
+def next_slot(slot, STAGES: gl.constexpr):
     """The slot behind this one in a ring."""
     slot += 1
     if slot == STAGES:
@@ -62,7 +62,7 @@ def load_pixels(
         step = 0
         tile += PROGRAMS
         n, p, q = strided_box_of(tile, TILES_P, TILES_Q, h_desc)
-    return _next(slot, pixels.shape[0]), step, tile, n, p, q
+    return next_slot(slot, pixels.shape[0]), step, tile, n, p, q
 
 
 @gluon.jit
@@ -101,7 +101,7 @@ def load_filters(
     if step == TAPS + CHUNKS * EACH:
         step = 0
         tile += PROGRAMS
-    return _next(slot, filters.shape[0]), step, tile
+    return next_slot(slot, filters.shape[0]), step, tile
 
 
 @gluon.jit

@@ -74,18 +74,25 @@ def channels_refusal(width: int, outputs: int, reduced: int, second: int, tile: 
     return None
 
 
+def conv_refusal(conv) -> str | None:
+    """Why a convolution is not the 3x3 that kernels with rings compute; None when it is."""
+    k, c, r, s = conv.weight.shape
+    if k != c or (r, s, *conv[3:]) != (3, 3, (1, 1), (1, 1), (1, 1), 1):
+        return "no 3x3 to as many channels with a padding, dilation and stride of 1"
+    return None
+
+
 def refusal(h, conv, expand, shortcut, reduce, tile: StageTile) -> str | None:
     """Why the kernel of the tile cannot run a tail that `expand_shift_tma` can; None when it can."""
     if h.dtype not in (torch.float16, torch.bfloat16):
         return f"{h.dtype}: only 16 bits"
     if not gpu_of(h.device).gluon:
         return "another chip than Hopper, or a Triton whose Gluon is not known"
-    k, c, r, s = conv.weight.shape
-    if k != c or (r, s, conv.padding, conv.dilation, conv.stride) != (3, 3, (1, 1), (1, 1), (1, 1)):
-        return "no 3x3 to as many channels with a padding, dilation and stride of 1"
+    if (reason := conv_refusal(conv)) is not None:
+        return reason
     second = 0 if shortcut is None else shortcut.weight.shape[1]
     reduced = 0 if reduce is None else reduce.weight.shape[0]
-    return channels_refusal(k, expand.weight.shape[0], reduced, second, tile)
+    return channels_refusal(conv.weight.shape[0], expand.weight.shape[0], reduced, second, tile)
 
 
 def by_boxes(tile: StageTile) -> StageTile:

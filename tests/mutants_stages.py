@@ -161,6 +161,20 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_stage_kernel.py::test_parity[layer-float32]",
         ),
         (
+            "a program's input kept to the end",
+            "x.pop().contiguous(",
+            "x[0].contiguous(",
+            "tests/test_handover.py::test_an_input_dies_when_it_was_read_for_the_last_time",
+        ),
+        (
+            "a head kept to the end",
+            "values[1], operations = head.pop(), operations[1:]",
+            "values[1], operations = head[0], operations[1:]",
+            "tests/test_handover.py::test_a_head_dies_when_it_was_read_for_the_last_time",
+        ),
+    ],
+    "fused_resblock/chain.py": [
+        (
             "a chain's input written over",
             "tail.other not in (0, main)",
             "tail.other != main",
@@ -173,12 +187,6 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
             "tests/test_overwrite.py::test_output_over_a_residual_that_nobody_reads_any_more[the 3x3's input]",
         ),
         (
-            "a program's input kept to the end",
-            "x.pop().contiguous(",
-            "x[0].contiguous(",
-            "tests/test_handover.py::test_an_input_dies_when_it_was_read_for_the_last_time",
-        ),
-        (
             "a program's input let go while it is read",
             "return self._last_read.get(value) == len(self.operations)",
             "return value == 0 or self._last_read.get(value) == len(self.operations)",
@@ -189,12 +197,6 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
             "residual and other not in (0, main)",
             "residual and other != main",
             "tests/test_stage.py::test_parity[ragged-basic-onednn]",
-        ),
-        (
-            "a head kept to the end",
-            "values[1], operations = head.pop(), operations[1:]",
-            "values[1], operations = head[0], operations[1:]",
-            "tests/test_handover.py::test_a_head_dies_when_it_was_read_for_the_last_time",
         ),
     ],
     "kernels/stage.py": [

@@ -156,7 +156,7 @@ def test_kept_table_covers_every_chip_and_kernel():
     assert {row["kernel"] for row in rows} == {
         *("conv_bn_act", "conv_tma", "conv_halo", "conv_pair", "conv_ring", "bn_act", "relu_backward"),
         *("expand_shift", "expand_shift_tma", "expand_shift_halo", "expand_shift_ring", "expand_shift_wide"),
-        *("stem", "stem_hopper"),
+        *("bottleneck_rows", "stem", "stem_hopper"),
     }
     assert all(row["local"] == row["stack"] == "0" for row in rows)
     assert all(bool(row["instruction"]) == (row["matrix"] != "0") for row in rows)

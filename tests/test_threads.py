@@ -10,7 +10,7 @@ from frozen_networks import CALLS, images, network
 from torch import fx, nn
 
 import fused_resblock as frb
-from fused_resblock import program, programs, stem
+from fused_resblock import chain, programs, stem
 from fused_resblock.backends.folding import TensorCache
 from fused_resblock.reference import BasicBlock
 from fused_resblock.tracing import graph_of
@@ -157,4 +157,4 @@ def test_what_is_traced_stays_as_it_is():
     frb.fuse(model, inplace=True)
     assert seen
     assert all(modes == {True} for modes in seen)
-    assert program.bind is programs.bind
+    assert chain.bind is programs.bind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,24 @@ from fused_resblock.kernels.stage import candidates, gemms_of
 from fused_resblock.kernels.tables import stage_name
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import BatchNorm, Conv, Epilogue
+
+
+def random_layers(dtype: torch.dtype, device: str) -> Callable[..., Conv]:
+    """Makes convolutions with random weights and norms: of outputs, channels, the filter's side and a stride."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        fan_in = size[1] * size[2] * size[3]
+        t = torch.randn(size, generator=generator, device=device).mul_(fan_in**-0.5).to(dtype)
+        return t.to(memory_format=torch.channels_last)
+
+    def conv(k: int, c: int, size: int, stride: int = 1) -> Conv:
+        low = torch.tensor((-0.5, 0.5, 0.5, -0.5), device=device)[:, None]
+        vectors = torch.rand(4, k, generator=generator, device=device) + low
+        norm = BatchNorm(*vectors.to(dtype).unbind())
+        return Conv(normal(k, c, size, size), None, norm, (stride, stride), (size // 2, size // 2))
+
+    return conv
 
 
 @dataclass(frozen=True)
@@ -30,21 +49,13 @@ class TailShape:
     second: int = 0
     outputs: int = 0
 
+    #: as the verdicts, and as the times name what runs it
+    kernel = "expand_shift"
+    backend = "stage"
+
     def build(self, batch: int, dtype: torch.dtype, device: str) -> Asked:
         """The tail with random weights as large as keep activations standard normal."""
-        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-
-        def normal(*size: int) -> Tensor:
-            fan_in = size[1] * size[2] * size[3]
-            t = torch.randn(size, generator=generator, device=device).mul_(fan_in**-0.5).to(dtype)
-            return t.to(memory_format=torch.channels_last)
-
-        def conv(k: int, c: int, size: int, stride: int = 1) -> Conv:
-            low = torch.tensor((-0.5, 0.5, 0.5, -0.5), device=device)[:, None]
-            vectors = torch.rand(4, k, generator=generator, device=device) + low
-            norm = BatchNorm(*vectors.to(dtype).unbind())
-            return Conv(normal(k, c, size, size), None, norm, (stride, stride), (size // 2, size // 2))
-
+        conv = random_layers(dtype, device)
         k, large = 4 * self.width, self.size * self.stride
         shortcut = conv(k, self.second, 1, self.stride) if self.second else None
         layers = [conv(self.width, self.width, 3, self.stride), conv(k, self.width, 1)]
@@ -89,6 +100,8 @@ def shapes(quick: bool) -> list[TailShape]:
     for stage, (width, size) in enumerate(((64, 56), (128, 28), (256, 14)), 1):
         stride, second = (1, 64) if stage == 1 else (2, 2 * width)
         found.append(TailShape(f"l{stage}.first", width, size, stride, second, width))
+        if stage < 3:  # in front of blocks that are one kernel
+            found.append(TailShape(f"l{stage}.first.last", width, size, stride, second))
         found.append(TailShape(f"l{stage}", width, size, outputs=width))
         found.append(TailShape(f"l{stage}.last", width, size))
         if stage < 3:  # the next stage's reduce is twice as wide

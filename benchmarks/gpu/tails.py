@@ -1,4 +1,4 @@
-"""The stage kernel: every tail of ResNet-50's blocks checked with every tile, and timed against conv by conv."""
+"""The kernels of tails and of whole blocks: checked with every tile, and timed against conv by conv."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_resblock import backends
-from fused_resblock.backends import triton
+from fused_resblock.backends import triton, whole
 from fused_resblock.backends.asked import Asked
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.stage import bind_stage
@@ -19,21 +19,35 @@ from fused_resblock.kernels.tail_ring import channels_refusal, is_wide
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.tuning import MARGIN
 
+from . import block_shapes, tail_shapes
+from .block_shapes import BlockShape
 from .context import Context
 from .device import Broken, error_line, is_out_of_memory
 from .judging import judge
 from .operations import DTYPES, own, precision
 from .records import Records
-from .tail_shapes import TailShape, odd_shapes, shapes
+from .tail_shapes import TailShape
 from .timing import timed_row
 
+Shape = TailShape | BlockShape
 
-def tiles(shape: TailShape, dtype: str, gpu: Gpu) -> list[StageTile]:
+
+def shapes(quick: bool) -> list[Shape]:
+    """What is measured: tails, and blocks."""
+    return [*tail_shapes.shapes(quick), *block_shapes.shapes(quick)]
+
+
+def odd_shapes(quick: bool) -> list[Shape]:
+    """What fills no tile."""
+    return [*tail_shapes.odd_shapes(quick), *block_shapes.odd_shapes(quick)]
+
+
+def tiles(shape: Shape, dtype: str, gpu: Gpu) -> list[StageTile]:
     """The tiles that ship and their neighbours; those that ship come first."""
     item = DTYPES[dtype][0].itemsize
     found = shape.shipped(item, gpu)
-    if not found:
-        return []
+    if not found or isinstance(shape, BlockShape):
+        return found
     rings = [tile for tile in found if tile.ring]
     depths = {False: ((6, 5), (4, 7)), True: ((4, 2), (2, 4))}  # of both rings, in as much memory
     for ring in rings:
@@ -58,7 +72,11 @@ def joined(pair: tuple[Tensor, Tensor | None] | Sequence[Tensor]) -> Tensor:
 
 
 def bound(asked: Asked, tile: StageTile) -> Callable[[Tensor, Any], tuple[Tensor, Tensor | None]]:
-    """The kernel that a tile is for."""
+    """The kernel that a tile is for, of a block with one output."""
+    if asked.whole:
+        x = torch.empty(asked.size, dtype=asked.dtype, device=asked.device)
+        block = whole.bind_tile(x, layers_of(asked), tile)
+        return lambda x, other: (block(x, None), None)
     sizes = asked.size, asked.other_size or ()
     h, other = (torch.empty(size, dtype=asked.dtype, device=asked.device) for size in sizes)
     layers = (*asked.layers[:2], asked.epilogue.shortcut, asked.reduce)
@@ -67,18 +85,23 @@ def bound(asked: Asked, tile: StageTile) -> Callable[[Tensor, Any], tuple[Tensor
     return run  # type: ignore[no-any-return]
 
 
+def layers_of(asked: Asked) -> whole.Layers:
+    """A block's convolutions."""
+    return whole.Layers(*asked.layers, asked.epilogue.shortcut)
+
+
 @dataclass(frozen=True)
 class TailJob:
-    """A tile of a tail to compile."""
+    """A tile of a tail, or of a block, to compile."""
 
-    shape: TailShape
+    shape: Shape
     batch: int
     dtype: str
     tile: StageTile
 
     def key(self) -> tuple[str, str, str, str]:
         """As the verdicts name it."""
-        return "expand_shift", self.dtype, self.shape.key(), str(self.tile)
+        return self.shape.kernel, self.dtype, self.shape.key(), str(self.tile)
 
     def launch(self, dtype: torch.dtype) -> None:
         """Launch the kernel on tensors without values."""
@@ -86,14 +109,15 @@ class TailJob:
         bound(asked, self.tile)(*(_empty(size, dtype) for size in (asked.size, asked.other_size)))
 
 
-def _empty(size: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
-    assert size is not None
+def _empty(size: Sequence[int] | None, dtype: torch.dtype) -> Tensor | None:
+    if size is None:
+        return None
     return torch.empty(tuple(size), dtype=dtype, device="meta").to(memory_format=torch.channels_last)
 
 
 @lru_cache(maxsize=4)
 @torch.no_grad()
-def _subject(shape: TailShape, batch: int, dtype: str, device: str) -> tuple[Any, ...]:
+def _subject(shape: Shape, batch: int, dtype: str, device: str) -> tuple[Any, ...]:
     """A tail, its two inputs, torch's result in its dtype as `own` gives it, and the exact one."""
     asked = shape.build(batch, DTYPES[dtype][0], device)
     x, other = asked.inputs()
@@ -121,16 +145,17 @@ def check(context: Context, table: Records, verdict: Callable[..., dict[str, obj
             return verdict(lambda: joined(bound(asked, job.tile)(x, other)), same, exact, context.device.synchronize)
 
     judge(context, table, jobs(context), TailJob.key, judged)
-    context.log(f"check: stage kernel: {table.count('status', table.rows(kernel='expand_shift'))}")
+    for kernel in ("expand_shift", "bottleneck_rows"):
+        context.log(f"check: {kernel}: {table.count('status', table.rows(kernel=kernel))}")
 
 
-def _tiles(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
+def _tiles(context: Context, shape: Shape, dtype: str) -> list[StageTile]:
     if context.quick:
         return [StageTile(16, 16, 16, 4, 1, 1, tma) for tma in (True, False)]
     return tiles(shape, dtype, context.device.gpu)
 
 
-def _shipped(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
+def _shipped(context: Context, shape: Shape, dtype: str) -> list[StageTile]:
     if context.quick:
         return _tiles(context, shape, dtype)
     return shape.shipped(DTYPES[dtype][0].itemsize, context.device.gpu)
@@ -139,28 +164,44 @@ def _shipped(context: Context, shape: TailShape, dtype: str) -> list[StageTile]:
 def shipped_faults(context: Context, table: Records) -> list[str]:
     """The tiles that ship and are not right."""
     faults = []
-    for row in table.rows(kernel="expand_shift"):
-        known = *shapes(context.quick), *odd_shapes(context.quick)
-        shape = next((s for s in known if s.key() == row["case"]), None)
-        ship = shape is not None and StageTile.parse(row["tile"]) in _shipped(context, shape, row["dtype"])
-        if ship and row["status"] != "ok":
-            faults.append(f"expand_shift {row['dtype']} {row['case']} {row['tile']}: {row['status']} {row['note']}")
+    for shape in (*shapes(context.quick), *odd_shapes(context.quick)):
+        for row in table.rows(kernel=shape.kernel, case=shape.key()):
+            if row["status"] != "ok" and StageTile.parse(row["tile"]) in _shipped(context, shape, row["dtype"]):
+                said = row["dtype"], row["case"], f"{row['tile']}:", row["status"], row["note"]
+                faults.append(" ".join((shape.kernel, *said)))
     return faults
 
 
-def plan(quick: bool) -> Iterator[tuple[str, int, TailShape]]:
+#: what a tail or a block is timed against: conv by conv; and of a block, its tail with the next reduce
+OTHERS = ("apart", "tail")
+
+
+def others(asked: Asked, x: Tensor, other: Tensor | None) -> dict[str, Callable[[], Any]]:
+    """What a tail or a block is timed against; see `OTHERS`."""
+    if not asked.whole:
+        layers = (x, *asked.layers[:2], other, asked.epilogue.shortcut, asked.reduce)
+        return {"apart": lambda: backends.bind_apart(*layers)}  # type: ignore[arg-type]
+    block = layers_of(asked)
+    return {"apart": lambda: whole.apart(x, block), "tail": lambda: whole.by_tail(x, block)}
+
+
+def plan(quick: bool) -> Iterator[tuple[str, int, Shape]]:
     """What is timed: dtype, batch, tail."""
     for dtype, batches in (("ieee", (2,)),) if quick else (("fp16", (128, 32)), ("bf16", (128,))):
         yield from ((dtype, batch, shape) for batch in batches for shape in shapes(quick))
 
 
-def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch: int) -> int:
-    """Time what is not timed yet of a dtype at a batch: the right tiles, and conv by conv; how many tails are left."""
+def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch: int, backend: str) -> int:
+    """Time what is not timed yet of a dtype at a batch: the right tiles, and `others`; how many cases are left.
+
+    Of tails ("stage"), or of blocks ("block"), which are held against the tails of a table in force.
+    """
     left = 0
-    for shape in (shape for kind, images, shape in plan(context.quick) if (kind, images) == (dtype, batch)):
+    todo = [shape for kind, images, shape in plan(context.quick) if (kind, images) == (dtype, batch)]
+    for shape in (shape for shape in todo if shape.backend == backend):
         key = {"dtype": dtype, "case": shape.key(), "batch": batch}
-        rows = verdicts.rows(kernel="expand_shift", dtype=dtype, case=shape.key(), status="ok")
-        met = {row["tile"] for row in table.rows(**key) if row["backend"] == "stage"}
+        rows = verdicts.rows(kernel=shape.kernel, dtype=dtype, case=shape.key(), status="ok")
+        met = {row["tile"] for row in table.rows(**key) if row["backend"] == shape.backend}
         new = [row for row in rows if row["tile"] not in met]
         if table.done(dtype, shape.key(), batch, "tail", "") and not new:
             continue
@@ -172,11 +213,11 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
             try:
                 asked = shape.build(batch, kind, context.device.torch_name)
                 x, other = asked.inputs()
-                assert other is not None
-                layers = (x, *asked.layers[:2], other, asked.epilogue.shortcut, asked.reduce)
-                ways: dict[tuple[str, str], Callable[[], Any]] = {("apart", ""): lambda: backends.bind_apart(*layers)}  # type: ignore[arg-type]  # noqa: B023
+                ways: dict[tuple[str, str], Callable[[], Any]] = {}
+                for name, way in others(asked, x, other).items():
+                    ways[name, ""] = way
                 for row in new:
-                    ways["stage", row["tile"]] = lambda r=row: bound(asked, StageTile.parse(r["tile"]))  # noqa: B023
+                    ways[shape.backend, row["tile"]] = lambda r=row: bound(asked, StageTile.parse(r["tile"]))  # noqa: B023
                 for (backend, tile), bind in ways.items():
                     row = timed_row(context, bind, x, other)
                     table.add(**key, backend=backend, tile=tile, **row)
@@ -201,9 +242,9 @@ def winners(context: Context, table: Records) -> list[dict[str, Any]]:
     for dtype, batch, shape in plan(context.quick):
         rows = table.rows(dtype=dtype, case=shape.key(), batch=batch, status="ok")
         times = {(row["backend"], row["tile"]): float(row["median_us"]) for row in rows if row["median_us"]}
-        stage = {tile: us for (backend, tile), us in times.items() if backend == "stage"}
-        apart = times.get(("apart", ""))
-        if apart is None or not stage:
+        stage = {tile: us for (backend, tile), us in times.items() if backend == shape.backend}
+        other = {name: times[name, ""] for name in OTHERS if (name, "") in times}
+        if "apart" not in other or not stage:
             continue
         tile = min(stage, key=stage.__getitem__)
         found.append(
@@ -211,9 +252,9 @@ def winners(context: Context, table: Records) -> list[dict[str, Any]]:
                 "dtype": dtype,
                 "case": shape.case(),
                 "pixels": batch * shape.size**2,
-                "faster": stage[tile] < MARGIN * apart,
+                "faster": stage[tile] < MARGIN * min(other.values()),
                 "tile": tile,
-                "us": {"stage": stage[tile], "apart": apart},
+                "us": {shape.backend: stage[tile], **other},
             }
         )
     return found

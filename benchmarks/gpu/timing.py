@@ -20,7 +20,9 @@ def micros(spread: Spread) -> dict[str, float]:
     return {**times, "rounds": spread.rounds}
 
 
-def timed_row(context: Context, bind: Callable[[], Callable[..., Any]], *activations: Tensor | None) -> dict[str, Any]:
+def timed_row(
+    context: Context, bind: Callable[[], Callable[..., Any] | None], *activations: Tensor | None
+) -> dict[str, Any]:
     """Status and times of what `bind` gives, called with the activations.
 
     Raises:
@@ -28,6 +30,8 @@ def timed_row(context: Context, bind: Callable[[], Callable[..., Any]], *activat
     """
     try:
         run = bind()
+        if run is None:
+            return {"status": "failed", "note": "not bound"}
         run(*activations)
         spread = Spread.of(context.device.times([lambda: run(*activations)], context.rounds(ROUNDS)))
     except Exception as error:  # a kernel may fail to compile, to load and to run

@@ -234,8 +234,10 @@ def run(context: Context) -> int:
     left = 0
     for dtype, batch in plan:
         left += convolutions(context, verdicts, table, dtype, batch)
-        if write_winners(context, table) and context.device.torch_name == "cuda":
-            tuned.load_config(context.folder / "tiles.json")  # a tail is held against its convolutions' fastest tiles
-        left += tails.tune(context, verdicts, table, dtype, batch) + stems.tune(context, table, dtype, batch)
+        for backend in ("stage", "block"):  # held against the fastest tiles of convolutions, and then of tails
+            if write_winners(context, table) and context.device.torch_name == "cuda":
+                tuned.load_config(context.folder / "tiles.json")
+            left += tails.tune(context, verdicts, table, dtype, batch, backend)
+        left += stems.tune(context, table, dtype, batch)
     context.log(f"tune: {write_winners(context, table)} winners" + (f"; {left} cases left" if left else ""))
     return 0

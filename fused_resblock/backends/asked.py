@@ -16,13 +16,16 @@ from . import eager
 class Asked(NamedTuple):
     """A fused convolution; with a pool, a stem; with two or three layers, a bottleneck's tail and the next one's head.
 
+    Or a whole bottleneck.
+
     Attributes:
         size: of x, `[N, C, H, W]`.
         other_size: of the residual or of the shortcut's input, or None.
         dtype, device: of both.
-        layers: the convolution; or the 3x3, the expand and, unless it is None, the next reduce.
+        layers: the convolution; or the 3x3, the expand and, unless it is None, the next reduce; or a block's.
         epilogue: behind the convolution, or behind the expand.
         pool: kernel size, stride, padding, dilation and ceil_mode of a stem's max-pool, else None.
+        whole: whether `layers` are a block's reduce, 3x3 and expand; what is added is its own input.
     """
 
     size: tuple[int, ...]
@@ -32,10 +35,13 @@ class Asked(NamedTuple):
     layers: tuple[Conv, ...]
     epilogue: Epilogue
     pool: tuple[Any, ...] | None = None
+    whole: bool = False
 
     @property
     def kind(self) -> str:
-        """One of "stem", "convolution" and "tail"."""
+        """One of "stem", "convolution", "tail" and "block"."""
+        if self.whole:
+            return "block"
         if len(self.layers) > 1:
             return "tail"
         return "convolution" if self.pool is None else "stem"
@@ -70,6 +76,9 @@ class Asked(NamedTuple):
         first, *rest = (_in(conv, x.dtype) for conv in self.layers)
         branch = self.epilogue.shortcut
         epilogue = self.epilogue._replace(shortcut=None if branch is None else _in(branch, x.dtype))
+        if self.whole:
+            h = eager.conv_bn_act(eager.conv_bn_act(x, first, None, PLAIN), rest[0], None, PLAIN)
+            return (eager.conv_bn_act(h, rest[1], x, epilogue),)
         if not rest:
             y = eager.conv_bn_act(x, first, other, epilogue)
             return (y if self.pool is None else torch.max_pool2d(y, *self.pool),)
@@ -104,9 +113,10 @@ def note(
     other: Tensor | None,
     epilogue: Epilogue,
     pool: tuple[Any, ...] | None = None,
+    whole: bool = False,
 ) -> None:
     """Note an operation, if this is within `recording`."""
     if _asked.active():
         size = None if other is None else tuple(other.shape)
         kept = tuple(layer for layer in layers if layer is not None)
-        _asked.note(Asked(tuple(x.shape), size, x.dtype, x.device, kept, epilogue, pool))
+        _asked.note(Asked(tuple(x.shape), size, x.dtype, x.device, kept, epilogue, pool, whole))
