@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from fused_resblock.backends.triton import joined_groups
+from fused_resblock.kernels import bottleneck
 from fused_resblock.kernels.choice import choose_tile, predicted_seconds
 from fused_resblock.kernels.cost import (
     LAUNCH,
@@ -22,12 +24,11 @@ from fused_resblock.kernels.cost import (
 )
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.halo import boxes_of
-from fused_resblock.kernels.stage import TailGemms, candidates, choose_stage_tile
+from fused_resblock.kernels.stage import TailGemms, choose_stage_tile
 from fused_resblock.kernels.stage import predicted_seconds as stage_seconds
 from fused_resblock.kernels.tiles import StemTile, Tile
 
 from .shapes import ConvShape, basic_shapes, bottleneck_shapes, wide_shapes
-from .whole_bottleneck import whole_seconds
 
 DEPTHS = {
     "resnet18": ("basic", (2, 2, 2, 2)),
@@ -54,9 +55,8 @@ class Floors:
 
     Floors of eager, of fusion conv by conv, of blocks whose tails and next heads are one kernel (`stage`; other blocks
     hold the next one's head, also across stages), and of whole blocks as one kernel. Predictions for conv by conv
-    (`ours`), with the stage kernel where it wins (`ours_stage`), and for `whole_bottleneck`, which is not built: with
-    its halves overlapping (`l2_whole`), and one after the other (`l2_in_turn`). Where there is no such kernel, what is
-    next best stands in its place.
+    (`ours`), with the stage kernel where it wins (`ours_stage`), and with `bottleneck_rows` wherever that runs
+    (`ours_whole`). Where there is no such kernel, what is next best stands in its place.
     """
 
     eager: float
@@ -65,8 +65,7 @@ class Floors:
     whole: float
     ours: float
     ours_stage: float
-    l2_whole: float
-    l2_in_turn: float
+    ours_whole: float
 
     def __add__(self, other: Floors) -> Floors:
         return Floors(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -142,29 +141,34 @@ def floors_of(
     whole = Cost(x + y + weights, 0, flops).floor(chip)
     tail = tail_of(shapes, batch, itemsize, chip, following)
     if tail is None:
-        return Floors(eager, per_conv, per_conv, whole, ours, ours, ours, ours)
+        return Floors(eager, per_conv, per_conv, whole, ours, ours, ours)
     head = (0.0, 0.0) if headless else of_convs[0]
     next_head = 0.0 if following is None else predicted_of(following, batch, itemsize, chip)
     alone = tail_of(shapes, batch, itemsize, chip, None) or tail
     best = min(tail[1], alone[1] + next_head, of_convs[1][1] + of_convs[2][1] + next_head)
     ours_stage = head[1] + best
-    l2_whole = _l2_whole(shapes, batch, itemsize, chip) or (ours_stage, ours_stage)
-    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, ours_stage, *l2_whole)
+    ours_whole = whole_of(shapes, batch, itemsize, chip) or ours_stage
+    return Floors(eager, per_conv, head[0] + tail[0], whole, ours, ours_stage, ours_whole)
 
 
-def _l2_whole(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> tuple[float, float] | None:
-    """A bottleneck by `whole_seconds`, with the stage kernel's best tile; None where there is no such kernel."""
-    reduce, conv, expand = (gemm_of(shape, batch) for shape in shapes)
-    second = second_of(shapes[2], batch)
-    tiles = candidates(conv.n, 0, itemsize, second is not None, Gpu(chip.multiprocessors))
-    size = shapes[1].out_size
+def whole_of(shapes: Sequence[ConvShape], batch: int, itemsize: int, chip: Ceilings) -> float | None:
+    """What a bottleneck should take as one kernel, with the tile that is predicted to be fastest; None without one."""
+    if len(shapes) != 3 or itemsize != 2:
+        return None
+    reduce, conv, expand = shapes
+    if conv.groups > 1 or conv.stride > 1 or (expand.shortcut or expand.out_channels) != reduce.channels:
+        return None
+    if expand.shortcut not in (0, bottleneck.WIDTH):
+        return None
+    second = expand.shortcut > 0
+    size = batch, reduce.channels, conv.size, conv.size
+    tiles = bottleneck.tiles_for(conv.channels, expand.out_channels, second)
     times = [
-        whole_seconds(reduce, conv, expand, second, itemsize, tile, batch, size, chip)
+        bottleneck.predicted_seconds(size, tile, conv.channels, expand.out_channels, second, chip)
         for tile in tiles
-        if not tile.halo
+        if conv.size + 2 <= tile.block_m
     ]
-    known = [time for time in times if time is not None]
-    return (min(t for t, _ in known), min(t for _, t in known)) if known else None
+    return min(times, default=None)
 
 
 def tail_of(
@@ -198,7 +202,7 @@ def stem_floors(batch: int, itemsize: int, chip: Ceilings) -> Floors:
     cost = stem_cost(conv, pixels, itemsize, tile)
     programs = batch * -(-56 // tile.pooled_rows) * -(-56 // (tile.pooled_columns - 1))
     ours = predicted(cost, programs, STEM_PROGRAMS, chip) + LAUNCH  # the copy is a launch of its own
-    return Floors(eager, plain.floor(chip) + pool, whole, whole, ours, ours, ours, ours)
+    return Floors(eager, plain.floor(chip) + pool, whole, whole, ours, ours, ours)
 
 
 def blocks_of(kind: str) -> dict[str, list[ConvShape]]:
@@ -220,19 +224,24 @@ def network_floors(
         for stage, depth in enumerate(depths, 1)
         for place in range(depth)
     ]
-    counted: Counter[tuple[str, str, ConvShape | None, bool]] = Counter()  # in order, each distinct block once
-    headless = False
+    counted: Counter[tuple[Any, ...]] = Counter()  # in order, each distinct block once
+    headless = headless2 = False  # whether a tail has computed the head; and where blocks are one kernel that can be
     for block, behind in zip(order, [*order[1:], None], strict=True):
         following = None if behind is None else blocks[behind][0]
         if following is not None and tail_of(blocks[block], batch, itemsize, chip, following) is None:
             following = None
+        alone, behind_alone = (b is not None and whole_of(blocks[b], batch, itemsize, chip) for b in (block, behind))
+        following2 = None if alone or behind_alone else following
         ends = behind is None or behind.endswith("first")
-        counted[block, block + ".last" * (ends and not block.endswith("first")), following, headless] += 1
-        headless = following is not None
-    total, rows = Floors(*[0.0] * 8), []
-    for (block, name, following, headless), count in counted.items():
+        named = block + ".last" * (ends and not block.endswith("first"))
+        counted[block, named, following, headless, following2, headless2] += 1
+        headless, headless2 = following is not None, following2 is not None
+    total, rows = Floors(*[0.0] * 7), []
+    for (block, named, following, headless, following2, headless2), count in counted.items():
         floors = floors_of(blocks[block], batch, itemsize, chip, following, headless)
-        rows.append((name, count, floors))
+        other = floors_of(blocks[block], batch, itemsize, chip, following2, headless2)
+        floors = replace(floors, ours_whole=other.ours_whole)
+        rows.append((named, count, floors))
         for _ in range(count):
             total += floors
     return total, rows

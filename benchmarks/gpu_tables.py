@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .gpu import bandwidth, bench, goals
-from .gpu.tail_shapes import TailShape, shapes
+from .gpu.block_shapes import BlockShape
+from .gpu.tails import Shape, shapes
 from .tables import NOT_MEASURED, markdown
 
 Rows = Sequence[Mapping[str, str]]
@@ -24,9 +25,9 @@ def roofline(rows: Rows) -> str:
         return NOT_MEASURED
     first = bodies[0]
     columns = ("eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us")
-    columns += ("predicted_l2_whole_us",)
+    columns += ("predicted_whole_us",)
     headers = ["network", "floor of eager", "of conv by conv", "of stages", "of whole blocks"]
-    headers += ["predicted, conv by conv", "predicted, with stages", "predicted, blocks in L2", "measured"]
+    headers += ["predicted, conv by conv", "predicted, with stages", "predicted, with whole blocks", "measured"]
     headers += ["predicted with stages / measured"]
     lines = []
     for row in bodies:
@@ -42,9 +43,9 @@ def stages(rows: Rows) -> str:
     shown = [row for row in rows if row["network"] == "resnet50" and re.match(r"l[12]|layer[12]|body", row["block"])]
     if not shown:
         return NOT_MEASURED
-    columns = ("per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us", "predicted_l2_whole_us")
+    columns = ("per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us", "predicted_whole_us")
     headers = ["part", "floor, conv by conv", "of stages", "of whole blocks"]
-    headers += ["predicted, conv by conv", "predicted, with stages", "predicted, blocks in L2", "measured"]
+    headers += ["predicted, conv by conv", "predicted, with stages", "predicted, with whole blocks", "measured"]
     lines = [[row["block"], *(row[c] for c in columns), row["measured_us"]] for row in shown]
     first = shown[0]
     told = f"{first['network']}, {first['chip']}, batch {first['batch']}, microseconds."
@@ -79,15 +80,15 @@ def l2_rates(rows: Rows) -> str:
     """Three designs at two rates of L2, and what was measured."""
     if not rows:
         return NOT_MEASURED
-    columns = ("predicted_us", "predicted_stage_us", "predicted_l2_whole_us", "predicted_l2_in_turn_us")
+    columns = ("predicted_us", "predicted_stage_us", "predicted_whole_us")
     columns += ("measured_conv_by_conv_us", "measured_us")
-    headers = ["L2's rate, TB/s", "network", "part", "conv by conv", "with stages", "blocks in L2, halves overlapping"]
-    headers += ["halves in turn", "measured, conv by conv", "measured, with stages"]
+    headers = ["L2's rate, TB/s", "network", "part", "conv by conv", "with stages", "with whole blocks"]
+    headers += ["measured, conv by conv", "measured, with stages"]
     lines = []
     for row in rows:
         rate = f"{row['l2_tb_per_s']}: {row['of']}"
         lines.append([rate, row["network"], row["part"], *(row[c] or NOT_MEASURED for c in columns)])
-    return f"{rows[0]['chip']}, batch {rows[0]['batch']}, fp16, microseconds.\n\n{markdown(headers, lines, numbers=6)}"
+    return f"{rows[0]['chip']}, batch {rows[0]['batch']}, fp16, microseconds.\n\n{markdown(headers, lines, numbers=5)}"
 
 
 def activations(rows: Rows) -> str:
@@ -152,7 +153,7 @@ def checked(rows: Rows) -> str:
 
 
 def moved(rows: Rows) -> str:
-    """Bytes in device memory a pixel and channel of the 3x3 that tails moved at batch 128: counted, by the profiler."""
+    """Bytes in device memory a pixel and channel of the 3x3, of tails and blocks at batch 128: counted, and moved."""
     lines = []
     for shape, row, total in _profiled(rows):
         unit = 128 * shape.size**2 * shape.width
@@ -163,10 +164,11 @@ def moved(rows: Rows) -> str:
     return markdown(headers, lines, numbers=3) if lines else NOT_MEASURED
 
 
-def _profiled(rows: Rows) -> Iterator[tuple[TailShape, Mapping[str, str], float]]:
-    """The tails that the profiler saw at batch 128, and the bytes that each moved."""
+def _profiled(rows: Rows) -> Iterator[tuple[Shape, Mapping[str, str], float]]:
+    """The tails and blocks that the profiler saw at batch 128, and the bytes that each moved."""
     for shape in shapes(False):
-        for row in (row for row in rows if row["launch"] == f"tail.{shape.name}.b128" and row["status"] == "ok"):
+        launch = f"{'block' if isinstance(shape, BlockShape) else 'tail'}.{shape.name}.b128"
+        for row in (row for row in rows if row["launch"] == launch and row["status"] == "ok"):
             yield shape, row, float(row["dram_read_bytes"]) + float(row["dram_write_bytes"])
 
 

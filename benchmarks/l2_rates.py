@@ -1,8 +1,8 @@
 """Three designs at two rates of L2: `python -m benchmarks.l2_rates`, a part of `make roofline`.
 
-Which design is predicted to win, conv by conv, the stage kernel or a whole bottleneck as one kernel
-(`whole_bottleneck`), turns on how fast tiles come from L2. A copy within L2 was measured (`ceilings.json`); the tiles
-of the convolutions that were timed came faster (`predictions.fitted_l2`).
+Which design is predicted to win, conv by conv, the stage kernel or a whole bottleneck as one kernel, turns on how fast
+tiles come from L2. A copy within L2 was measured (`ceilings.json`); the tiles of the convolutions that were timed came
+faster (`predictions.fitted_l2`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .roofline import kept_ceilings, kept_chip, read_ceilings, stages
 
 RESULTS = FOLDER / "l2_rates.csv"
 HEADERS = ("chip", "batch", "l2_tb_per_s", "of", "network", "part")
-HEADERS += ("predicted_us", "predicted_stage_us", "predicted_l2_whole_us", "predicted_l2_in_turn_us")
+HEADERS += ("predicted_us", "predicted_stage_us", "predicted_whole_us")
 HEADERS += ("measured_conv_by_conv_us", "measured_us")
 NETWORKS = ("resnet50", "wide_resnet50_2")
 BATCH = 128
@@ -43,9 +43,9 @@ def lines(chip: Ceilings, of: str, known: dict[tuple[str, str, str], float]) -> 
     for network in NETWORKS:
         total, blocks = network_floors(network, BATCH, 2, chip)
         for part, floors in (*((name, f) for name, _, f in stages(blocks)[:2]), ("layer1-4", total)):
-            times = [f"{1e6 * t:.1f}" for t in (floors.ours, floors.ours_stage, floors.l2_whole, floors.l2_in_turn)]
-            if floors.l2_whole == floors.ours_stage:  # no block of it is narrow enough
-                times[2:] = ["-", "-"]
+            times = [f"{1e6 * t:.1f}" for t in (floors.ours, floors.ours_stage, floors.ours_whole)]
+            if floors.ours_whole == floors.ours_stage:  # no block of it is narrow enough
+                times[2:] = ["-"]
             seen = [known.get((network, part, name), "") for name in ("conv-by-conv", "fused")]
             yield [chip.name.partition(" (")[0], BATCH, f"{chip.l2 / 1e12:.1f}", of, network, part, *times, *seen]
 

@@ -27,6 +27,7 @@ from fused_resblock.kernels.stage import choose_stage_tile
 from fused_resblock.kernels.stage import predicted_seconds as tail_seconds
 from fused_resblock.kernels.tiles import StageTile, Tile
 
+from .gpu.block_shapes import shapes as block_shapes
 from .gpu.operations import DTYPES, build, precision
 from .gpu.space import chosen, distinct_shapes, key_of
 from .gpu.tail_shapes import shapes as tail_shapes
@@ -37,7 +38,7 @@ RESULTS = FOLDER / "predictions.csv"
 HEADERS = ("gpu", "kind", "dtype", "batch", "tiles", "over_measured", "cases", "picked")
 HEADERS += ("over_fastest", "worst_over_fastest")
 #: the kind of operation by the name of its times in `tune.csv`
-KINDS = {"triton": "convolutions", "stage": "tails"}
+KINDS = {"triton": "convolutions", "stage": "tails", "block": "blocks"}
 H100 = Gpu()
 STEPS = 12  # of a bisection
 FIT_BATCH, FIT_DTYPES = 128, ("fp16", "bf16")
@@ -64,6 +65,7 @@ def timed(rows: Iterable[Mapping[str, str]]) -> Iterator[Timed]:
     """The tiles of our kernels in a `tune.csv` of an H100."""
     convolutions = {key_of(shape): shape for shape in distinct_shapes()}
     tails = {shape.key(): shape for shape in tail_shapes(False)}
+    blocks = {shape.key(): shape for shape in block_shapes(False)}
     for row in rows:
         kind, case, dtype, batch = KINDS.get(row["backend"], ""), row["case"], row["dtype"], int(row["batch"])
         itemsize = DTYPES[dtype][0].itemsize
@@ -81,6 +83,9 @@ def timed(rows: Iterable[Mapping[str, str]]) -> Iterator[Timed]:
             gemms, stage_tile = tails[case].build(batch, DTYPES[dtype][0], "meta").gemms(), StageTile.parse(row["tile"])
             seconds = partial(tail_seconds, gemms, itemsize, stage_tile)
             picked = stage_tile == choose_stage_tile(gemms, itemsize, H100)
+        elif kind == "blocks" and case in blocks:
+            seconds = blocks[case].seconds(batch, StageTile.parse(row["tile"]))
+            picked = False  # a table alone picks it
         else:
             continue
         yield Timed(row["gpu"], kind, dtype, batch, case, float(row["median_us"]), seconds, picked)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append([chip.name, network, args.batch, args.itemsize, block, count, *micros, seen or "not measured"])
     headers = ["chip", "network", "batch", "itemsize", "block", "count"]
     headers += ["eager_us", "per_conv_us", "stage_us", "whole_us", "predicted_us", "predicted_stage_us"]
-    headers += ["predicted_l2_whole_us", "predicted_l2_in_turn_us", "measured_us"]
+    headers += ["predicted_whole_us", "measured_us"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([headers, *rows])

@@ -146,6 +146,14 @@ class _Chain:
             return entry
         return entry if self._measured(number + 3, whole.like(x, layers), backend) is not None else None
 
+    def _whole_behind(self, number: int, tail: Tail, h: Tensor, backend: str) -> bool:
+        """Whether the block behind a tail, which begins with a step and reads h, is one operation."""
+        size = tail.conv.weights().output_size(*h.shape[2:])
+        if number + 2 not in self._wholes or min(size) < 1:
+            return False
+        y = h.new_empty(1).expand(h.shape[0], tail.expand.weights().weight.shape[0], *size)
+        return self._measured(number + 2, y, backend) is not None
+
     def _layers(self, number: int, x: Tensor) -> Layers | None:
         """The convolutions of the block that begins with a step; None if that is none, or the step has to say why."""
         found = self._wholes.get(number)
@@ -175,7 +183,7 @@ class _Chain:
             force=self._force,
             overwrite=overwrite,
         )
-        if tail.reduce is not None and self._measured(number + 2, _like_expanded(h, tail), backend) is not None:
+        if tail.reduce is not None and self._whole_behind(number, tail, h, backend):
             tail = tail._replace(reduce=None)  # the block behind it computes its own
         run = bind(tail)
         if run is None and tail.reduce is not None:  # the next block may begin with something else
@@ -200,12 +208,6 @@ def _first(pair: Any, _: Any) -> Any:
 
 def _second(_: Any, pair: Any) -> Any:
     return pair[1]
-
-
-def _like_expanded(h: Tensor, tail: Tail) -> Tensor:
-    """Something of the shape, dtype and device of a tail's output, without memory of that size."""
-    size = tail.conv.weights().output_size(*h.shape[2:])
-    return h.new_empty(1).expand(h.shape[0], tail.expand.weights().weight.shape[0], *size)
 
 
 def _bind_tail(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mutants_bottleneck import CHAIN
 from mutants_kernels import address
 
 
@@ -174,6 +175,7 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/chain.py": [
+        *CHAIN,
         (
             "a chain's input written over",
             "tail.other not in (0, main)",

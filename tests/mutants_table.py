@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutant import Mutant
+from mutants_bottleneck import BOTTLENECK
 from mutants_changes import CHANGES
 from mutants_functions import FUNCTIONS
 from mutants_halo import HALO
@@ -27,6 +28,7 @@ _HEAD = "tests/test_head.py::test_"
 #: (name, old text, new text, killers) by file.
 _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **KERNELS,
+    **BOTTLENECK,
     **STAGES,
     **STEMS,
     **FUNCTIONS,

@@ -189,3 +189,53 @@ def test_compiled_kernel_is_right(channels):
     name = "bf16" if second else "fp16"
     result = run(COMPILED, name, str(width), str(outputs), str(64 * second))
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+BANDS = """
+from benchmarks import emulate
+from benchmarks.gpu.block_shapes import BlockShape
+from fused_resblock.kernels.bottleneck import bands_of, tiles_for
+
+emulate.FEW, emulate.OTHERS = 2, 20
+for second in (0, 64):
+    shape = BlockShape("", 64, 13, second)
+    for tile in tiles_for(64, 256, bool(second)):
+        bands = bands_of((20, second or 256, 13, 13), tile, 64, 256, bool(second), 2)
+        assert bands.groups * bands.bands > bands.programs, bands
+        row = emulate.tail(90, "fp16", shape, tile)
+        assert row["status"] == "ok", (str(tile), row)
+"""
+
+
+def test_programs_of_several_bands():
+    result = run(BANDS)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+SPECIAL = """
+import torch
+from benchmarks.emulate import _few_multiprocessors
+from benchmarks.gpu.block_shapes import BlockShape
+from benchmarks.gpu.tails import layers_of
+from benchmarks.ptx.driver import emulated
+from fused_resblock.backends import triton, whole
+from fused_resblock.kernels.bottleneck import tiles_for
+
+for second in (0, 64):
+    asked = BlockShape("", 64, 6, second).build(2, torch.float16, "cpu")
+    x, _ = asked.inputs()
+    x[1, 5, 2, 3] = float("nan")
+    (exact,) = asked.plain(x.double(), None)
+    known = exact.isnan()
+    assert known.any() and not known.all()
+    for tile in tiles_for(64, 256, bool(second)):
+        with _few_multiprocessors(90), emulated(90), torch.no_grad():
+            y = whole.bind_tile(x, layers_of(asked), tile)(x, None)
+        assert torch.equal(y.isnan(), known), str(tile)
+        assert (y.double() - exact).nan_to_num().abs().max() < 0.02
+"""
+
+
+def test_nan_is_kept():
+    result = run(SPECIAL)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import roofline
-from benchmarks.floors import DEPTHS, blocks_of, floors_of, network_floors, stem_floors
+from benchmarks.floors import DEPTHS, blocks_of, floors_of, network_floors, stem_floors, whole_of
 from benchmarks.roofline import NOMINAL
-from benchmarks.whole_bottleneck import whole_cost, whole_seconds
 from fused_resblock.kernels.cost import (
     LAUNCH,
     Ceilings,
@@ -185,23 +184,6 @@ def test_stem_of_a_resnet_by_hand():
     assert floors.whole < floors.ours < floors.eager
 
 
-def test_whole_bottleneck_by_hand():
-    """One image of 8x8, 64 -> 16 -> 64 channels; bands of 4 rows compute 6 of the reduce."""
-    reduce, conv, expand = Gemm(64, 16, 64, 1, 64), Gemm(64, 16, 16, 9, 64), Gemm(64, 64, 16, 1, 64)
-    halves = whole_cost(reduce, conv, expand, None, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
-    cost = halves[0] + halves[1]
-    large, small, filters = 64 * 64 * 2, 64 * 16 * 2, 2 * (64 * 16 + 16 * 16 * 9 + 16 * 64)
-    assert cost.dram == 2 * large + filters
-    assert cost.l2 == 1.5 * (large + small) + 9 * small + 2 * large + 2 * filters  # two tiles of 32 pixels
-    assert cost.flops == 1.5 * reduce.flops + conv.flops + expand.flops
-    branch = Gemm(64, 64, 32, 1, 64)
-    assert halves[0] == Cost(large + 2 * 64 * 16, 1.5 * (large + small) + 2 * 2 * 64 * 16, 1.5 * reduce.flops)
-    _, other = whole_cost(reduce, conv, expand, branch, 2, StageTile(32, 32, 16, 4, 3, 2), 1.5)
-    assert other.l2 - halves[1].l2 == 64 * 32 * 2 - large + 2 * 2 * 64 * 32  # the branch's input for the residual
-    wide = Gemm(64, 256, 256, 9, 64)
-    assert whole_seconds(reduce, wide, expand, None, 2, StageTile(32, 32, 16, 4, 3, 2), 1, 8, CHIP) is None
-
-
 @pytest.mark.parametrize("name", DEPTHS)
 def test_every_network_has_floors_below_its_prediction(name):
     total, rows = network_floors(name, 32, 2, NOMINAL)
@@ -227,6 +209,37 @@ def test_the_last_block_of_layer_1_feeds_layer_2_by_hand():
     head = floors_of(first, 128, 2, NOMINAL).stage - floors_of(first, 128, 2, NOMINAL, headless=True).stage
     assert head == pytest.approx((large + next_small) / 3.0e12, rel=0.01)
     assert floors["l4.first"].stage == floors["l4.first"].per_conv, "layer 4 is too wide: its head is its own"
+
+
+def test_whole_blocks_are_followed_by_blocks_with_a_head_of_their_own():
+    total, rows = network_floors("resnet50", 128, 2, NOMINAL)
+    floors, blocks = {block: floors for block, _, floors in rows}, blocks_of("bottleneck")
+    for block, last in (("l1", "l1.last"), ("l1.first", "l1.first"), ("l2", "l2.last")):
+        seconds = whole_of(blocks[block], 128, 2, NOMINAL)
+        assert floors[block].ours_whole == floors[last].ours_whole == seconds > floors[block].whole
+    before = floors_of(blocks["l2.first"], 128, 2, NOMINAL)
+    assert floors["l2.first"].ours_whole == before.ours_stage, "neither its head nor the next one's is in a tail"
+    behind = floors_of(blocks["l3.first"], 128, 2, NOMINAL, blocks["l3"][0])
+    assert floors["l3.first"].ours_whole == behind.ours_stage
+    assert floors["l4"].ours_whole == floors["l4"].ours_stage
+    assert total.ours_whole == pytest.approx(sum(count * f.ours_whole for _, count, f in rows))
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "itemsize", "there"),
+    [
+        ("bottleneck", "l1.first", 2, True),
+        ("bottleneck", "l1.first", 4, False),
+        ("bottleneck", "l2.first", 2, False),
+        ("bottleneck", "l3", 2, False),
+        ("wide", "l1.first", 2, True),
+        ("wide", "l1", 2, False),
+        ("grouped", "l1", 2, False),
+        ("basic", "l1", 2, False),
+    ],
+)
+def test_where_a_block_may_be_one_kernel(kind, block, itemsize, there):
+    assert (whole_of(blocks_of(kind)[block], 128, itemsize, NOMINAL) is not None) == there
 
 
 def test_stages_are_the_sums_of_their_blocks():

@@ -58,7 +58,7 @@ print(*sorted({setting[0] for setting in launches.settings} - prepared))
 
 def test_a_launch_without_the_jit_hands_over_what_the_jit_does(env):
     prepared, others = printed(EVERY_KERNEL, env).splitlines()
-    kernels = "bn_act conv_bn_act conv_halo conv_pair conv_ring conv_tma pack stem_hopper"
+    kernels = "bn_act bottleneck_rows conv_bn_act conv_halo conv_pair conv_ring conv_tma pack stem_hopper"
     kernels += " expand_shift expand_shift_halo expand_shift_ring expand_shift_wide"
     assert sorted(prepared.split()) == sorted(f"_{name}_kernel" for name in kernels.split())
     assert others == "_relu_backward_kernel"

@@ -19,7 +19,7 @@ ROOF = {
     "whole_us": "1567.1",
     "predicted_us": "3855.4",
     "predicted_stage_us": "3371.4",
-    "predicted_l2_whole_us": "3400.0",
+    "predicted_whole_us": "3400.0",
     "measured_us": "not measured",
 }
 ROW = {

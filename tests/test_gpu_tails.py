@@ -29,10 +29,11 @@ def context(tmp_path, monkeypatch):
 
 def test_tails_of_the_network():
     shapes = tail_shapes.shapes(quick=False)
-    assert [shape.name for shape in shapes][:4] == ["l1.first", "l1", "l1.last", "l1.next"]
+    assert [shape.name for shape in shapes][:5] == ["l1.first", "l1.first.last", "l1", "l1.last", "l1.next"]
     assert shapes[0].case() == "64-256.s1.shortcut64.next64"
-    assert shapes[3].case() == "64-256.s1.residual.next128"
-    assert shapes[4].case() == "128-512.s2.shortcut256.next128"
+    assert shapes[1].case() == "64-256.s1.shortcut64.last"
+    assert shapes[4].case() == "64-256.s1.residual.next128"
+    assert shapes[5].case() == "128-512.s2.shortcut256.next128"
     for shape in shapes:
         asked = shape.build(1, torch.float16, "meta")
         assert refusal(*asked.layers[:2], asked.epilogue.shortcut, asked.reduce) is None

@@ -17,6 +17,7 @@ from fused_resblock.backends import asked, tuned, whole
 from fused_resblock.kernels import bottleneck
 from fused_resblock.kernels.tables import StageEntry
 from fused_resblock.kernels.tiles import StageTile
+from fused_resblock.reference import Bottleneck
 
 FROM_32, FROM_64, IDENTITY = "16-64.s1.shortcut32.from32", "16-64.s1.shortcut64.from64", "16-64.s1.residual.from64"
 TILE = StageTile(128, 64, 64, 8, 3, 4, tma=True, ring=True)
@@ -219,4 +220,47 @@ def test_a_place_in_memory_that_no_descriptor_names(monkeypatch):
     x = torch.randn(X.numel() + 1)[1:].view(2, 6, 4, 64).permute(0, 3, 1, 2)
     with torch.no_grad():
         y = whole.bind_tile(x, layers, TILE, "triton")(x, None)
+        torch.testing.assert_close(y, reference[0](x), **CLOSE)
+
+
+class Swapped(Bottleneck):
+    """A bottleneck that adds what its first convolution makes of x."""
+
+    def forward(self, x):
+        h = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(h)))
+        return self.relu(self.bn3(self.conv3(y)) + h)
+
+
+def test_only_blocks_in_that_order(table):
+    table[0]["64-64.s1.residual.from64"] = ROW
+    for block, count in ((Bottleneck, 2), (Swapped, 0)):
+        _, fused = run(lambda block=block: [square(block), square(block)])
+        assert program_of(fused).wholes == count
+
+
+def square(kind: type[Bottleneck]) -> Bottleneck:
+    """A bottleneck of 64 channels throughout."""
+    block = kind(64, 16)
+    for number in (1, 2, 3):
+        conv = nn.Conv2d(64, 64, 3 if number == 2 else 1, padding=int(number == 2), bias=False)
+        setattr(block, f"conv{number}", conv)
+        setattr(block, f"bn{number}", nn.BatchNorm2d(64))
+    return block
+
+
+@pytest.mark.parametrize("make", [identity, lambda: first(64, stride=1)], ids=["residual", "branch"])
+def test_what_a_block_is_timed_against(make, table):
+    rows, _ = table
+    reference = chain(lambda: [make(), identity()])
+    block = frb.fuse(reference, stages=False)[0]
+    steps = block.runner().steps
+    shortcut = steps[2].shortcut
+    layers = whole.Layers(*(step.main.weights() for step in steps), None if shortcut is None else shortcut.weights())
+    with torch.no_grad():
+        x = X.contiguous(memory_format=torch.channels_last)
+        assert whole.by_tail(x, layers, "triton") is None
+        kind = "residual" if shortcut is None else "shortcut64"
+        rows[f"16-64.s1.{kind}.next16"] = TAIL
+        y = whole.by_tail(x, layers, "triton")(x, None)
         torch.testing.assert_close(y, reference[0](x), **CLOSE)

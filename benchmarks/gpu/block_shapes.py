@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fused_resblock.backends.asked import Asked
 from fused_resblock.backends.whole import Layers
-from fused_resblock.kernels.bottleneck import bands_of, cost_of, tiles_for
+from fused_resblock.kernels.bottleneck import bands_of, cost_of, predicted_seconds, tiles_for
+from fused_resblock.kernels.cost import Ceilings
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.params import Epilogue
@@ -50,6 +53,11 @@ class BlockShape:
         block = (batch, self.second or self.outputs, self.size, self.size), tile, self.width, self.outputs
         bands = bands_of(*block, bool(self.second), Gpu().multiprocessors)
         return cost_of(*block, bool(self.second), bands).dram * itemsize // 2
+
+    def seconds(self, batch: int, tile: StageTile) -> Callable[[Ceilings], float]:
+        """What it should take with a tile, by a chip's ceilings."""
+        size = batch, self.second or self.outputs, self.size, self.size
+        return partial(predicted_seconds, size, tile, self.width, self.outputs, bool(self.second))
 
     def case(self) -> str:
         """As tables name it."""

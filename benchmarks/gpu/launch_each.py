@@ -25,10 +25,12 @@ from fused_resblock.kernels.tiles import StageTile, Tile
 
 from ..shapes import ConvShape, basic_shapes, bottleneck_shapes
 from . import space
+from .block_shapes import BlockShape
+from .block_shapes import shapes as block_shapes
 from .operations import build
 from .tail_shapes import TailShape
 from .tail_shapes import shapes as tail_shapes
-from .tails import bound
+from .tails import Shape, bound
 
 BATCH = 32
 #: odd sizes: masks of pixels, channels and taps all matter
@@ -48,20 +50,25 @@ TINY_OF_CHIP = (
     ConvShape("tiny.ring", 64, 256, 9, residual=True),
     ConvShape("tiny.pair", 64, 256, 9, shortcut=64),
 )
-TINY_TAILS_OF_CHIP = (
+TINY_TAILS_OF_CHIP: tuple[Shape, ...] = (
     TailShape("tiny.halo", 64, 5, outputs=64),
     TailShape("tiny.ring", 128, 5, outputs=128),
+    BlockShape("tiny", 64, 5),
+    BlockShape("tiny.first", 64, 5, 64),
 )
 
 
 def launches(tiny: bool, device: str = "cuda") -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and launch: convolutions of ResNet-50 and 18, tails, stem, elementwise kernels, at batch 32 in fp16."""
+    """Name and launch: convolutions of ResNet-50 and 18, tails, blocks, stem, elementwise kernels, batch 32, fp16."""
     shapes = TINY if tiny else (*bottleneck_shapes(), *basic_shapes())
     dtype, batch = (torch.float32, 3) if device == "cpu" else (torch.float16, 3 if tiny else BATCH)
     for shape in shapes:
         yield shape.name, lambda shape=shape: _fused(shape, batch, dtype, device)
     for tail in TINY_TAILS if tiny else tail_shapes(False):
         yield f"tail.{tail.name}", lambda tail=tail: _tail(tail, batch, dtype, device)
+    for block in () if tiny or device == "cpu" else block_shapes(False):
+        for tile in block.shipped(dtype.itemsize, gpu_of(torch.device(device)))[:1]:
+            yield f"block.{block.name}", partial(_tail, block, batch, dtype, device, tile)
     if tiny and device != "cpu":
         yield from _of_chip(batch, dtype, device)
     yield "stem", lambda: _stem(*((3, 40) if tiny else (batch, 224)), dtype, device)
@@ -83,7 +90,8 @@ def _of_chip(batch: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str,
     for tail in TINY_TAILS_OF_CHIP:
         for of_tail in tail.shipped(dtype.itemsize, gpu):
             if of_tail.halo or of_tail.ring:
-                yield f"tail.{tail.name}", partial(_tail, tail, batch, dtype, device, of_tail)
+                kind = "block" if isinstance(tail, BlockShape) else "tail"
+                yield f"{kind}.{tail.name}", partial(_tail, tail, batch, dtype, device, of_tail)
 
 
 def _fused(shape: ConvShape, batch: int, dtype: torch.dtype, device: str, tile: Tile | None = None) -> torch.Tensor:
@@ -92,8 +100,8 @@ def _fused(shape: ConvShape, batch: int, dtype: torch.dtype, device: str, tile: 
     return bind_convolution(*operation.prepared(tile), tile)(operation.x, operation.other)
 
 
-def _tail(shape: TailShape, batch: int, dtype: torch.dtype, device: str, tile: StageTile | None = None) -> object:
-    """A tail on the stage kernel, with the tile that ships unless one is given."""
+def _tail(shape: Shape, batch: int, dtype: torch.dtype, device: str, tile: StageTile | None = None) -> object:
+    """A tail on the stage kernel, with the tile that ships unless one is given; or a block with a tile."""
     asked = shape.build(batch, dtype, device)
     h, other = asked.inputs()
     tile = tile or choose_stage_tile(asked.gemms(), dtype.itemsize, gpu_of(h.device))

@@ -33,7 +33,7 @@ REASONS = {
     **{f"stall_{why}": f"smsp__average_warps_issue_stalled_{why}_per_issue_active.ratio" for why in _STALLS},
 }
 COLUMNS = ("status", *METRICS, *REASONS, "note")
-KERNELS = "regex:^_(conv|expand_shift|pack|stem|bn_act).*_kernel$"
+KERNELS = "regex:^_(conv|expand_shift|bottleneck|pack|stem|bn_act).*_kernel$"
 
 
 def records(context: Context) -> Records:
