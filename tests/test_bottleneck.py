@@ -149,6 +149,13 @@ def test_bands(size, expected):
     assert box.columns >= size[3] + 2
 
 
+@pytest.mark.parametrize(("columns", "padded"), [(1, 4), (2, 4), (3, 8), (30, 32), (31, 64), (62, 64), (63, 128)])
+def test_columns_of_a_step(columns, padded):
+    """One to the left, and one to the right, that are zeros."""
+    box = box_of(TILE, columns)
+    assert (box.images, box.rows, box.columns) == (128 // padded, 1, padded)
+
+
 def test_cost_and_prediction():
     """16 bytes a pixel and channel of the 3x3, where the stage kernel has 20; filters that stay come once."""
     size, chip = (128, 256, 56, 56), chip_of(Gpu(132, 90))
@@ -229,7 +236,7 @@ for second in (0, 64):
     known = exact.isnan()
     assert known.any() and not known.all()
     for tile in tiles_for(64, 256, bool(second)):
-        with _few_multiprocessors(90), emulated(90), torch.no_grad():
+        with _few_multiprocessors(90), emulated(90, False), torch.no_grad():
             y = whole.bind_tile(x, layers_of(asked), tile)(x, None)
         assert torch.equal(y.isnan(), known), str(tile)
         assert (y.double() - exact).nan_to_num().abs().max() < 0.02
