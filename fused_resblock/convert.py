@@ -58,9 +58,9 @@ def fuse(
             begins a stem, and of the pool and the classifier of a head; False leaves it alone.
         strict: raise if a residual block that filter_fn does not leave out could not be fused.
         stages: also run the blocks of an `nn.Sequential` (`layer1` and so on) as one chain; see `FusedStage`. Where a
-            measured table says that it is faster, the tail of a bottleneck and the head of the next one, or a whole one,
-            are then one kernel; "kernel" asks for the former wherever it can run. False here, and for `stems` and `heads`, leaves what an
-            earlier call has made as it is: `unfuse` first to be rid of it.
+            measured table says that it is faster, a bottleneck, or its tail and the head of the next one, are then one
+            kernel; "kernel" asks for it of tails wherever it can run. False here, and for `stems` and `heads`, leaves
+            what an earlier call has made as it is: `unfuse` first to be rid of it.
         stems: also run a convolution, its norm, its ReLU and a max-pool that stand outside of blocks as one operation.
         heads: also run the global average pool and the classifier behind the blocks faster; in fp16 and bf16 on a CPU.
         frozen: promise that weights, statistics, modules, settings and hooks stay as they are, as `torch.compile` has
