@@ -78,7 +78,7 @@ def text(context: Context) -> str:
         f"kernels and tiles checked: {_counts(verdicts.count('status', kernels))}",
         f"tests, memory check, CUDA graph: {_counts(verdicts.count('status', others))}",
         f"convolutions tuned: {len(times.rows(status='tuned', backend='all'))}; fastest: {_counts(by_backend)}",
-        f"stage kernel faster than conv by conv: {sum(row['faster'] for row in stages)} of {len(stages)} tails timed",
+        f"as one kernel faster: {sum(row['faster'] for row in stages)} of {len(stages)} tails and blocks timed",
         f"launches profiled: {len(profile.records(context).rows(status='ok'))}",
         "",
         "channels_last, median ms:",
