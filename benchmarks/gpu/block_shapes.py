@@ -78,6 +78,7 @@ def shapes(quick: bool) -> list[BlockShape]:
         BlockShape("l1", 64, 56),
         BlockShape("l2", 128, 28, outputs=512),
         BlockShape("wide.l1.first", 128, 56, 64),
+        BlockShape("wide.l1", 128, 56),
     ]
 
 
