@@ -219,7 +219,6 @@ from fused_resblock.kernels.tiles import StageTile
 emulate.FEW = 1
 step, stages = (64, (5, 4)) if sys.argv[1] == "ring" else (128, (3, 3))
 tile = StageTile(128, step, step, 8, *stages, tma=True, ring=True)
-emulate.ORDERS = ((True, True), (True, False))
 asked = TailShape("", 128, 5, outputs=128).build(6, torch.float16, "cpu")  # 150 pixels: the last tile is not full
 
 def moved(t):

@@ -183,8 +183,8 @@ def _store(g: Grid, thread: Array, tensor: Descriptor, inside: Array, far: Array
     def land(_: Any) -> None:
         _elements(g.memory.bytes, tensor)[to] = _elements(g.shared, tensor)[origin]
 
-    g.stores.start(thread, land if g.late else lambda _: None)
-    if not g.late:
+    g.stores.start(thread, (lambda _: None) if g.late else land)
+    if g.late:
         land(None)
 
 

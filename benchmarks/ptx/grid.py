@@ -96,7 +96,8 @@ class Grid:
         parameters: the kernel's, by name.
         memory: the device's.
         shared: bytes of a program.
-        late: whether asynchronous work lands as late as it may, and not at once.
+        late: whether asynchronous work lands as late as it may, and not at once; of boxes that are stored the one where
+            loads do the other, so that a box which is written over before it has left is seen.
         apart: whether products do the one where the rest does the other.
         serialized: whether the assembler has each wgmma waited for.
         early: whether the launch may begin before the one before has ended.
