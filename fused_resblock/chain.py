@@ -62,7 +62,8 @@ class _Chain:
         self._force = bool(stage_kernel)
         self._following = following
         self._tails = {} if stage_kernel is None else find_tails(runners, self._last_read, following)
-        self._wholes = find_wholes(runners) if stage_kernel is False else {}
+        same = len({backend for _, backend in blocks}) == 1
+        self._wholes = find_wholes(runners) if stage_kernel is False and same else {}
         self._first = runners[0].steps[0]
         self._taken: set[int] = set()  # the first step of each tail or block that is one kernel
 
@@ -200,14 +201,6 @@ class _Chain:
         if tail.reduce is not None:
             self._append(second_of_pair, pair + 1, pair, g)
         return taken
-
-
-def _first(pair: Any, _: Any) -> Any:
-    return pair[0]
-
-
-def _second(_: Any, pair: Any) -> Any:
-    return pair[1]
 
 
 def _bind_tail(

@@ -100,6 +100,9 @@ class FusedStage(Freezable):
         following: Any = handover.attempt(self)
         if not isinstance(following, FusedStage) or obstacle(following):  # type: ignore[arg-type]
             return None
+        bound = _last_bound(following)
+        if bound is not None and bound.ends.first is None:  # it begins with an operation of several steps
+            return None
         blocks: Any = following
         return blocks[0] if blocks[0]._fused_backend == backend else None
 

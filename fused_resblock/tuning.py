@@ -34,7 +34,7 @@ from .tuned_file import Growing, key_of, path_of
 TRIED = 16
 #: milliseconds in which a way is warmed up, and timed
 WARM_UP, MEASURE = 5, 25
-#: how much less time than conv by conv the stage kernel has to take
+#: how much less time than anything else a kernel for a tail or a block has to take
 MARGIN = 0.98
 #: images whose results are checked
 CHECKED = 4

@@ -166,7 +166,7 @@ def cost_of(size: Sequence[int], tile: StageTile, width: int, outputs: int, seco
     head = width * channels
     filters = head + 9 * width * width + width * outputs + channels * outputs * second
     x, y = 2 * n * h * w * channels, 2 * n * h * w * outputs
-    read = x * (bands.rows + 2) // bands.rows
+    read = x * (h + 2 * (bands.bands - 1)) // h
     l2 = read + x + y + 2 * (loads[0] * filters + loads[1] * head)
     return Cost(read + y + 2 * filters, l2, 2 * tile.block_m * (steps * filters + heads * head))
 

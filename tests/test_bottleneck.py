@@ -164,7 +164,7 @@ def test_cost_and_prediction():
     held, streamed = (tile for tile in tiles_for(64, 256, False) if tile.block_m == 128)
     costs = [cost_of(size, t, 64, 256, False, bands_of(size, t, 64, 256, False, 132)) for t in (held, streamed)]
     for cost in costs:
-        assert cost.dram == pixels * 64 * 16 + pixels * 512 * 2 // 28 + 2 * filters
+        assert cost.dram == pixels * 64 * 16 + pixels * 512 * 2 // 56 + 2 * filters
         assert cost.flops == 2 * 128 * (64 * 56 * filters + 64 * 4 * 256 * 64)
     assert costs[1].l2 - costs[0].l2 == 2 * (64 * 56 * filters + 64 * 4 * 256 * 64) - 2 * 128 * filters
     for tile in (held, streamed):

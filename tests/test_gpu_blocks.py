@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_gpu_tails import context
@@ -61,7 +63,7 @@ def test_blocks_of_the_networks(monkeypatch):
 def test_bytes_of_a_block():
     """16 a pixel and channel of the 3x3, the rows between two bands, and filters."""
     pixels, filters = 128 * 56 * 56, 2 * (2 * 256 * 64 + 9 * 64 * 64)
-    assert BlockShape("", 64, 56).dram_bytes(128, 2) == pixels * 64 * 16 + pixels * 512 * 2 // 28 + filters
+    assert BlockShape("", 64, 56).dram_bytes(128, 2) == pixels * 64 * 16 + pixels * 512 * 2 // 56 + filters
 
 
 def test_checked_and_tuned(kernel, context):
@@ -100,5 +102,30 @@ def test_a_block_is_faster_only_if_it_is_ahead_of_its_tail_too(kernel, context):
     assert row["us"] == {"block": 5.0, "apart": 9.0, "tail": 4.0}
 
 
-def test_blocks_are_launched_for_the_profiler_on_a_gpu_alone():
-    assert not any(name.startswith("block") for name, _ in launch_each.launches(True, "cpu"))
+def test_the_time_of_its_tail_is_kept(kernel, context, monkeypatch):
+    monkeypatch.setattr(whole, "by_tail", lambda x, layers: whole.apart(x, layers))
+    assert check.run(context) == 0
+    assert tune.run(context) == 0
+    row = next(row for row in read_json(context.folder / "tiles.json")["stages"] if row["case"] == TINY.case())
+    assert row["us"].keys() == {"block", "apart", "tail"}
+    timed = context.device.timed
+    assert tune.run(context) == 0
+    assert context.device.timed == timed
+
+
+def test_what_broke_the_gpu_is_not_met_again(kernel, context, monkeypatch):
+    monkeypatch.setattr(whole, "by_tail", lambda *_: pytest.fail("met again"))
+    key = {"dtype": "ieee", "case": TINY.key(), "batch": 2}
+    tune.records(context).add(**key, backend="tail", tile="", status="crash", note="an illegal instruction")
+    assert check.run(context) == 0
+    assert tune.run(context) == 0
+
+
+@pytest.mark.parametrize(("gpu_there", "names"), [(Gpu(132, 90), {"l1.first", "l1", "l2"}), (Gpu(108, 80), set())])
+def test_blocks_are_launched_for_the_profiler_where_there_is_a_kernel(gpu_there, names, monkeypatch):
+    monkeypatch.setattr(gpu, "triton_release", lambda: (3, 6))
+    monkeypatch.setattr(launch_each, "gpu_of", lambda device: gpu_there)
+    before_the_stem = itertools.takewhile(lambda launch: launch[0] != "stem", launch_each.launches(False, "cuda"))
+    launched = {name.removeprefix("block.") for name, _ in before_the_stem if name.startswith("block.")}
+    assert names <= launched
+    assert bool(launched) == bool(names)

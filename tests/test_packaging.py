@@ -111,3 +111,24 @@ def test_import_needs_neither_triton_nor_a_gpu() -> None:
     assert after == before
     assert initialized == "False"
     python("import sys; sys.modules['triton'] = None; import fused_resblock")
+
+
+def test_chains_run_without_triton() -> None:
+    code = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] == "triton" else find(name, *rest))
+sys.modules["triton"] = None
+import torch, fused_resblock as frb
+from fused_resblock.reference import Bottleneck
+model = torch.nn.Sequential(Bottleneck(64, 16), Bottleneck(64, 16)).eval()
+x = torch.randn(2, 64, 6, 4)
+with torch.no_grad():
+    for backend in ("auto", "eager"):
+        for stages in (True, "kernel"):
+            fused = frb.fuse(model, backend=backend, stages=stages)
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+print("ran")
+"""
+    assert python(code).strip() == "ran"

@@ -264,3 +264,32 @@ def test_what_a_block_is_timed_against(make, table):
         rows[f"16-64.s1.{kind}.next16"] = TAIL
         y = whole.by_tail(x, layers, "triton")(x, None)
         torch.testing.assert_close(y, reference[0](x), **CLOSE)
+
+
+def test_a_chain_that_begins_with_one_is_left_no_head(table):
+    """The tail of the chain in front could compute it, but nobody would read it."""
+    rows, _ = table
+    rows.update({f"16-64.s1.shortcut{c}.{what}": TAIL for c in (32, 64) for what in ("next16", "last")})
+    reference = nn.Sequential(
+        chain(lambda: [first(32, stride=1), first(64, stride=1)]), chain(lambda: [identity(), identity()])
+    )
+    fused, x = frb.fuse(reference, backend="triton"), torch.randn(2, 32, 6, 4).to(DEVICE)
+    for row, ahead in ((None, True), (ROW, False)):
+        rows[IDENTITY] = row
+        fused = frb.fuse(reference, backend="triton")
+        with torch.no_grad():
+            for _ in range(4):
+                torch.testing.assert_close(fused(x), reference(x), **CLOSE)
+        assert program_of(fused[0]).tails == 2
+        assert (program_of(fused[0]).ends.ahead is not None) == ahead
+        assert program_of(fused[1]).wholes == (0 if ahead else 2)
+
+
+def test_off_in_chains_of_several_backends(table):
+    table[0][IDENTITY] = ROW
+    reference = chain(lambda: [identity(), identity()])
+    fused = frb.fuse(reference, backend="triton", filter_fn=lambda name, module: name.startswith("0"))
+    fused = frb.fuse(fused, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X), reference(X), **CLOSE)
+    assert table[1] == []

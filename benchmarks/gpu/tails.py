@@ -127,7 +127,7 @@ def _subject(shape: Shape, batch: int, dtype: str, device: str) -> tuple[Any, ..
 
 
 def jobs(context: Context) -> Iterator[TailJob]:
-    """Every tile of every tail, tail by tail, and those that ship of the odd ones."""
+    """Every tile of every tail and block, one by one, and those that ship of the odd ones."""
     batch, dtypes = (2, ("ieee",)) if context.quick else (16, ("fp16", "bf16", "tf32"))
     for dtype in dtypes:
         for shape in shapes(context.quick):
@@ -137,7 +137,7 @@ def jobs(context: Context) -> Iterator[TailJob]:
 
 
 def check(context: Context, table: Records, verdict: Callable[..., dict[str, object]]) -> None:
-    """Check every tile of every tail that is not on record."""
+    """Check every tile of every tail and block that is not on record."""
 
     def judged(job: TailJob) -> dict[str, object]:
         with precision(job.dtype):
@@ -174,6 +174,8 @@ def shipped_faults(context: Context, table: Records) -> list[str]:
 
 #: what a tail or a block is timed against: conv by conv; and of a block, its tail with the next reduce
 OTHERS = ("apart", "tail")
+#: stands for a case that is done, in the place of a way
+MARK = "joint"
 
 
 def others(asked: Asked, x: Tensor, other: Tensor | None) -> dict[str, Callable[[], Any]]:
@@ -186,7 +188,7 @@ def others(asked: Asked, x: Tensor, other: Tensor | None) -> dict[str, Callable[
 
 
 def plan(quick: bool) -> Iterator[tuple[str, int, Shape]]:
-    """What is timed: dtype, batch, tail."""
+    """What is timed: dtype, batch, tail or block."""
     for dtype, batches in (("ieee", (2,)),) if quick else (("fp16", (128, 32)), ("bf16", (128,))):
         yield from ((dtype, batch, shape) for batch in batches for shape in shapes(quick))
 
@@ -203,7 +205,7 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
         rows = verdicts.rows(kernel=shape.kernel, dtype=dtype, case=shape.key(), status="ok")
         met = {row["tile"] for row in table.rows(**key) if row["backend"] == shape.backend}
         new = [row for row in rows if row["tile"] not in met]
-        if table.done(dtype, shape.key(), batch, "tail", "") and not new:
+        if table.done(dtype, shape.key(), batch, MARK, "") and not new:
             continue
         if not context.deadline.allows(5) or not rows:  # no tile of it has been checked yet
             left += 1
@@ -214,8 +216,10 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
                 asked = shape.build(batch, kind, context.device.torch_name)
                 x, other = asked.inputs()
                 ways: dict[tuple[str, str], Callable[[], Any]] = {}
+                lost = {row["backend"] for row in table.rows(**key) if row["status"] == "crash"}
                 for name, way in others(asked, x, other).items():
-                    ways[name, ""] = way
+                    if name not in lost:
+                        ways[name, ""] = way
                 for row in new:
                     ways[shape.backend, row["tile"]] = lambda r=row: bound(asked, StageTile.parse(r["tile"]))  # noqa: B023
                 for (backend, tile), bind in ways.items():
@@ -225,11 +229,11 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
                         raise Broken(row["note"])
                     if row["status"] == "ok":
                         told[f"{backend} {tile}".strip()] = row["median_us"]
-                table.add(**key, backend="tail", tile="", status="tuned")
+                table.add(**key, backend=MARK, tile="", status="tuned")
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                table.add(**key, backend="tail", tile="", status="oom", note=error_line(error))
+                table.add(**key, backend=MARK, tile="", status="oom", note=error_line(error))
                 context.device.free()
         best = ", ".join(f"{name} {us:.1f}" for name, us in sorted(told.items(), key=lambda item: item[1])[:3])
         context.log(f"tune: {dtype} {shape.key()} batch {batch}: {best} us")
@@ -237,7 +241,7 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
 
 
 def winners(context: Context, table: Records) -> list[dict[str, Any]]:
-    """For each tail that was timed whether the stage kernel is faster, and its fastest tile: rows of a table."""
+    """For each tail and block that was timed whether one kernel is faster, and its fastest tile: rows of a table."""
     found = []
     for dtype, batch, shape in plan(context.quick):
         rows = table.rows(dtype=dtype, case=shape.key(), batch=batch, status="ok")

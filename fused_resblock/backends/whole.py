@@ -48,20 +48,19 @@ class Layers(NamedTuple):
 
 def obstacle(x: Tensor, layers: Layers, backend: str) -> str | None:
     """Why the kernel cannot take a block with an input such as x; None when it can."""
-    from ..kernels import bottleneck
-
     if not may_be_triton(backend, x.device):
         return f"the backend is {backend}, the device {x.device.type}"
     if x.shape[0] == 0 or x.shape[2] * x.shape[3] == 1:
         return "no images, or images of one pixel"
-    if (reason := bottleneck.refusal(x, *layers)) is not None:
-        return reason
     n, _, h, w = x.shape
-    for channels, layer in ((layers.reduce.weight.shape[1], layers.reduce), (layers.conv.weight.shape[0], layers.conv)):
-        problem = conv_problem(x.device, x.dtype, (n, channels, h, w), layer.weight.shape, *layer[3:])
+    for layer in layers[:2]:
+        size = n, layer.weight.shape[1] * layer.groups, h, w
+        problem = conv_problem(x.device, x.dtype, size, layer.weight.shape, *layer[3:])
         if (reason := refusal("triton", problem)) is not None:
             return reason
-    return None
+    from ..kernels import bottleneck  # which imports Triton, that need not be installed
+
+    return bottleneck.refusal(x, *layers)
 
 
 def note(x: Tensor, layers: Layers) -> None:
@@ -71,10 +70,10 @@ def note(x: Tensor, layers: Layers) -> None:
 
 def measured(x: Tensor, layers: Layers, backend: str) -> StageEntry | None:
     """What a table says of a block that it knows to be faster as one operation, if the kernel takes it so."""
-    from ..kernels import bottleneck
-
     if obstacle(x, layers, backend) is not None:
         return None
+    from ..kernels import bottleneck
+
     entry = tuned.lookup_stage(x, layers.conv, layers.case)
     if entry is None or not entry.faster or entry.tile is None:
         return None
