@@ -24,8 +24,8 @@ CHAIN: list[tuple[str, str, str, str]] = [
     ),
     (
         "blocks where tails are asked for",
-        "if stage_kernel is False else {}",
-        "if stage_kernel is not None else {}",
+        "if stage_kernel is False and same else {}",
+        "if stage_kernel is not None and same else {}",
         "tests/test_whole.py::test_off_where_tails_are_asked_for_or_nothing_is",
     ),
     (
@@ -39,6 +39,12 @@ CHAIN: list[tuple[str, str, str, str]] = [
         "return layers if same and all(",
         "return layers if all(",
         "tests/test_whole.py::test_weights_of_another_dtype_are_the_users_error",
+    ),
+    (
+        "blocks of several backends",
+        "if stage_kernel is False and same else {}",
+        "if stage_kernel is False else {}",
+        "tests/test_whole.py::test_off_in_chains_of_several_backends",
     ),
 ]
 #: likewise, by file
@@ -144,6 +150,20 @@ BOTTLENECK: dict[str, list[tuple[str, str, str, str]]] = {
             "x, layers.shortcut, following, backend",
             "x, layers.shortcut, None, backend",
             "tests/test_whole.py::test_what_a_block_is_timed_against",
+        ),
+    ],
+    "benchmarks/gpu/tails.py": [
+        (
+            "the time of a block's tail lost",
+            'MARK = "joint"',
+            'MARK = "tail"',
+            "tests/test_gpu_blocks.py::test_the_time_of_its_tail_is_kept",
+        ),
+        (
+            "what broke the GPU met again",
+            "if name not in lost:",
+            "if name:",
+            "tests/test_gpu_blocks.py::test_what_broke_the_gpu_is_not_met_again",
         ),
     ],
     "fused_resblock/tail.py": [

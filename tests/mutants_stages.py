@@ -251,6 +251,12 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/stage.py": [
         (
+            "a head left for a chain that begins with a whole block",
+            "if bound is not None and bound.ends.first is None:",
+            "if False:",
+            "tests/test_whole.py::test_a_chain_that_begins_with_one_is_left_no_head",
+        ),
+        (
             "a tail is asked of another block",
             "tails.get(base - 2)",
             "tails.get(base - 3)",

@@ -287,9 +287,10 @@ def test_a_chain_that_begins_with_one_is_left_no_head(table):
 
 def test_off_in_chains_of_several_backends(table):
     table[0][IDENTITY] = ROW
-    reference = chain(lambda: [identity(), identity()])
-    fused = frb.fuse(reference, backend="triton", filter_fn=lambda name, module: name.startswith("0"))
-    fused = frb.fuse(fused, backend="eager")
+    fused = reference = chain(lambda: [identity(), identity()])
+    for place, backend in (("0", "triton"), ("1", "eager")):
+        fused = frb.fuse(fused, backend=backend, filter_fn=lambda name, _, place=place: name.startswith(place))
     with torch.no_grad():
         torch.testing.assert_close(fused(X), reference(X), **CLOSE)
+    assert len(program_of(fused)._operations) == 6, "one chain"
     assert table[1] == []
