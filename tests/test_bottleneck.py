@@ -190,6 +190,10 @@ for size in (13, 6):  # several bands, and a single one; images that do not fill
 """
 
 
+compiled = pytest.mark.skipif(gpu.triton_release() >= (3, 8), reason="no matrix begins within another in this Triton")
+
+
+@compiled
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_compiled_kernel_is_right(channels):
     width, outputs, second = channels
@@ -214,6 +218,7 @@ for second in (0, 64):
 """
 
 
+@compiled
 def test_programs_of_several_bands():
     result = run(BANDS)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
@@ -243,6 +248,7 @@ for second in (0, 64):
 """
 
 
+@compiled
 def test_nan_is_kept():
     result = run(SPECIAL)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
