@@ -1,7 +1,8 @@
 """Where a bottleneck's tail and the next one's head can be one operation: 3x3, expand, add, ReLU, the next reduce.
 
 What `kernels.expand_shift` runs as one kernel are three steps of a chain of blocks, the last of which belongs to the
-next block. This finds them by the plans alone; whether the kernel takes their convolutions is asked of the backend.
+next block. This finds them by the plans alone, and bottlenecks that are one operation as a whole
+(`kernels.bottleneck_rows`); whether a kernel takes their convolutions is asked of the backend.
 """
 
 from __future__ import annotations
