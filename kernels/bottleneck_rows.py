@@ -8,8 +8,8 @@ from L2 a second time, as the residual. Only the row above a band and the one be
 filters come through two rings that TMA fills ahead of the matrix units, as in `expand_shift_ring`.
 
 A row lies in shared memory with the column to its left, which is zeros, and as many to its right as make 2^n, so that a
-tap is a matrix that begins up to two pixels later. These are 128 bytes each, and the swizzle goes by the address, not
-by the place in the matrix. Source: NVIDIA, PTX ISA, "Matrix Descriptor Format" of `wgmma` (the base offset is 0).
+tap is a matrix that begins up to two pixels later, 128 bytes each: the swizzle goes by the address, not by the place in
+the matrix. Source: NVIDIA, CUTLASS, `mma_traits_sm90_gmma.hpp`, whose layouts are a swizzle of pointer and offset.
 """
 
 from __future__ import annotations
