@@ -20,18 +20,18 @@ from typing import Any
 import torch
 import triton
 
-from fused_resblock.backends.whole import Layers
 from fused_resblock.kernels.bn_act import bn_act
-from fused_resblock.kernels.bottleneck_rows import bind_bottleneck_rows
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.relu_backward import relu_backward
-from fused_resblock.kernels.stage import bind_stage, candidates, kernel_of
+from fused_resblock.kernels.stage import kernel_of
 from fused_resblock.kernels.stem import bind_stem, pack_weight
-from fused_resblock.kernels.tiles import StageTile, StemTile, Tile
+from fused_resblock.kernels.tiles import StemTile, Tile
 from fused_resblock.params import Affine, Conv
 
 from .gpu import block_shapes, space
 from .gpu.operations import build, precision
+from .gpu.tail_shapes import TailShape
+from .gpu.tails import TailJob
 from .kernel_table import KEY, Kept, Row, key_of, read, read_kept, table_of, write
 from .offline import CHIPS, compiling_for, inspect
 from .other_triton import run_with
@@ -107,11 +107,6 @@ def _conv_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
         )
 
 
-def _conv(k: int, c: int, size: int, stride: int, dtype: torch.dtype) -> Conv:
-    weight = _meta(k, c, size, size, dtype=dtype)
-    return Conv(weight, None, _affine(k), (stride, stride), (size // 2, size // 2))  # type: ignore[arg-type]
-
-
 def convolution_of(tile: Tile, shape: ConvShape) -> str:
     """The kernel that runs a convolution with a tile."""
     if tile.ring:
@@ -136,63 +131,27 @@ def _stage_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
     """
     dtype = DTYPES[name]
     for width, size in ((64, 56), (128, 28), (256, 14)):
-        for case, second, stride in (
-            ("residual", 0, 1),
-            ("last", 0, 1),
-            ("second", 64 if width == 64 else 2 * width, 2),
-            ("next", 0, 1),
+        branch = (1, 64) if width == 64 else (2, 2 * width)  # stride, and channels of what branches off
+        for case, (stride, second), outputs in (
+            ("residual", (1, 0), width),
+            ("last", (1, 0), 0),
+            ("second", branch, width),
+            ("next", (1, 0), 2 * width),
         ):
-            stride = 1 if width == 64 else stride
-            outputs = {"last": 0, "next": 2 * width}.get(case, width)
-            for tile in candidates(width, outputs, dtype.itemsize, bool(second), gpu):
-
-                def launch(
-                    width: int = width,
-                    size: int = size,
-                    outputs: int = outputs,
-                    second: int = second,
-                    stride: int = stride,
-                    tile: StageTile = tile,
-                ) -> Any:
-                    k, large = 4 * width, size * stride
-                    h = _meta(128, width, large, large, dtype=dtype)
-                    branch = _conv(k, second, 1, stride, dtype) if second else None
-                    channels, rows = (second, large) if second else (k, size)
-                    other = _meta(128, channels, rows, rows, dtype=dtype)
-                    reduce = _conv(outputs, k, 1, 1, dtype) if outputs else None
-                    layers = _conv(width, width, 3, stride, dtype), _conv(k, width, 1, 1, dtype)
-                    return bind_stage(h, *layers, other, branch, reduce, tile)(h, other)
-
-                yield Job(
-                    gpu.capability,
-                    name,
-                    kernel_of(tile),
-                    f"{width}.{case}",
-                    str(tile),
-                    launch,
-                    tma=tile.tma,
-                )
+            shape = TailShape("", width, size, stride, second, outputs)
+            for tile in shape.shipped(dtype.itemsize, gpu):
+                launch = partial(TailJob(shape, 128, name, tile).launch, dtype)
+                yield Job(gpu.capability, name, kernel_of(tile), f"{width}.{case}", str(tile), launch, tma=tile.tma)
 
 
 def _block_jobs(gpu: Gpu, name: str) -> Iterator[Job]:
     """Whole bottlenecks."""
     dtype = DTYPES[name]
     for shape in block_shapes.shapes(False):
+        case = f"{shape.width}-{shape.outputs}.{'second' if shape.second else 'residual'}"
         for tile in shape.shipped(dtype.itemsize, gpu):
-
-            def launch(shape: block_shapes.BlockShape = shape, tile: StageTile = tile) -> Any:
-                asked = shape.build(128, dtype, "meta")
-                block = Layers(*asked.layers, asked.epilogue.shortcut)
-                x = _meta(*asked.size, dtype=dtype)
-                return bind_bottleneck_rows(x, *(None if c is None else _normed(c) for c in block), tile)(x)
-
-            case = f"{shape.width}-{shape.outputs}.{'second' if shape.second else 'residual'}"
+            launch = partial(TailJob(shape, 128, name, tile).launch, dtype)
             yield Job(gpu.capability, name, shape.kernel, case, str(tile), launch, tma=True)
-
-
-def _normed(conv: Conv) -> Conv:
-    """A convolution with its norm as the kernels take it."""
-    return conv._replace(norm=_affine(conv.weight.shape[0]))  # type: ignore[arg-type]
 
 
 def jobs(capabilities: Sequence[int] = tuple(CHIPS), dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Job]:

@@ -145,14 +145,14 @@ class _Chain:
         last = number + 3 == self._result
         if entry is None or last:
             return entry
-        return entry if self._measured(number + 3, whole.like(x, layers), backend) is not None else None
+        return entry if self._measured(number + 3, whole.like(x, layers.output_shape(x)), backend) is not None else None
 
     def _whole_behind(self, number: int, tail: Tail, h: Tensor, backend: str) -> bool:
         """Whether the block behind a tail, which begins with a step and reads h, is one operation."""
         size = tail.conv.weights().output_size(*h.shape[2:])
         if number + 2 not in self._wholes or min(size) < 1:
             return False
-        y = h.new_empty(1).expand(h.shape[0], tail.expand.weights().weight.shape[0], *size)
+        y = whole.like(h, (h.shape[0], tail.expand.weights().weight.shape[0], *size))
         return self._measured(number + 2, y, backend) is not None
 
     def _layers(self, number: int, x: Tensor) -> Layers | None:

@@ -14,6 +14,7 @@ import torch
 from . import machine
 from .backends import tuned
 from .backends.asked import Asked
+from .backends.whole import Layers
 from .kernels import tables
 from .kernels.gpu import gpu_of
 
@@ -41,7 +42,7 @@ def key_of(found: Asked) -> tuple[str, str, int]:
     n, _, h, w = found.size
     p, q = first.output_size(h, w)
     if found.whole:
-        case = tables.whole_name(*found.layers, found.epilogue.shortcut)
+        case = Layers.of(found).case
     elif rest:
         case = tables.stage_name(first, rest[0], found.epilogue.shortcut, found.reduce)
     else:

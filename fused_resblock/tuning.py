@@ -179,8 +179,7 @@ def tail_winner(found: Asked) -> dict[str, Any]:
 def block_winner(found: Asked) -> dict[str, Any]:
     """Whether a block is faster as one kernel than conv by conv or by its tail, and the tile: a row besides its key."""
     x, _ = found.inputs()
-    reduce, conv, expand = found.layers
-    layers = whole.Layers(reduce, conv, expand, found.epilogue.shortcut)
+    layers = whole.Layers.of(found)
     ways: dict[str, Callable[[], Any]] = {
         str(tile): partial(whole.bind_tile, x, layers, tile) for tile in whole.tiles(x, layers)
     }

@@ -12,7 +12,7 @@ _RESIDUAL, _BRANCH = f"{_COMPILED}[channels0]", f"{_COMPILED}[channels1]"
 CHAIN: list[tuple[str, str, str, str]] = [
     (
         "a block in front of others that pay for its reduce",
-        "self._measured(number + 3, whole.like(x, layers), backend) is not None",
+        "self._measured(number + 3, whole.like(x, layers.output_shape(x)), backend) is not None",
         "True",
         _TABLE,
     ),

@@ -228,7 +228,6 @@ SPECIAL = """
 import torch
 from benchmarks.emulate import _few_multiprocessors
 from benchmarks.gpu.block_shapes import BlockShape
-from benchmarks.gpu.tails import layers_of
 from benchmarks.ptx.driver import emulated
 from fused_resblock.backends import triton, whole
 from fused_resblock.kernels.bottleneck import tiles_for
@@ -242,7 +241,7 @@ for second in (0, 64):
     assert known.any() and not known.all()
     for tile in tiles_for(64, 256, bool(second)):
         with _few_multiprocessors(90), emulated(90, False), torch.no_grad():
-            y = whole.bind_tile(x, layers_of(asked), tile)(x, None)
+            y = whole.bind_tile(x, whole.Layers.of(asked), tile)(x, None)
         assert torch.equal(y.isnan(), known), str(tile)
         assert (y.double() - exact).nan_to_num().abs().max() < 0.02
 """

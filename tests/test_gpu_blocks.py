@@ -52,7 +52,7 @@ def test_blocks_of_the_networks(monkeypatch):
         asked = shape.build(3, torch.float16, "meta")
         x = torch.empty(asked.size, dtype=torch.float16, device="meta")
         for tile in shape.shipped(2, Gpu(132, 90)):
-            assert bottleneck.refusal(x, *tails.layers_of(asked), tile) is None
+            assert bottleneck.refusal(x, *whole.Layers.of(asked), tile) is None
         assert shape.shipped(2, Gpu(132, 90)) == tails.tiles(shape, "fp16", Gpu(132, 90)) != []
         for itemsize, other in ((4, Gpu(132, 90)), (2, Gpu(108, 80)), (2, Gpu(148, 100))):
             assert shape.shipped(itemsize, other) == []

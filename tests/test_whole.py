@@ -200,7 +200,7 @@ def test_tune_asks_for_blocks_and_for_what_else_may_run(table):
     block = next(one for one in found if one.kind == "block")
     x, other = block.inputs()
     assert other is None
-    layers = whole.Layers(*block.layers, block.epilogue.shortcut)
+    layers = whole.Layers.of(block)
     (y,) = block.plain(x, None)
     with torch.no_grad():
         torch.testing.assert_close(whole.apart(x, layers, "triton")(x, None), y, **CLOSE)

@@ -40,8 +40,12 @@ class BlockShape:
         channels = self.second or self.outputs
         layers = conv(self.width, channels, 1), conv(self.width, self.width, 3), conv(self.outputs, self.width, 1)
         shortcut = conv(self.outputs, self.second, 1) if self.second else None
-        size = batch, channels, self.size, self.size
-        return Asked(size, None, dtype, torch.device(device), layers, Epilogue(1, None, shortcut), whole=True)
+        return Asked(
+            self._size(batch), None, dtype, torch.device(device), layers, Epilogue(1, None, shortcut), whole=True
+        )
+
+    def _size(self, batch: int) -> tuple[int, int, int, int]:
+        return batch, self.second or self.outputs, self.size, self.size
 
     def shipped(self, itemsize: int, gpu: Gpu) -> list[StageTile]:
         """The tiles that there are for it."""
@@ -50,19 +54,17 @@ class BlockShape:
     def dram_bytes(self, batch: int, itemsize: int) -> int:
         """What it moves: its input, with the rows that two bands read, its output and its filters."""
         tile = tiles_for(self.width, self.outputs, bool(self.second))[0]
-        block = (batch, self.second or self.outputs, self.size, self.size), tile, self.width, self.outputs
+        block = self._size(batch), tile, self.width, self.outputs
         bands = bands_of(*block, bool(self.second), Gpu().multiprocessors)
         return cost_of(*block, bool(self.second), bands).dram * itemsize // 2
 
     def seconds(self, batch: int, tile: StageTile) -> Callable[[Ceilings], float]:
         """What it should take with a tile, by a chip's ceilings."""
-        size = batch, self.second or self.outputs, self.size, self.size
-        return partial(predicted_seconds, size, tile, self.width, self.outputs, bool(self.second))
+        return partial(predicted_seconds, self._size(batch), tile, self.width, self.outputs, bool(self.second))
 
     def case(self) -> str:
         """As tables name it."""
-        asked = self.build(1, torch.float16, "meta")
-        return Layers(*asked.layers, asked.epilogue.shortcut).case
+        return Layers.of(self.build(1, torch.float16, "meta")).case
 
     def key(self) -> str:
         """As tables name it, and its image size."""

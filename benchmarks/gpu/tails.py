@@ -75,7 +75,7 @@ def bound(asked: Asked, tile: StageTile) -> Callable[[Tensor, Any], tuple[Tensor
     """The kernel that a tile is for, of a block with one output."""
     if asked.whole:
         x = torch.empty(asked.size, dtype=asked.dtype, device=asked.device)
-        block = whole.bind_tile(x, layers_of(asked), tile)
+        block = whole.bind_tile(x, whole.Layers.of(asked), tile)
         return lambda x, other: (block(x, None), None)
     sizes = asked.size, asked.other_size or ()
     h, other = (torch.empty(size, dtype=asked.dtype, device=asked.device) for size in sizes)
@@ -83,11 +83,6 @@ def bound(asked: Asked, tile: StageTile) -> Callable[[Tensor, Any], tuple[Tensor
     conv, expand, shortcut, reduce = (None if layer is None else triton.prepare(layer, asked.dtype) for layer in layers)
     run = bind_stage(h, conv, expand, other, shortcut, reduce, tile)
     return run  # type: ignore[no-any-return]
-
-
-def layers_of(asked: Asked) -> whole.Layers:
-    """A block's convolutions."""
-    return whole.Layers(*asked.layers, asked.epilogue.shortcut)
 
 
 @dataclass(frozen=True)
@@ -183,7 +178,7 @@ def others(asked: Asked, x: Tensor, other: Tensor | None) -> dict[str, Callable[
     if not asked.whole:
         layers = (x, *asked.layers[:2], other, asked.epilogue.shortcut, asked.reduce)
         return {"apart": lambda: backends.bind_apart(*layers)}  # type: ignore[arg-type]
-    block = layers_of(asked)
+    block = whole.Layers.of(asked)
     return {"apart": lambda: whole.apart(x, block), "tail": lambda: whole.by_tail(x, block)}
 
 

@@ -5,6 +5,7 @@ Never without one: what no GPU has timed does not run on its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +36,12 @@ class Layers(NamedTuple):
     conv: Conv
     expand: Conv
     shortcut: Conv | None
+
+    @classmethod
+    def of(cls, found: asked.Asked) -> Layers:
+        """Those of a block that a forward asked for."""
+        reduce, conv, expand = found.layers
+        return cls(reduce, conv, expand, found.epilogue.shortcut)
 
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """Of the block's output for the input x, with a 3x3 that keeps the image's size."""
@@ -149,6 +156,6 @@ def tiles(x: Tensor, layers: Layers) -> list[StageTile]:
     return fitting(x, *layers)
 
 
-def like(x: Tensor, layers: Layers) -> Tensor:
-    """Something of the shape, dtype and device of a block's output, without memory of that size."""
-    return x.new_empty(1).expand(layers.output_shape(x))
+def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Something of that shape, and of x's dtype and device, without memory of that size."""
+    return x.new_empty(1).expand(*shape)
