@@ -20,7 +20,7 @@ from .modules import FusedBlock
 from .network import FusedNetwork
 from .network import obstacle as stem_obstacle
 from .plan import Plan
-from .stage import FusedStage, calls_in_order, kernel_state
+from .stage import FusedStage, is_stage, kernel_state
 from .stage import obstacle as stage_obstacle
 from .swap import own_class
 from .table import format_table
@@ -108,8 +108,8 @@ def _parts(model: nn.Module) -> Iterator[PartReport]:
             said = reason or f"one chain{kernel_state(module)}{_frozen(module)}"  # type: ignore[arg-type]
             yield PartReport(name, f"{len(module)} blocks", reason is None, said)  # type: ignore[arg-type]
         elif isinstance(module, nn.Sequential) and sum(isinstance(m, FusedBlock) for m in module.children()) > 1:
-            reason = stage_obstacle(module) or (None if calls_in_order(module) else "a forward of its own")
-            if reason is not None:  # else `fuse` was told not to make chains
+            if not is_stage(module):  # else `fuse` was told not to make chains
+                reason = stage_obstacle(module) or "a forward of its own"
                 yield PartReport(name, f"{len(module)} modules", False, reason)
         elif isinstance(module, Head) and example is not None and is_fast(module, example):
             yield PartReport(name, own_class(module).__name__, True, module.WHY)

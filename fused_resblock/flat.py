@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, frozen
+from . import backends, dispatch, frozen
 from .flatten import Call, Emptying, Ran, checked
 from .per_module import PerModule
 from .program import signature
@@ -56,6 +56,7 @@ class _Flat:
 
     def __init__(self, network: Any, last: _Flat | None) -> None:
         self._generation = frozen.generation()
+        self._caches = backends.generation
         self._frozen = network._fused_frozen
         self._guard: Guard | None = None
         self._uses = 0
@@ -67,7 +68,9 @@ class _Flat:
         self._empty: Counter[tuple[object, ...]] = Counter()  # forwards that ran nothing
 
     def holds(self, network: Any) -> bool:
-        """Whether the network is as it was, and frozen if it was."""
+        """Whether the network is as it was, frozen if it was, and the caches were not cleared."""
+        if self._caches != backends.generation:
+            return False
         if self._frozen or network._fused_frozen:
             return self._frozen and self._generation == frozen.generation()
         return self._guard is None or self._guard.holds()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from . import dispatch
+from . import backends, dispatch
 from .chain import bind
 from .frozen import NEVER, generation, substituted
 from .program import Program, signature
@@ -34,6 +34,7 @@ class _Kept:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
+        self.caches = backends.generation
         self.programs: dict[tuple[object, ...], Program] = {}
         self.generation = 0  # in which they were last known to hold, if frozen
 
@@ -66,6 +67,9 @@ class Programs:
         """
         kept = self._kept
         if kept is None or not isinstance(x, Tensor):
+            return None
+        if kept.caches != backends.generation:  # what they hold was to be forgotten
+            self._kept = None
             return None
         now = generation()
         known = frozen and kept.generation == now

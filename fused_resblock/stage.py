@@ -175,7 +175,7 @@ def _kernel_obstacle(tail: Tail, backend: str) -> str | None:
     return reason or backends.triton.tail_refusal(weight.dtype, conv, expand, shortcut, None)
 
 
-def calls_in_order(module: nn.Sequential) -> bool:
+def _calls_in_order(module: nn.Sequential) -> bool:
     """Whether a Sequential calls its modules one after the other, by what its forward does."""
     plain = isinstance(module, FusedStage) or type(module).forward is nn.Sequential.forward
     return plain and "forward" not in module.__dict__
@@ -185,4 +185,4 @@ def is_stage(module: nn.Module) -> bool:
     """Whether a module is a Sequential, by what its forward does, of two or more fused blocks and nothing else."""
     if not isinstance(module, nn.Sequential) or len(module) < 2:
         return False
-    return calls_in_order(module) and all(isinstance(block, FusedBlock) for block in module)
+    return _calls_in_order(module) and all(isinstance(block, FusedBlock) for block in module)

@@ -17,6 +17,7 @@ import fused_resblock as frb
 from fused_resblock import backends
 from fused_resblock.models import randomize_norms
 from fused_resblock.per_module import PerModule, is_kept
+from fused_resblock.program import Program
 from fused_resblock.reference import BasicBlock, ResidualBlock
 
 
@@ -148,6 +149,24 @@ def test_clear_caches():
         frb.clear_caches()
         assert cached() == 0
         assert torch.equal(fused(x), expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["asked", "frozen"])
+def test_programs_go_with_the_caches(frozen):
+    fused, images = frb.fuse(network(), frozen=frozen), [torch.randn(1, 3, size, size) for size in (11, 13)]
+    others = [weakref.ref(o) for o in gc.get_objects() if type(o) is Program]
+    with torch.no_grad():
+        for image in images * 6:
+            fused(image)
+        known = [other() for other in others]
+        bound = [weakref.ref(o) for o in gc.get_objects() if type(o) is Program and not any(o is k for k in known)]
+        assert bound
+        frb.clear_caches()
+        for _ in range(3):
+            fused(images[0])
+    del known
+    gc.collect()
+    assert [program() for program in bound if program() is not None] == []
 
 
 def test_a_norm_that_is_gone_takes_its_folded_weights_along():

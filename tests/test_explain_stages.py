@@ -119,3 +119,4 @@ def test_explain_says_why_blocks_are_no_chain(make, options, reason):
     fused = frb.fuse(randomize_norms(make()).eval(), **options)
     parts = [(part.fused, part.reason) for part in frb.explain(fused).parts]
     assert parts == ([] if reason is None else [(False, reason)])
+    assert bool(frb.explain(fused.train()).parts) == bool(parts)

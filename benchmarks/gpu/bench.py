@@ -16,11 +16,11 @@ from . import onnx_session
 from .context import Context
 from .device import Broken, error_line, is_broken, is_out_of_memory
 from .goals import Of
-from .networks import L2_GROUPS, Case, prepare, providers
+from .networks import L2_GROUPS, LABEL, Case, prepare, providers
 from .operations import own, precision
 from .records import Records
 
-KEY = ("network", "part", "dtype", "batch", "group", "provider")
+KEY = (*LABEL, "provider")
 COLUMNS = ("status", "median_ms", "p20_ms", "p80_ms", "rounds", "speedup_vs_eager", "images_per_s")
 COLUMNS += ("max_error", "error_bound", "extra_mib", "note")
 BATCHES = (128, 1, 32, 256)
@@ -84,11 +84,7 @@ def _record(case: Case, outcomes: list[Outcome], extra: dict[str, int | None], t
     for outcome in outcomes:
         own, eager, used = medians.get(outcome.provider), medians.get("eager"), extra.get(outcome.provider)
         table.add(
-            network=case.network,
-            part=case.part,
-            dtype=case.dtype,
-            batch=case.batch,
-            group=case.group,
+            **case.label(),
             provider=outcome.provider,
             status="failed" if outcome.spread is None else "ok",
             **({} if outcome.spread is None else vars(outcome.spread)),
@@ -149,16 +145,7 @@ def measure(context: Context, case: Case, table: Records) -> None:
 
 def _refuse(case: Case, table: Records, status: str, note: str) -> None:
     for name in ("all", "eager"):  # "all" ends the case, "eager" shows that it was tried
-        table.add(
-            network=case.network,
-            part=case.part,
-            dtype=case.dtype,
-            batch=case.batch,
-            group=case.group,
-            provider=name,
-            status=status,
-            note=note,
-        )
+        table.add(**case.label(), provider=name, status=status, note=note)
 
 
 def run(context: Context) -> int:
@@ -168,16 +155,16 @@ def run(context: Context) -> int:
     todo = list(cases(context.quick))
     left = 0
     for case in todo:  # grows by smaller batches
-        label = case.network, case.part, case.dtype, case.batch, case.group
-        if table.done(*label, "all"):
+        label = case.label()
+        if table.done(*label.values(), "all"):
             continue
         if not context.deadline.allows(0 if context.quick else SECONDS[case.group]):
             left += 1
             continue
-        table.add(**dict(zip(KEY, (*label, "all"), strict=True)), status="error", note="begun")
+        table.add(**label, provider="all", status="error", note="begun")
         try:
             measure(context, case, table)
-            table.add(**dict(zip(KEY, (*label, "all"), strict=True)), status="measured")
+            table.add(**label, provider="all", status="measured")
         except RuntimeError as error:
             if is_broken(error):
                 _refuse(case, table, "crash", error_line(error))

@@ -24,6 +24,8 @@ from .device import Device
 Call = Callable[[Tensor], Tensor]
 #: images with which the running statistics of a random network are found
 CALIBRATION = 8
+#: fields of a case by which `bench.csv` names it
+LABEL = ("network", "part", "dtype", "batch", "group")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.network} {self.part} {self.dtype} batch {self.batch} {self.group}"
+
+    def label(self) -> dict[str, object]:
+        """What its rows have in common."""
+        return {name: getattr(self, name) for name in LABEL}
 
 
 @torch.no_grad()
