@@ -63,7 +63,8 @@ def one_kernel_seconds(shapes: Sequence[ConvShape], batch: int, itemsize: int, c
         step = chip.multiprocessors * (flops / chip.matrix + read / chip.l2) + 3 * LATENCY
         dram = itemsize * (x.in_pixels * x.k + y.m * y.n) + filters
         loaded = boxes * read + y.m * y.n * itemsize + (filters * chip.multiprocessors if stay else 0)
-        return predicted(Cost(dram, loaded, boxes * flops), boxes, 1, chip, step_seconds=step)
+        cost = Cost(dram, loaded, boxes * flops)
+        return predicted(cost, boxes, 1, chip, step_seconds=step, hindered=True)
 
     return min(seconds(*sides) for sides in product(SIDES, repeat=2))
 

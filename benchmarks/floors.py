@@ -46,6 +46,7 @@ SHAPES = {
     "wide": wide_shapes,
 }
 ANY = Tile(64, 64, 32, 4, 1)  # floors are the same with every tile
+STAGES = (1, 2, 3, 4)
 STEM_PROGRAMS = 2  # that a multiprocessor holds at once: `make codegen`
 
 
@@ -176,7 +177,9 @@ def tail_of(
 ) -> tuple[float, float] | None:
     """Floor and prediction of a bottleneck's 3x3 and expand, with the next block's reduce, as one kernel.
 
-    None where there is no such kernel: for BasicBlocks, and where a tile would not fit the registers.
+    None where there is no such kernel: for BasicBlocks, and where a tile would not fit the registers. No prediction
+    (infinity) for kernels that keep neither pixels nor loads in shared memory from tile to tile: on an H100 they took
+    about twice what their bytes and products ask for, and longer than conv by conv.
     """
     if len(shapes) != 3 or shapes[1].groups > 1:
         return None
@@ -188,7 +191,8 @@ def tail_of(
     if tile is None:
         return None
     cost = expand_shift_cost(conv, expand, itemsize, tile, second=second, reduce=reduce)
-    return cost.floor(chip), stage_seconds(gemms, itemsize, tile, chip)
+    lasting = tile.halo or tile.ring
+    return cost.floor(chip), stage_seconds(gemms, itemsize, tile, chip) if lasting else float("inf")
 
 
 def stem_floors(batch: int, itemsize: int, chip: Ceilings) -> Floors:
@@ -214,15 +218,15 @@ def blocks_of(kind: str) -> dict[str, list[ConvShape]]:
 
 
 def network_floors(
-    name: str, batch: int, itemsize: int, chip: Ceilings
+    name: str, batch: int, itemsize: int, chip: Ceilings, stages: Sequence[int] = STAGES
 ) -> tuple[Floors, list[tuple[str, int, Floors]]]:
-    """A network's body (its four stages): the sum, and (block, how many of it, floors of one)."""
+    """A network's body, or some stages of it without those around: the sum, and (block, how many, floors of one)."""
     kind, depths = DEPTHS[name]
     blocks = blocks_of(kind)
     order = [
         f"l{stage}.first" if place == 0 and f"l{stage}.first" in blocks else f"l{stage}"
-        for stage, depth in enumerate(depths, 1)
-        for place in range(depth)
+        for stage in stages
+        for place in range(depths[stage - 1])
     ]
     counted: Counter[tuple[Any, ...]] = Counter()  # in order, each distinct block once
     headless = headless2 = False  # whether a tail has computed the head; and where blocks are one kernel that can be

@@ -41,8 +41,9 @@ def measured(bench: Path) -> dict[tuple[str, str, str], float]:
 def lines(chip: Ceilings, of: str, known: dict[tuple[str, str, str], float]) -> Iterator[list[object]]:
     """The first two stages and the body of each network by a chip's ceilings."""
     for network in NETWORKS:
-        total, blocks = network_floors(network, BATCH, 2, chip)
-        for part, floors in (*((name, f) for name, _, f in stages(blocks)[:2]), ("layer1-4", total)):
+        total, _ = network_floors(network, BATCH, 2, chip)
+        first_two = stages(network, BATCH, 2, chip)[:2]
+        for part, floors in (*((name, f) for name, _, f in first_two), ("layer1-4", total)):
             times = [f"{1e6 * t:.1f}" for t in (floors.ours, floors.ours_stage, floors.ours_whole)]
             if floors.ours_whole == floors.ours_stage:  # no block of it is narrow enough
                 times[2:] = ["-"]

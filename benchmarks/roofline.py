@@ -24,7 +24,7 @@ from fused_resblock.kernels.cost import Ceilings
 from fused_resblock.table import format_table
 
 from .cases import BODY
-from .floors import DEPTHS, Floors, network_floors, stem_floors
+from .floors import DEPTHS, STAGES, Floors, network_floors, stem_floors
 from .predictions import fitted_l2
 from .result_tables import read_table
 
@@ -86,14 +86,9 @@ def read_measured(path: Path | None) -> dict[tuple[str, str, str], float]:
     return found
 
 
-def stages(blocks: Sequence[tuple[str, int, Floors]]) -> list[tuple[str, int, Floors]]:
-    """The sums of the blocks of each stage: "layer1" to "layer4"."""
-    sums: dict[str, Floors] = {}
-    for name, count, floors in blocks:
-        stage = f"layer{name[1]}"
-        for _ in range(count):
-            sums[stage] = sums[stage] + floors if stage in sums else floors
-    return [(stage, 1, floors) for stage, floors in sums.items()]
+def stages(network: str, batch: int, itemsize: int, chip: Ceilings) -> list[tuple[str, int, Floors]]:
+    """Each stage alone, as it is measured: "layer1" to "layer4". In a body the last tail of a stage may do more."""
+    return [(f"layer{n}", 1, network_floors(network, batch, itemsize, chip, [n])[0]) for n in STAGES]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for network in DEPTHS:
         total, blocks = network_floors(network, args.batch, args.itemsize, chip)
         stem = stem_floors(args.batch, args.itemsize, chip)
-        parts = [("stem", 1, stem), *blocks, *stages(blocks), ("body", 1, total), ("stem and body", 1, stem + total)]
+        alone = stages(network, args.batch, args.itemsize, chip)
+        parts = [("stem", 1, stem), *blocks, *alone, ("body", 1, total), ("stem and body", 1, stem + total)]
         for block, count, floors in parts:
             micros = [round(1e6 * value, 1) for value in vars(floors).values()]
             seen = measured.get((network, block, str(args.batch)))

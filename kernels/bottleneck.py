@@ -186,4 +186,4 @@ def predicted_seconds(
     row = (head + rest) * rate + (outputs // WIDTH + 2) * LATENCY / 2
     band = bands.rows * row + 2 * (head * rate + LATENCY / 2)
     places = resident(tile, width, outputs, second)
-    return predicted(cost, bands.groups * bands.bands, places, chip, step_seconds=band)
+    return predicted(cost, bands.groups * bands.bands, places, chip, step_seconds=band, hindered=True)

@@ -161,7 +161,7 @@ def _halo_seconds(gemm: Gemm, itemsize: int, tile: Tile, chip: Ceilings, residua
     filters = tile.block_n * tile.block_k * gemm.taps * itemsize
     start = filters * max(programs, chip.multiprocessors) / chip.l2
     product = 2 * tile.block_m * filters // itemsize * chip.multiprocessors / chip.matrix
-    return start + predicted(cost, tiles, tile.persistent, chip, step_seconds=product + 3 * LATENCY)
+    return start + predicted(cost, tiles, tile.persistent, chip, step_seconds=product + 3 * LATENCY, hindered=True)
 
 
 def predicted_seconds(

@@ -16,6 +16,9 @@ from .tiles import StageTile, StemTile, Tile
 LAUNCH = 2.5e-6
 #: seconds that a load from L2 takes, and from there to the matrix units
 LATENCY = 0.36e-6
+#: memory, L2, products and steps of a program that does all of it hinder each other: their times add up by this power,
+#: `(sum t**4) ** (1/4)`, which is what the tails and 3x3s with a halo took on an H100 (`tests/test_predictions.py`)
+HINDRANCE = 4
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,9 @@ def resident_programs(tile: Tile, itemsize: int, shared: int, *, residual: bool 
     )
 
 
-def predicted(cost: Cost, programs: int, resident: int, chip: Ceilings, *, step_seconds: float = 0.0) -> float:
+def predicted(
+    cost: Cost, programs: int, resident: int, chip: Ceilings, *, step_seconds: float = 0.0, hindered: bool = False
+) -> float:
     """Seconds that a launch should take: its slowest ceiling, with the multiprocessors idle in the last wave.
 
     Args:
@@ -253,9 +258,11 @@ def predicted(cost: Cost, programs: int, resident: int, chip: Ceilings, *, step_
         chip: its ceilings. Device memory is shared by all, so it is not slowed by an uneven last wave as long as half
             the multiprocessors are busy; L2 path and matrix units belong to each one.
         step_seconds: what one program takes on its own for all of its steps, below which no wave ends.
+        hindered: whether what takes nearly as long as the slowest ceiling counts as well; see `HINDRANCE`.
     """
     waves = -(-programs // (resident * chip.multiprocessors))
     share = programs / (-(-programs // chip.multiprocessors) * chip.multiprocessors)
-    per_unit = max(cost.l2 / chip.l2, cost.flops / chip.matrix) / share
     dram = cost.dram / chip.dram / min(1.0, 2 * min(1.0, programs / chip.multiprocessors))
-    return max(dram, per_unit, waves * step_seconds) + LAUNCH
+    times = dram, cost.l2 / chip.l2 / share, cost.flops / chip.matrix / share, waves * step_seconds
+    seconds = sum(time**HINDRANCE for time in times) ** (1 / HINDRANCE) if hindered else max(times)
+    return seconds + LAUNCH

@@ -166,7 +166,7 @@ def predicted_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ce
     registers = tile.block_m * (conv.n // 2 + outputs + chunk_sums) // threads + 40
     resident = max(1, 65536 // (-(-registers // 8) * 8 * threads))
     programs = -(-conv.m // tile.block_m)
-    return predicted(cost, programs, resident, chip, step_seconds=taps * tap + chunks * chunk)
+    return predicted(cost, programs, resident, chip, step_seconds=taps * tap + chunks * chunk, hindered=True)
 
 
 def _halo_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
@@ -181,7 +181,7 @@ def _halo_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilin
     width = conv.n + (0 if second is None else second.k) + (0 if reduce is None else reduce.n)
     chunk = max(LATENCY, tile.block_n * width * rate)
     step = conv.taps * conv.k * conv.n * rate + expand.n // tile.block_n * chunk + 2 * LATENCY
-    return start + predicted(cost, tiles, 1, chip, step_seconds=step)
+    return start + predicted(cost, tiles, 1, chip, step_seconds=step, hindered=True)
 
 
 def _ring_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilings) -> float:
@@ -191,7 +191,8 @@ def _ring_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilin
     rate = 2 * tile.block_m * chip.multiprocessors / chip.matrix
     products = rate * sum(gemm.filters for gemm in gemms if gemm is not None)
     chunks = expand.n // tile.block_n
-    return predicted(cost, -(-conv.m // tile.block_m), 1, chip, step_seconds=products + chunks * LATENCY / 2)
+    step = products + chunks * LATENCY / 2
+    return predicted(cost, -(-conv.m // tile.block_m), 1, chip, step_seconds=step, hindered=True)
 
 
 def _boxes_hold(x, conv) -> bool:

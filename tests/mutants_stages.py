@@ -249,6 +249,14 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
             _stem("7x7 of 3 channels"),
         ),
     ],
+    "fused_resblock/explain.py": [
+        (
+            "a chain that was not asked for is told of",
+            "if not is_stage(module):",
+            "if True:",
+            "tests/test_explain_stages.py::test_explain_says_why_blocks_are_no_chain[not asked for]",
+        ),
+    ],
     "fused_resblock/stage.py": [
         (
             "a head left for a chain that begins with a whole block",

@@ -101,6 +101,15 @@ def test_no_wave_ends_before_its_steps():
     assert predicted(cost, 9, resident=2, chip=CHIP, step_seconds=3.0) == pytest.approx(LAUNCH + 6.0)
 
 
+def test_times_that_hinder_each_other_add_up_by_the_fourth_power():
+    near, far = Cost(1000, 2000, 4000), Cost(1000, 200, 400)  # three times of one second; one, and two of a tenth
+    options = {"programs": 4, "resident": 1, "chip": CHIP}
+    assert predicted(near, **options) == predicted(far, **options) == pytest.approx(LAUNCH + 1.0)
+    assert predicted(near, **options, hindered=True) == pytest.approx(LAUNCH + 3 ** (1 / 4))
+    assert predicted(far, **options, hindered=True) == pytest.approx(LAUNCH + 1.0, abs=1e-4)
+    assert predicted(far, **options, hindered=True, step_seconds=1.0) == pytest.approx(LAUNCH + 2 ** (1 / 4), abs=1e-4)
+
+
 def test_stage_kernel_by_hand():
     """An identity block of width 64 with the next reduce: 20 C elements a pixel where conv by conv moves 32 C."""
     m = 1 << 20
@@ -243,13 +252,17 @@ def test_where_a_block_may_be_one_kernel(kind, block, itemsize, there):
     assert (whole_of(blocks_of(kind)[block], 128, itemsize, NOMINAL) is not None) == there
 
 
-def test_stages_are_the_sums_of_their_blocks():
+def test_stages_are_alone():
+    """So that what the last tail of the stage before does in a body is done by the stage itself."""
     total, blocks = network_floors("resnet50", 128, 2, NOMINAL)
-    stages = roofline.stages(blocks)
-    assert [name for name, *_ in stages] == ["layer1", "layer2", "layer3", "layer4"]
-    first = {name: floors.stage for name, _, floors in blocks}
-    assert stages[0][2].stage == pytest.approx(first["l1.first"] + first["l1"] + first["l1.last"])
-    assert sum(floors.ours for *_, floors in stages) == pytest.approx(total.ours)
+    stages = {name: floors for name, _, floors in roofline.stages("resnet50", 128, 2, NOMINAL)}
+    assert list(stages) == ["layer1", "layer2", "layer3", "layer4"]
+    of_body = {name: floors.stage * count for name, count, floors in blocks}
+    bodies = {stage: sum(time for name, time in of_body.items() if name[1] == stage[-1]) for stage in stages}
+    assert stages["layer1"].stage < bodies["layer1"]
+    assert stages["layer2"].stage > 1.1 * bodies["layer2"]
+    assert sum(floors.ours for floors in stages.values()) == pytest.approx(total.ours)
+    assert sum(floors.stage for floors in stages.values()) > total.stage
 
 
 def test_what_was_measured_stands_beside_its_row(tmp_path):

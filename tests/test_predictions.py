@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from statistics import median
 
 import pytest
 
@@ -11,6 +12,7 @@ from benchmarks import l2_rates, predictions, roofline
 from benchmarks.gpu.space import chosen, distinct_shapes, key_of
 from benchmarks.gpu_tables import l2_rates as l2_table
 from benchmarks.gpu_tables import predictions as table
+from benchmarks.result_tables import read_table
 from fused_resblock.kernels.choice import chip_of
 from fused_resblock.kernels.cost import Ceilings
 
@@ -67,6 +69,19 @@ def test_the_kept_chip_has_the_rate_of_its_convolutions(monkeypatch):
     assert replace(kept, l2=plain.l2, name=plain.name) == plain
     monkeypatch.setattr(roofline, "kept_ceilings", lambda: None)
     assert roofline.kept_chip() == roofline.NOMINAL
+
+
+def test_kept_tails_take_what_is_predicted():
+    """Those that keep pixels or loads in shared memory, at the ceilings of the chip on which they were timed."""
+    path, chip = roofline.kept_ceilings(), roofline.kept_chip()
+    rows = [
+        line for line in read_table(path.with_name("tune.csv")) if ".t1." in line["tile"] and line["batch"] == "128"
+    ]
+    tails = [tile for tile in predictions.timed(rows) if tile.kind == "tails"]
+    ratios = [tile.over_measured(chip) for tile in tails]
+    assert len(ratios) == 20
+    assert median(ratios) == pytest.approx(1.0, abs=0.1)
+    assert all(0.75 < ratio < 1.25 for ratio in ratios)
 
 
 def test_designs_at_two_rates(tmp_path, monkeypatch):
