@@ -56,14 +56,13 @@ class _Chain:
         self.dtype = dispatch.autocast_dtype(x)
         self.values: list[Any] = [x if self.dtype is None else x.to(self.dtype)]
         self.operations: list[Operation] = []
-        runners = [runner for runner, _ in blocks]
+        runners, names = [runner for runner, _ in blocks], [name for _, name in blocks]
         self._result = sum(len(runner.steps) for runner in runners)
         self._last_read = {**last_reads(runners), self._result: NEVER}
         self._force = bool(stage_kernel)
         self._following = following
-        self._tails = {} if stage_kernel is None else find_tails(runners, self._last_read, following)
-        same = len({backend for _, backend in blocks}) == 1
-        self._wholes = find_wholes(runners) if stage_kernel is False and same else {}
+        self._tails = {} if stage_kernel is None else find_tails(runners, self._last_read, names, following)
+        self._wholes = find_wholes(runners) if stage_kernel is False and len(set(names)) == 1 else {}
         self._first = runners[0].steps[0]
         self._taken: set[int] = set()  # the first step of each tail or block that is one kernel
 

@@ -120,7 +120,9 @@ class _Flat:
             know(network, None)
             return False
         modules = list(network.modules())
-        attributes = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
+        attributes = [
+            value for module in modules for value in vars(module).copy().values() if isinstance(value, Tensor)
+        ]
         buffers = [buffer for name, buffer in network.named_buffers() if name.rpartition(".")[2] != COUNTER]
         tensors = [*network.parameters(), *buffers, *attributes]
         if not dispatch.plain(tensors):  # some have no memory that could be looked at

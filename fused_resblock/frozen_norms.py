@@ -32,7 +32,7 @@ def eps_of(module: nn.Module) -> float | None:
     """The eps of a frozen norm, `(x - mean) * weight / sqrt(var + eps) + bias` in either mode; None for any other."""
     if set(module._buffers.keys()) - {"num_batches_tracked"} != _BUFFERS or module._parameters or module._modules:
         return None
-    if any(name not in _ATTRIBUTES and not name.startswith("_fused_") for name in vars(module)):
+    if any(name not in _ATTRIBUTES and not name.startswith("_fused_") for name in vars(module).copy()):
         return None
     shapes = {None if buffer is None else buffer.shape for buffer in map(module._buffers.get, _BUFFERS)}
     if len(shapes) > 1 or any(shape is None or len(shape) != 1 or shape[0] == 1 for shape in shapes):

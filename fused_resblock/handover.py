@@ -98,10 +98,16 @@ def learn(stage: nn.Module, x: Tensor) -> nn.Module | None:
     """The chain that returned x last, if it is not known yet what comes behind that one: `stage` does."""
     last, _thread.last = _thread.last, None
     before = None if last is None or last[1]() is not x else last[0]()
-    if before is None or before is stage or before in _links:
+    if before is None or before is stage or _decided(before):
         return None
     _links[before] = Link(stage)
     return before
+
+
+def _decided(stage: nn.Module) -> bool:
+    """Whether it is known which chain comes behind one, which still lives, or that none is to be given heads."""
+    link = _links.get(stage)
+    return link is not None and (link.following is None or link.following() is not None)
 
 
 def fits(stage: nn.Module, program: Program) -> bool:
@@ -111,7 +117,7 @@ def fits(stage: nn.Module, program: Program) -> bool:
 
 def note(stage: nn.Module, y: Tensor, program: Program) -> None:
     """Remember what a chain returned, if its last kernel could compute more and it is not known for whom."""
-    if program.ends.tail and program.ends.ahead is None and stage not in _links:
+    if program.ends.tail and program.ends.ahead is None and not _decided(stage):
         _thread.last = weakref.ref(stage), weakref.ref(y)
 
 
@@ -128,22 +134,21 @@ def run(stage: nn.Module, program: Program, x: list[Tensor]) -> Tensor:
         y, _ = program.run(x, head)
         note(stage, y, program)
         return y
+    target = following(stage)
+    known = None if target is None else programs.get(target)
+    guard = None if known is None else known.guard  # of the time before: the next chain may be bound anew meanwhile
     with torch.inference_mode(False), torch.no_grad():  # tensors of the inference mode do not record their changes
         y, ahead = program.run(x, head)
     assert ahead is not None
-    _leave(stage, program.ends.ahead, y, ahead)
+    if target is not None:
+        _leave(_links[stage], target, guard, program.ends.ahead, y, ahead)
     return y
 
 
-def _leave(stage: nn.Module, step: BoundStep, y: Tensor, value: Tensor) -> None:
+def _leave(link: Link, target: nn.Module, guard: Guard | None, step: BoundStep, y: Tensor, value: Tensor) -> None:
     """Leave the next chain its head."""
-    target = following(stage)
-    if target is None:
-        return
-    link = _links[stage]
     link.count()
     _thread.waiting.pop(target, None)
-    guard = programs[target].guard if target in programs else None
     if link.following is not None and guard is not None:
         alive = weakref.ref(y, partial(_forget, _thread.waiting, weakref.ref(target)))
         _thread.waiting[target] = Ahead(link, step, guard, alive, _state(y), signature(y), _capture(y), value)

@@ -164,7 +164,8 @@ class FusedBlock(Freezable):
             programs = self._current_state().programs
             bound = programs.bind([(runner, self._fused_backend)], x, list(self.modules()))
             return None if bound is None else bound[1]
-        self.look_again()
+        if torch.is_grad_enabled():
+            self.look_again()
         return None if runner.better_apart(x, self._fused_backend) else runner.run(x, self._fused_backend)
 
 

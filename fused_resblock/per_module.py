@@ -68,5 +68,5 @@ def is_kept(value: object) -> bool:
 
 def forget(module: nn.Module) -> None:
     """Take all such values off a module."""
-    for name in [name for name, value in module.__dict__.items() if is_kept(value)]:
-        del module.__dict__[name]
+    for name in [name for name, value in module.__dict__.copy().items() if is_kept(value)]:
+        module.__dict__.pop(name, None)

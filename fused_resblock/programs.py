@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -30,10 +30,11 @@ class Before:
 
 
 class _Kept:
-    """Programs by `signature`, and what they all hold under."""
+    """Programs by `signature`, and what they all hold under; see `Programs.keep`."""
 
-    def __init__(self, guard: Guard) -> None:
-        self.guard = guard
+    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor], all_modes: bool) -> None:
+        self.guard = Guard(modules, tensors, all_modes)
+        self.watched = set(modules[1:])
         self.caches = backends.generation
         self.programs: dict[tuple[object, ...], Program] = {}
         self.generation = 0  # in which they were last known to hold, if frozen
@@ -46,7 +47,6 @@ class Programs:
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None  # read once a method: other threads may replace it
-        self._watched: set[nn.Module] = set()  # by the guard, besides the owner
 
     @property
     def guard(self) -> Guard | None:
@@ -80,25 +80,35 @@ class Programs:
         self._kept = None
         return None
 
-    def keep(self, x: Tensor, program: Program, before: Before, guard: Callable[[], Guard]) -> None:
+    def keep(
+        self,
+        x: Tensor,
+        program: Program,
+        before: Before,
+        modules: Sequence[nn.Module],
+        tensors: Sequence[Tensor],
+        all_modes: bool,
+    ) -> None:
         """Keep a program for inputs such as x, unless anything has changed while it was bound.
 
         Args:
             x: an input.
             program: what was bound.
             before: made before it was.
-            guard: makes what watches over everything that it was bound to.
+            modules, tensors, all_modes: what it was bound to, as `Guard` has it.
         """
         if before.guard is None:
             return
-        kept = self._kept or _Kept(guard())
+        kept = self._kept
+        if kept is None or not kept.watched.issuperset(modules[1:]):
+            kept = _Kept(modules, tensors, all_modes)
         if not (before.guard.holds() and kept.guard.holds()):
             return
         if len(kept.programs) >= self.LIMIT:
             kept.programs.clear()
         kept.programs[signature(x)] = program
         kept.generation = before.generation
-        self._kept = self._kept or kept
+        self._kept = kept
 
     def bind(
         self,
@@ -134,8 +144,5 @@ class Programs:
         if following is not None and found[0].ends.ahead is not None:
             runners.append(following[0])
             modules, tensors = everything
-        if self._kept is None or not self._watched.issuperset(modules[1:]):  # a guard of all these is to be made
-            self._kept, self._watched = None, set(modules[1:])
-        all_modes = any(runner.eval_only for runner in runners)
-        self.keep(x, found[0], before, lambda: Guard(modules, tensors, all_modes))
+        self.keep(x, found[0], before, modules, tensors, any(runner.eval_only for runner in runners))
         return found

@@ -257,7 +257,9 @@ def recognize(block: nn.Module) -> Plan:
 def _check_attributes(block: nn.Module) -> None:
     """Raise `Unsupported` if the forward may ask a tensor that it does not see as one: its values change unnoticed."""
     for path, module in block.named_modules():
-        found = [] if leaves.is_leaf(module) else [name for name, v in vars(module).items() if isinstance(v, Tensor)]
+        found = (
+            [] if leaves.is_leaf(module) else [name for name, v in vars(module).copy().items() if isinstance(v, Tensor)]
+        )
         if found:
             raise Unsupported(f"{path or 'the block'} keeps a tensor in its attribute {found[0]}")
 

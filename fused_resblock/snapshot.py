@@ -84,7 +84,7 @@ class Shared:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        held = [value for m in block.modules() for value in vars(m).values() if _is_object(value)]
+        held = [value for m in block.modules() for value in vars(m).copy().values() if _is_object(value)]
         found = [vars(value) for value in held]
         found += [item for attributes in found for item in attributes.values() if isinstance(item, dict | list)]
         self._before = [(items, items.copy()) for items in found]

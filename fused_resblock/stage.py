@@ -67,7 +67,8 @@ class FusedStage(Freezable):
             if program is not None:
                 if handover.fits(self, program):
                     if flat.recording() and type(self).forward is FusedStage.forward:
-                        flat.note(tuple(self.children()), program, partial(handover.run, self, program))
+                        modules: Any = self._modules.values()  # with repetitions, as its graph calls them
+                        flat.note(tuple(modules), program, partial(handover.run, self, program))
                     return handover.run(self, program, [x])
                 _programs.pop(self)
         return self._bind(x)
@@ -128,7 +129,8 @@ def kernel_state(stage: nn.Sequential) -> str:
     """
     bound = _last_bound(stage)
     merged = 0 if bound is None else bound.tails
-    ahead = ", the last one with the next chain's head" if bound is not None and bound.ends.ahead is not None else ""
+    head = bound is not None and bound.ends.ahead is not None and handover.fits(stage, bound)
+    ahead = ", the last one with the next chain's head" if head else ""
     if not stage.__dict__.get("_fused_kernel"):
         blocks = 0 if bound is None else bound.wholes
         counts = [f"{n} of {len(stage)} {what}" for n, what in ((merged, "tails"), (blocks, "blocks")) if n]
@@ -153,10 +155,11 @@ def _kernel_obstacles(stage: nn.Sequential) -> list[str]:
     """For each block of a chain in which the stage kernel cannot run why not, as far as its convolutions tell."""
     blocks: Any = stage
     runners = [block.runner() for block in blocks]
-    tails = find_tails(runners, last_reads(runners))
-    backend = backends.check_name(blocks[0]._fused_backend)
+    names = [backends.check_name(block._fused_backend) for block in blocks]
+    tails = find_tails(runners, last_reads(runners), names)
     found, base = [], 0
-    for name, runner in zip(stage._modules, runners, strict=True):  # `named_children` leaves out a block's repetition
+    # `named_children` leaves out a block's repetition
+    for name, runner, backend in zip(stage._modules, runners, names, strict=True):
         base += len(runner.steps)
         tail = tails.get(base - 2)
         reason = no_tail(runner) if tail is None else _kernel_obstacle(tail, backend)

@@ -23,7 +23,6 @@ from .program import Operation, Program
 from .programs import Before, Programs
 from .swap import Swapped, intact, undone
 from .touched import touch_statistics
-from .watch import Guard
 
 #: elements below which to leave work to others, 0.1 ms on a CPU, takes more time than it saves: those of the output for
 #: each module behind the convolution, 0.15 ns each, and those of the weight, which is packed at every call otherwise
@@ -194,7 +193,7 @@ def _program(x: Tensor, chain: tuple[nn.Module, ...]) -> Program | None:
     modules = [inner for module in chain for inner in module.modules()]  # a norm may hold its ReLU
     before = Before(modules, tensors)
     program = _bind(x, chain, conv, relu)
-    programs.keep(x, program, before, lambda: Guard(modules, tensors, all_modes=False))
+    programs.keep(x, program, before, modules, tensors, all_modes=False)
     return program
 
 

@@ -67,8 +67,8 @@ def undo(mixin: type[Swapped], module: nn.Module) -> None:
     if not intact(mixin, module):
         return
     object.__setattr__(module, "__class__", base_class(type(module)))
-    for attribute in [name for name in module.__dict__ if name.startswith("_fused_")]:
-        del module.__dict__[attribute]
+    for attribute in [name for name in module.__dict__.copy() if name.startswith("_fused_")]:
+        module.__dict__.pop(attribute, None)
 
 
 def _rebuild(mixin: type[Swapped], base: type[nn.Module]) -> Swapped:

@@ -50,18 +50,24 @@ def no_tail(runner: Runner) -> str:
 
 
 def find_tails(
-    runners: Sequence[Runner], last_read: Mapping[int, int], behind: BoundStep | None = None
+    runners: Sequence[Runner],
+    last_read: Mapping[int, int],
+    names: Sequence[str],
+    behind: BoundStep | None = None,
 ) -> dict[int, Tail]:
     """The tails in a chain of blocks, by the number of their first step.
 
     Args:
         runners: of the blocks, each of which reads the result of the one before it.
         last_read: for each value of the chain the number of the last step that reads it; see `chain.bind`.
+        names: of the blocks' backends; a tail has no reduce of a block on another one.
         behind: a step that reads the last block's result, if one is known.
     """
     found, base = {}, 0  # the number of a block's input, and of its first step
     for place, runner in enumerate(runners):
-        following = runners[place + 1].steps[0] if place + 1 < len(runners) else behind
+        following = behind
+        if place + 1 < len(runners):
+            following = runners[place + 1].steps[0] if names[place + 1] == names[place] else None
         steps = runner.steps
         if len(steps) >= 2 and _plain(steps[-2]) and _adds(steps[-1]):
             conv, expand = steps[-2:]

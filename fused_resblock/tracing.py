@@ -290,7 +290,7 @@ def _twin(block: nn.Module, training: bool) -> nn.Module:
 
     for module, twin in twins.items():
         if twin is not module:
-            kept = [(name, value) for name, value in module.__dict__.items() if not is_kept(value)]
+            kept = [(name, value) for name, value in module.__dict__.copy().items() if not is_kept(value)]
             twin.__dict__.update((name, of(value)) for name, value in kept)
             twin.__dict__.update((name, OrderedDict()) for name in leaves.HOOKS if name in twin.__dict__)
             twin.__dict__["training"] = training

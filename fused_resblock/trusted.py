@@ -21,7 +21,7 @@ def is_trusted(network: nn.Module) -> bool:
     """Whether all modules of a network, and the functions that they hold, are from packages that are known."""
     modules = list(network.modules())
     classes = {cls for module in modules for cls in own_class(module).__mro__ if cls is not object}
-    held = (value for thing in (*modules, *classes) for value in vars(thing).values())
+    held = (value for thing in (*modules, *classes) for value in vars(thing).copy().values())
     return all(map(_is_from, classes)) and not any(map(_is_foreign, held))
 
 

@@ -54,7 +54,7 @@ def _collections(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
         if _asks_itself(module) or (isinstance(module, Swapped) and not leaves.is_leaf(module)):
             found += [
                 value
-                for name, value in vars(module).items()
+                for name, value in vars(module).copy().items()  # to which another thread may add
                 if name not in _OF_ANY_MODULE and not name.startswith("_fused_") and not is_kept(value)
             ]
     return [(collection, contents(collection)) for collection in containers(found)]
@@ -81,7 +81,9 @@ class Watch:
         self._planned = [(m, _planned_settings(m)) for m in inner if isinstance(m, _PLANNED)]
         self._inner = inner
         own = [m.__dict__ for m in inner if _asks_itself(m) and not isinstance(m, Swapped)]
-        self._own = [(d, len(d), [(name, value) for name, value in d.items() if name != "training"]) for d in own]
+        self._own = [
+            (d, len(d), [(name, value) for name, value in d.copy().items() if name != "training"]) for d in own
+        ]
         self._collections = _collections(modules)
 
     def same_modules(self) -> bool:
@@ -131,7 +133,7 @@ class Guard:
         entries = [(places, name) for places in slots for name in places if name != COUNTER]
         entries += [(m.__dict__, name) for m in inner for name in (*_WATCHED, *_SLOTS) if name in m.__dict__]
         own = [m for m in inner if _asks_itself(m)]
-        given = [(m.__dict__, name) for m in own for name in m.__dict__ if not name.startswith("_fused_")]
+        given = [(m.__dict__, name) for m in own for name in m.__dict__.copy() if not name.startswith("_fused_")]
         entries += [entry for entry in given if entry[1] != "training"]
         entries += [(m.__dict__, "training") for m in inner if all_modes or "eps" in m.__dict__]
         self._places, self._names = [place for place, _ in entries], [name for _, name in entries]

@@ -24,8 +24,8 @@ CHAIN: list[tuple[str, str, str, str]] = [
     ),
     (
         "blocks where tails are asked for",
-        "if stage_kernel is False and same else {}",
-        "if stage_kernel is not None and same else {}",
+        "if stage_kernel is False and len(set(names)) == 1 else {}",
+        "if stage_kernel is not None and len(set(names)) == 1 else {}",
         "tests/test_whole.py::test_off_where_tails_are_asked_for_or_nothing_is",
     ),
     (
@@ -42,7 +42,7 @@ CHAIN: list[tuple[str, str, str, str]] = [
     ),
     (
         "blocks of several backends",
-        "if stage_kernel is False and same else {}",
+        "if stage_kernel is False and len(set(names)) == 1 else {}",
         "if stage_kernel is False else {}",
         "tests/test_whole.py::test_off_in_chains_of_several_backends",
     ),
@@ -167,6 +167,12 @@ BOTTLENECK: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/tail.py": [
+        (
+            "a reduce of a block on another backend",
+            "runners[place + 1].steps[0] if names[place + 1] == names[place] else None",
+            "runners[place + 1].steps[0]",
+            "tests/test_explain_stages.py::test_each_block_of_a_chain_runs_on_its_own_backend",
+        ),
         (
             "a block that reads elsewhere",
             "== (0, 1, 2, 0):",

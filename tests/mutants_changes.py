@@ -15,14 +15,6 @@ _ODD = "tests/test_odd_tensors.py::test_"
 
 #: (name, old text, new text, killers) by file.
 CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
-    "fused_resblock/swap.py": [
-        (
-            "wrapped forwards die with the swap",
-            "return not isinstance(module, mixin)",
-            "return False",
-            "tests/test_wrapped_forwards.py::test_unfuse[every module-default-fp32]",
-        ),
-    ],
     "fused_resblock/dispatch.py": [
         (
             "weights of a graph kept",
@@ -76,6 +68,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/watch.py": [
+        (
+            "a dictionary walked while another thread adds to it",
+            "in vars(module).copy().items()",
+            "in vars(module).items()",
+            _THREADS + "a_block_that_gets_its_programs_while_another_thread_looks_at_it",
+        ),
         (
             "a fused network in another is never asked",
             'own_class(module).__module__.startswith("torch.nn.")',
@@ -168,6 +166,12 @@ CHANGES: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/modules.py": [
+        (
+            "a promise ended without gradients",
+            "        if torch.is_grad_enabled():\n            self.look_again()",
+            "        self.look_again()",
+            _FROZEN + "a_block_within_a_forward_of_its_own_ends_no_promise",
+        ),
         (
             "inputs in every layout are dense",
             " or (isinstance(x, Tensor) and x.layout is not torch.strided)",

@@ -259,6 +259,18 @@ STAGES: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fused_resblock/stage.py": [
         (
+            "a block that is called twice is noted once",
+            "modules: Any = self._modules.values()",
+            "modules: Any = self.children()",
+            "tests/test_one_function.py::test_a_chain_that_calls_a_block_twice[asked]",
+        ),
+        (
+            "a next chain that is gone is told of",
+            "bound.ends.ahead is not None and handover.fits(stage, bound)",
+            "bound.ends.ahead is not None",
+            "tests/test_handover_changes.py::test_a_chain_in_the_place_of_the_next_one_is_learnt",
+        ),
+        (
             "a head left for a chain that begins with a whole block",
             "if bound is not None and bound.ends.first is None:",
             "if False:",

@@ -15,7 +15,6 @@ from fused_resblock import modules, sampling
 from fused_resblock.models import randomize_norms
 from fused_resblock.programs import Before, Programs
 from fused_resblock.reference import BasicBlock
-from fused_resblock.watch import Guard
 
 
 class Unit(nn.Module):
@@ -98,12 +97,12 @@ def test_a_program_that_is_kept_late_is_not_kept_under_another_guard():
     tensors = list(block.parameters())
     programs, inner = Programs(), list(block.modules())
     old, new = object(), object()
-    programs.keep(x, old, Before(inner, tensors), lambda: Guard(inner, tensors, all_modes=True))
+    programs.keep(x, old, Before(inner, tensors), inner, tensors, all_modes=True)
     late = programs._kept
     with torch.no_grad():
         block.conv1.weight.mul_(2)
     assert programs.find(x) is None
-    programs.keep(x, new, Before(inner, tensors), lambda: Guard(inner, tensors, all_modes=True))
+    programs.keep(x, new, Before(inner, tensors), inner, tensors, all_modes=True)
     late.programs.clear()
     assert programs.find(x) is new
     assert programs.guard is not late.guard

@@ -10,7 +10,7 @@ from gated_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 import fused_resblock as frb
-from fused_resblock.backends import tuned
+from fused_resblock.backends import eager, tuned
 from fused_resblock.kernels.tables import StageEntry
 from fused_resblock.kernels.tiles import StageTile
 from fused_resblock.models import randomize_norms
@@ -120,3 +120,30 @@ def test_explain_says_why_blocks_are_no_chain(make, options, reason):
     parts = [(part.fused, part.reason) for part in frb.explain(fused).parts]
     assert parts == ([] if reason is None else [(False, reason)])
     assert bool(frb.explain(fused.train()).parts) == bool(parts)
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "convolutions", "reason"),
+    [
+        ("eager", "triton", 3, "2 of 3 tails as one kernel: 0: the backend is eager"),
+        ("triton", "eager", 6, "1 of 3 tails as one kernel: 1: the backend is eager"),
+    ],
+)
+def test_each_block_of_a_chain_runs_on_its_own_backend(first, others, convolutions, reason, monkeypatch):
+    """Its first convolution as well, which the tail of a block on another one does not compute."""
+    require("triton")
+    blocks = chain(lambda: [identity(), identity(), identity()])
+    fused = frb.fuse(blocks, backend=first, filter_fn=lambda name, block: name == "0", stages=False)
+    fused = frb.fuse(fused, backend=others, filter_fn=lambda name, block: name != "0", stages="kernel")
+    bind, by_eager = eager.bind_conv_bn_act, []
+
+    def counted(*args: object) -> object:
+        by_eager.append(args)
+        return bind(*args)
+
+    monkeypatch.setattr(eager, "bind_conv_bn_act", counted)
+    assert reason in frb.explain(fused).parts[0].reason
+    with torch.no_grad():
+        fused(image_for(fused))
+    assert reason in frb.explain(fused).parts[0].reason
+    assert len(by_eager) == convolutions

@@ -11,7 +11,7 @@ import torch
 from cases import BACKENDS, BF16, FP16, require
 from frozen_networks import CALLS, double_weights, frozen, functions, images, network, nobody_asks, other_state, run_in
 from parity import assert_parity
-from torch import nn
+from torch import Tensor, nn
 
 import fused_resblock as frb
 from fused_resblock.frozen import generation
@@ -270,3 +270,18 @@ def test_a_forward_that_makes_a_tensor_of_numbers():
     run_in(model, images())
     (part,) = (part for part in frb.explain(model).parts if part.modules == "the network")
     assert part.reason == "frozen: its own forward: its forward makes a tensor of numbers"
+
+
+class Scaling(frb.FusedBasicBlock):
+    """Does more than its block, so that it stays a module of the network's function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.0
+
+
+def test_a_block_within_a_forward_of_its_own_ends_no_promise():
+    model = frb.fuse(network(Scaling), frozen=True)
+    run_in(model, images())
+    before = generation()
+    run_in(model, images())
+    assert generation() == before

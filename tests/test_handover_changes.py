@@ -15,6 +15,8 @@ import fused_resblock as frb
 from fused_resblock import handover
 from fused_resblock import stage as stages
 from fused_resblock.models import randomize_norms
+from fused_resblock.program import Program
+from fused_resblock.programs import Programs
 
 WAITING = {
     "weights": lambda b: b.conv1.weight.mul_(2),
@@ -170,3 +172,80 @@ def test_other_backend_of_the_next_chain(monkeypatch):
         for _ in range(2):
             agree(fused(X), reference(X))
     assert counted.taken == 0
+
+
+def beside(work) -> None:
+    """Run something in another thread, without gradients."""
+
+    @torch.no_grad()
+    def forward() -> None:
+        work()
+
+    other = threading.Thread(target=forward)
+    other.start()
+    other.join()
+
+
+def edit(reference: nn.Module, fused: nn.Module) -> None:
+    for module in (fused, reference):
+        module.layer2[0].conv1.weight.mul_(3)
+        module.layer2[0].bn1.bias.add_(1)
+
+
+def test_a_program_with_a_head_is_kept_under_a_guard_that_knows_the_next_chain(monkeypatch):
+    """Though another thread binds one without a head in the midst of it: an image that no tail takes."""
+    reference, fused = body()
+    keep, times = Programs.keep, []
+    single = X[:1, :, :1, :1].contiguous()
+
+    def slow(self, x: Tensor, program: Program, *args: object, **kwargs: object) -> None:
+        times.append(program.ends.ahead is not None)
+        if times.count(True) == 1 and times[-1]:
+            beside(lambda: fused.layer1(single))
+        keep(self, x, program, *args, **kwargs)
+
+    frb.clear_caches()
+    with torch.no_grad():
+        monkeypatch.setattr(Programs, "keep", slow)
+        fused(X)
+        fused(X)
+        monkeypatch.undo()
+        assert True in times
+        agree(fused(X), reference(X))
+        edit(reference, fused)
+        for _ in range(3):
+            agree(fused(X), reference(X))
+
+
+def test_a_head_of_weights_that_change_while_it_is_computed(monkeypatch):
+    """And which the next chain has been bound to anew before the head is left for it."""
+    reference, fused = body()
+    run, changed = Program.run, []
+
+    def slow(self, x: list[Tensor], head: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        y, ahead = run(self, x, head)
+        if ahead is not None and not changed:
+            changed.append(y)
+            edit(reference, fused)
+            beside(lambda: fused.layer2(y))
+        return y, ahead
+
+    with torch.no_grad():
+        fused(X)
+        monkeypatch.setattr(Program, "run", slow)
+        agree(fused(X), reference(X))
+    assert changed
+
+
+def test_a_chain_in_the_place_of_the_next_one_is_learnt(monkeypatch):
+    reference, fused = body()
+    with torch.no_grad():
+        fused(X)
+        new = randomize_norms(nn.Sequential(first(64), identity())).eval()
+        reference.layer2, fused.layer2 = new, frb.fuse(new, backend="triton", stages="kernel")
+        gc.collect()
+        assert "head" not in frb.explain(fused).parts[0].reason
+        counted = Counted(monkeypatch)
+        for _ in range(4):
+            agree(fused(X), reference(X))
+    assert counted.taken > 0

@@ -225,3 +225,17 @@ def test_frozen_and_back():
         assert not functions(model)
         assert torch.equal(run_in(model, x), first)
         assert functions(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["asked", "frozen"])
+def test_a_chain_that_calls_a_block_twice(frozen):
+    """Its first images are empty, of which more calls would make the same, as its norms are new."""
+    block = BasicBlock(8, 8)
+    reference = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Sequential(block, block)).eval()
+    model, x = frb.fuse(reference, frozen=frozen), images(size=32)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            model(torch.zeros_like(x))
+        torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-4)
+    assert functions(model)
+    assert None not in functions(model)

@@ -10,7 +10,7 @@ from frozen_networks import CALLS, images, network
 from torch import fx, nn
 
 import fused_resblock as frb
-from fused_resblock import chain, programs, stem
+from fused_resblock import chain, programs, stem, watch
 from fused_resblock.backends.folding import TensorCache
 from fused_resblock.reference import BasicBlock
 from fused_resblock.tracing import graph_of
@@ -158,3 +158,23 @@ def test_what_is_traced_stays_as_it_is():
     assert seen
     assert all(modes == {True} for modes in seen)
     assert chain.bind is programs.bind
+
+
+def test_a_block_that_gets_its_programs_while_another_thread_looks_at_it(monkeypatch):
+    """What is kept of a module lies in its own dictionary, which a walk over it then finds changed."""
+    fused, x = frb.fuse(nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8)).eval()), torch.randn(1, 8, 9, 9)
+    is_kept, asked = watch.is_kept, []
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return fused(x)
+
+    def slow(value: object) -> bool:
+        asked.append(value)
+        if len(asked) == 1:
+            in_thread(forward)
+        return is_kept(value)
+
+    monkeypatch.setattr(watch, "is_kept", slow)
+    assert torch.equal(forward(), forward())
+    assert asked
