@@ -15,11 +15,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import gpu_tables, network_tables, results, tables
-from .gpu.records import read_json
+from .gpu.records import MARKS, read_json
 from .result_tables import read_table
 from .results import Row
 
@@ -82,10 +83,14 @@ def load(folder: Path) -> Sources:
         ValueError: if a CSV file has other columns, or the JSON is none.
     """
     demo = folder / "demo.json"
+    shown = json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {}
+    if not isinstance(shown, dict):
+        raise ValueError(f"{demo} must hold an object, got {type(shown).__name__}")
+    rates = [read_json(file) for file in sorted(folder.glob("*/ceilings.json"))]
     return Sources(
         _cpu(folder, "cpu.csv"),
         _cpu(folder, "cpu_*.csv"),
-        json.loads(demo.read_text(encoding="utf-8")) if demo.is_file() else {},
+        shown,
         read_table(folder / "roofline.csv"),
         read_table(folder / "basic_block.csv"),
         read_table(folder / "predictions.csv"),
@@ -93,8 +98,8 @@ def load(folder: Path) -> Sources:
         read_table(folder / "activations.csv"),
         read_table(folder / "codegen.csv"),
         _all(folder, "emulate*.csv"),
-        *([_dated(row) for row in _all(folder, f"*/{name}.csv")] for name in GPU_FILES),
-        {rates["gpu"]: rates for rates in map(read_json, sorted(folder.glob("*/ceilings.json")))},
+        *(_latest([_dated(row) for row in _all(folder, f"*/{name}.csv")]) for name in GPU_FILES),
+        {chip["gpu"]: chip for chip in rates if "gpu" in chip},
     )
 
 
@@ -109,6 +114,15 @@ def _all(folder: Path, pattern: str) -> list[dict[str, str]]:
 def _dated(row: dict[str, str]) -> dict[str, str]:
     """A row of a GPU's table; those of networks had no dtype once, and were of fp16."""
     return {"dtype": "fp16", **row}
+
+
+def _latest(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The last row of each case: what names it stands in front of its status, and with what it was measured behind."""
+    found = {}
+    for row in rows:
+        named = takewhile(lambda name: name != "status", row)
+        found[tuple(row[name] for name in (*named, *(mark for mark in MARKS if mark in row)))] = row
+    return list(found.values())
 
 
 def fill(text: str, sources: Sources) -> str:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from fused_resblock.table import format_table
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
+def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """The rows of a CSV file but for those that were cut short; none where there is no file.
+
+    Raises:
+        ValueError: if it is no CSV file, or has other columns.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    text = path.read_text(encoding="utf-8")
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} must be a CSV file, got {error}") from None
+    if columns is not None and tuple(reader.fieldnames or ()) != tuple(columns):
+        raise ValueError(f"{path} must have the columns {', '.join(columns)}, got {reader.fieldnames}")
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def write_table(path: Path, headers: Sequence[str], lines: Sequence[Sequence[object]], hidden: int = 0) -> None:

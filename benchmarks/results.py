@@ -12,6 +12,8 @@ from typing import Any
 
 from fused_resblock import machine
 
+from .result_tables import read_table
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -126,11 +128,8 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: if its columns are not those of `Row`.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
-        return [Row(**{name: _value(name, cell) for name, cell in line.items()}) for line in reader]  # type: ignore[arg-type]
+    lines = read_table(path, COLUMNS)
+    return [Row(**{name: _value(name, cell) for name, cell in line.items()}) for line in lines]  # type: ignore[arg-type]
 
 
 def _value(name: str, cell: str) -> str | int | float | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -47,12 +48,18 @@ def read_ceilings(path: Path | None) -> Ceilings:
         return NOMINAL
     data = json.loads(path.read_text(encoding="utf-8"))
     names = ("copy_tb_per_s", "l2_copy_tb_per_s", "bf16_matrix_tflops")
+    if not isinstance(data, dict):
+        raise ValueError(f"ceilings must hold an object, got {type(data).__name__}")
     try:
         dram, l2, matrix = (1e12 * float(data[name]) for name in names)
-        return Ceilings(f"{data['gpu']} (measured ceilings)", dram, l2, matrix, int(data["multiprocessors"]))
+        chip = Ceilings(f"{data['gpu']} (measured ceilings)", dram, l2, matrix, int(data["multiprocessors"]))
     except KeyError as error:
         needed = f"gpu, multiprocessors, {', '.join(names)}"
         raise ValueError(f"ceilings must hold {needed}, got no {error}") from None
+    for name, rate in zip((*names, "multiprocessors"), (dram, l2, matrix, chip.multiprocessors), strict=True):
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {data[name]}")
+    return chip
 
 
 def kept_chip() -> Ceilings:
@@ -109,8 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if kept is not None:
         beside = kept.with_name("bench.csv")
         args.measured = args.measured or (beside if beside.exists() else None)
-    chip = read_ceilings(args.ceilings) if kept is None else kept_chip()
-    measured = read_measured(args.measured)
+    try:
+        chip = read_ceilings(args.ceilings) if kept is None else kept_chip()
+        measured = read_measured(args.measured)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"ceilings and measured must name files of make gpu, got {error}")
     rows = []
     for network in DEPTHS:
         total, blocks = network_floors(network, args.batch, args.itemsize, chip)

@@ -71,8 +71,8 @@ def _prepare_tune(args: argparse.Namespace) -> Callable[[], int]:
     if args.model not in models.ARCHITECTURES:
         raise ValueError(f"model must be one of {', '.join(models.ARCHITECTURES)}, got {args.model!r}")
     for name in ("batch", "size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+        if not 1 <= getattr(args, name) <= 4096:
+            raise ValueError(f"{name} must be from 1 to 4096, got {getattr(args, name)}")
     if not torch.cuda.is_available():
         raise ValueError("tune must have a CUDA device, got none")
     path = check_out(args.out, torch.device("cuda"))
@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fused-resblock: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         code = job()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where the process was started with its output closed
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130

@@ -8,7 +8,6 @@ import platform
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -119,9 +118,6 @@ def hints() -> list[str]:
 def _problems() -> list[str]:
     """What is set or installed here and does not work."""
     found = []
-    folder = os.environ.get("FUSED_RESBLOCK_CONFIG_DIR")
-    if folder and not Path(folder).is_dir():
-        found.append(f"FUSED_RESBLOCK_CONFIG_DIR must be a folder that exists, got {folder!r}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tuned.known()

@@ -85,7 +85,8 @@ class Captured:
         return self._guard is not None and self._guard.holds() and not leaves.hooked(self._model)
 
     def _record(self, example: Tensor) -> _Graph:
-        x = example.detach().clone(memory_format=torch.preserve_format)
+        with torch.inference_mode(False):  # else no call outside of that mode could write into it
+            x = example.detach().clone(memory_format=torch.preserve_format)
 
         def call() -> Any:
             return self._model(x)
@@ -95,7 +96,7 @@ class Captured:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would be let go with the context that the capture happens in
         try:
-            with torch.no_grad(), keeping(kept):
+            with torch.inference_mode(False), torch.no_grad(), keeping(kept):
                 _warm_up(call, x.device)
                 replay, y = record(call, self._pool_of(x.device), self._stream_of(x.device))
         finally:

@@ -23,11 +23,13 @@ def path_of(out: str | os.PathLike[str] | None, device: torch.device) -> Path:
     """The table's file: `out`, or one named after the GPU in `FUSED_RESBLOCK_CONFIG_DIR` or else the current folder.
 
     Raises:
-        TypeError: if `out` is no path.
+        TypeError, ValueError: if `out` is no path.
     """
     if out is not None:
         if not isinstance(out, (str, os.PathLike)):
             raise TypeError(f"out must be a path, got {out!r}")
+        if "\0" in str(out):
+            raise ValueError(f"out must be a path, got {out!r}")
         return Path(out)
     return Path(os.environ.get(tuned.FOLDER) or ".") / f"{re.sub('[^a-z0-9]+', '-', _gpu_name(device).lower())}.json"
 
@@ -104,9 +106,10 @@ class Growing:
     def write(self) -> Path:
         """Replace the file; a reader sees the old one or the new one."""
         text = json.dumps({**self._head, **self._rows}, indent=1)
-        part = self.path.with_suffix(".part")
+        target = self.path.resolve()  # a link stays one
+        part = target.with_name(f"{target.name}.part")
         part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.path)
+        part.replace(target)
         return self.path
 
 

@@ -157,7 +157,7 @@ def _halo_seconds(gemm: Gemm, itemsize: int, tile: Tile, chip: Ceilings, residua
     blocks = gemm.n // tile.block_n
     tiles = (gemm.boxes or -(-gemm.m // tile.block_m)) * blocks
     programs = min(tiles, tile.persistent * chip.multiprocessors)
-    cost = conv_halo_cost(replace(gemm, groups=blocks), itemsize, programs, residual=residual)
+    cost = conv_halo_cost(replace(gemm, groups=blocks), itemsize, 0, residual=residual)  # filters come at the start
     filters = tile.block_n * tile.block_k * gemm.taps * itemsize
     start = filters * max(programs, chip.multiprocessors) / chip.l2
     product = 2 * tile.block_m * filters // itemsize * chip.multiprocessors / chip.matrix

@@ -17,7 +17,7 @@ LAUNCH = 2.5e-6
 #: seconds that a load from L2 takes, and from there to the matrix units
 LATENCY = 0.36e-6
 #: memory, L2, products and steps of a program that does all of it hinder each other: their times add up by this power,
-#: `(sum t**4) ** (1/4)`, which is what the tails and 3x3s with a halo took on an H100 (`tests/test_predictions.py`)
+#: `(sum t**4) ** (1/4)`, which is what tails took on an H100 (`tests/test_predictions.py`), and 3x3s with a halo nearly
 HINDRANCE = 4
 
 

@@ -173,8 +173,7 @@ def _halo_seconds(gemms: TailGemms, itemsize: int, tile: StageTile, chip: Ceilin
     """One program a multiprocessor, whose steps wait for each other: filters, 3x3, chunk after chunk, next reduce."""
     conv, expand, second, reduce = gemms
     tiles = conv.boxes or -(-conv.m // tile.block_m)
-    programs = min(tiles, chip.multiprocessors)
-    cost = expand_shift_halo_cost(conv, expand, itemsize, programs, second=second, reduce=reduce)
+    cost = expand_shift_halo_cost(conv, expand, itemsize, 0, second=second, reduce=reduce)  # filters come at the start
     filters = itemsize * sum(gemm.filters for gemm in gemms if gemm is not None)
     start = filters * chip.multiprocessors / chip.l2
     rate = 2 * tile.block_m * chip.multiprocessors / chip.matrix

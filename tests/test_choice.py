@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fused_resblock.kernels import choice, convolution, gpu
 from fused_resblock.kernels.choice import CHIPS, candidates, chip_of, choose_tile, predicted_seconds, ranked
-from fused_resblock.kernels.cost import Gemm, resident_programs
+from fused_resblock.kernels.cost import Ceilings, Gemm, conv_halo_cost, resident_programs
 from fused_resblock.kernels.gpu import Gpu
 from fused_resblock.kernels.tables import Entry
 from fused_resblock.kernels.tiles import Tile
@@ -145,3 +145,12 @@ def test_tma_of_capability_12_waits_for_triton_3_7(release, tma, monkeypatch):
     assert Gpu(170, 120).tma == tma
     assert Gpu(132, 90).tma
     assert not Gpu(108, 80).tma
+
+
+def test_filters_of_a_halo_kernel_come_from_l2_once():
+    """Ahead of its first tile: where L2 alone takes time, what a prediction pays for is what the kernel loads."""
+    chip = Ceilings("L2", dram=1e20, l2=1e6, matrix=1e20, multiprocessors=4)
+    gemm = Gemm(64 * 400, 64, 64, 9, 64 * 400)
+    loaded = conv_halo_cost(gemm, 2, 8).l2
+    tile = Tile(64, 64, 64, 4, 1, persistent=2, halo=True)
+    assert predicted_seconds(gemm, 2, tile, chip) * chip.l2 == pytest.approx(loaded, rel=1e-3)

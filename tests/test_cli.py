@@ -66,7 +66,7 @@ MISTAKES = {
     "unknown-model": ("demo --model resnet18,resnet9", "model must be one of resnet18, resnet34,"),
     "no-gpu": ("demo --device cuda", "device must be available, got 'cuda': torch sees no CUDA device"),
     "tune-no-gpu": ("tune", "tune must have a CUDA device, got none"),
-    "tune-batch-0": ("tune --batch 0", "batch must be at least 1, got 0"),
+    "tune-batch-0": ("tune --batch 0", "batch must be from 1 to 4096, got 0"),
     "tune-unknown-model": ("tune --model resnet9", "model must be one of resnet18, resnet34,"),
     "nothing-left": ("demo --skip-digits --skip-photos", "skip-digits and skip-photos must not both be given"),
     "plot-of-nothing": ("demo --skip-photos --plot a.png", "plot must be given without skip-photos"),
@@ -203,9 +203,10 @@ def test_doctor_tells_what_does_not_work(
     assert len(problems) == 2
     assert "broken.json" in problems[0]
     assert problems[1].endswith(f"must fit torch {torch.__version__}, got RuntimeError: operator does not exist")
-    monkeypatch.setenv("FUSED_RESBLOCK_CONFIG_DIR", str(tmp_path / "absent"))
-    assert run(["doctor"]) == 1
-    assert "FUSED_RESBLOCK_CONFIG_DIR must be a folder that exists, got " in capsys.readouterr().out
+    for folder in ("absent", "a" * 5000):
+        monkeypatch.setenv("FUSED_RESBLOCK_CONFIG_DIR", str(tmp_path / folder))
+        assert run(["doctor"]) == 1
+        assert capsys.readouterr().out.count("FUSED_RESBLOCK_CONFIG_DIR must name a folder, got ") == 1
 
 
 def test_end_of_a_pipe() -> None:

@@ -167,6 +167,30 @@ def test_out_of_memory_goes_on_at_half_the_batch(context, small_bench, monkeypat
     assert status["1", "eager"] == "ok"
 
 
+def test_half_the_batch_is_measured_by_the_next_run_if_there_was_no_time(context, small_bench, monkeypatch):
+    monkeypatch.setitem(networks.GROUPS, "main", {"eager": lambda model, x: model})
+    context.device.out_of_memory_after = 1
+    full, context.deadline = context.deadline, Deadline(1000)
+    answers = [False, True]
+    monkeypatch.setattr(context.deadline, "allows", lambda seconds: answers.pop())
+    bench.run(context)
+    assert not bench.records(context).rows(batch=1)
+    context.deadline = full
+    assert bench.run(context) == 0
+    (row,) = bench.records(context).rows(batch=1, provider="eager")
+    assert row["status"] == "ok"
+
+
+def test_an_error_of_any_kind_ends_one_case_alone(context, small_bench, monkeypatch):
+    def missing(*args: object) -> None:
+        raise KeyError("missing")
+
+    monkeypatch.setattr(bench, "prepare", missing)
+    assert bench.run(context) == 0
+    (row,) = bench.records(context).rows(provider="all")
+    assert (row["status"], "missing" in row["note"]) == ("failed", True)
+
+
 def test_bench_begins_nothing_that_the_deadline_forbids(context, small_bench):
     context.deadline = Deadline(0)
     bench.run(context)

@@ -94,6 +94,20 @@ def _worker(job, capability):
     return compiling.Compiled(job, None, capability)
 
 
+def _stuck(job, capability):
+    if job.batch == 2:
+        sleep(60)
+    return compiling.Compiled(job, None, capability)
+
+
+def test_a_compiler_that_does_not_end_costs_the_tile_that_it_compiles_alone(monkeypatch):
+    monkeypatch.setattr(compiling, "workers", lambda: 1)
+    monkeypatch.setattr(compiling, "PATIENCE", 8)
+    jobs = [compiling.Job(ConvShape("s", 16, 16, 4), n, "fp16", Tile(64, 32, 32, 4, 1)) for n in (1, 2, 3)]
+    found = [(made.job.batch, made.failure) for made in compiling.compile_all(jobs, 90, Deadline(60), worker=_stuck)]
+    assert found == [(1, None), (2, "the compiler did not end in 8 s")]
+
+
 def test_jobs_are_compiled_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(compiling, "workers", lambda: 1)
     jobs = [compiling.Job(ConvShape("s", 16, 16, 4), n, "fp16", Tile(64, 32, 32, 4, 1)) for n in (1, 2, 3)]
@@ -194,8 +208,8 @@ def test_no_step_can_outlast_nine_minutes():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--budget", "0"], "budget must lie in (0, 510], got 0"),
-        (["--budget", "9000"], "budget must lie in (0, 510], got 9000"),
+        (["--budget", "0"], "budget must lie in [1, 510], got 0"),
+        (["--budget", "9000"], "budget must lie in [1, 510], got 9000"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["--out", __file__], "out must be a folder"),
     ],

@@ -93,3 +93,15 @@ def test_tuned_tails_are_in_the_table(context):
     timed = context.device.timed
     tune.run(context)
     assert context.device.timed == timed
+
+
+def test_a_crash_of_the_last_tile_keeps_no_other_tail_from_being_timed(context):
+    verdicts, table = check.records(context), tune.records(context)
+    tails.check(context, verdicts, check.verdict)
+    cases = [shape.key() for shape in tail_shapes.shapes(quick=True)]
+    assert len(cases) > 1
+    for row in verdicts.rows(kernel="expand_shift", case=cases[0], status="ok"):
+        key = {"dtype": "ieee", "case": cases[0], "batch": 2, "backend": "stage", "tile": row["tile"]}
+        table.add(**key, status="crash", note="illegal memory access")
+    assert tails.tune(context, verdicts, table, "ieee", 2, "stage") == 0
+    assert all(table.done("ieee", case, 2, tails.MARK, "") for case in cases)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -148,6 +148,12 @@ def _refuse(case: Case, table: Records, status: str, note: str) -> None:
         table.add(**case.label(), provider=name, status=status, note=note)
 
 
+def _halved(case: Case, table: Records, todo: Sequence[Case]) -> list[Case]:
+    """The same at half the batch, if memory ran out and it is not planned yet."""
+    half = smaller(case) if table.rows(**case.label(), provider="all", status="oom") else None
+    return [] if half is None or half in todo else [half]
+
+
 def run(context: Context) -> int:
     """Measure what is not yet measured; 1 if a provider gave a wrong result."""
     table = records(context)
@@ -157,27 +163,26 @@ def run(context: Context) -> int:
     for case in todo:  # grows by smaller batches
         label = case.label()
         if table.done(*label.values(), "all"):
+            todo += _halved(case, table, todo)  # if that was never begun
             continue
         if not context.deadline.allows(0 if context.quick else SECONDS[case.group]):
             left += 1
             continue
-        table.add(**label, provider="all", status="error", note="begun")
         try:
-            measure(context, case, table)
+            with table.running(**label, provider="all"):
+                measure(context, case, table)
             table.add(**label, provider="all", status="measured")
-        except RuntimeError as error:
+        except Broken as error:
+            _refuse(case, table, "crash", str(error))
+            raise
+        except Exception as error:  # of a model, a peer or a compiler
             if is_broken(error):
                 _refuse(case, table, "crash", error_line(error))
                 raise Broken(f"{case}: {error_line(error)}") from error
             out = is_out_of_memory(error)
             _refuse(case, table, "oom" if out else "failed", error_line(error))
             context.log(f"bench: {case}: {'out of memory' if out else error_line(error)}")
-            half = smaller(case) if out else None
-            if half is not None and half not in todo:
-                todo.append(half)
-        except Broken as error:
-            _refuse(case, table, "crash", str(error))
-            raise
+            todo += _halved(case, table, todo)
         context.device.free()
     if left:
         context.log(f"bench: {left} cases left")

@@ -94,11 +94,12 @@ def compile_all(
 ) -> Iterator[Compiled]:
     """Compile jobs on all cores and yield each when it is done, until the deadline.
 
-    A job that is not back after PATIENCE seconds in which none came back is yielded as failed, with all that are open.
+    Where none came back for PATIENCE seconds, those that are with a worker, the first that are open, are yielded as
+    failed. The others have not been begun.
     """
     if not jobs:
         return
-    with multiprocessing.get_context("spawn").Pool(min(workers(), len(jobs))) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes := min(workers(), len(jobs))) as pool:
         results = pool.imap_unordered(partial(worker, capability=capability), jobs)
         open_jobs = dict.fromkeys(jobs)
         while open_jobs and deadline.allows():
@@ -113,4 +114,5 @@ def compile_all(
                 del open_jobs[result.job]
             yield result
         if deadline.allows():
-            yield from (Compiled(job, f"the compiler did not end in {PATIENCE} s") for job in open_jobs)
+            begun = list(open_jobs)[:processes]
+            yield from (Compiled(job, f"the compiler did not end in {PATIENCE} s") for job in begun)

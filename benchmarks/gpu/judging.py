@@ -41,15 +41,16 @@ def judge(
     failed = 0
     for compiled in context.device.compiled(todo, context.deadline):
         row: Row = {"status": "failed", "note": compiled.failure}
+        names = dict(zip(table.key, key(compiled.job), strict=True))
         if compiled.failure is None:
             try:
-                row = verdict(compiled.job)
+                with table.running(**names):
+                    row = verdict(compiled.job)
             except RuntimeError as error:
                 row = {"status": "error", "note": error_line(error)}
                 context.device.free()
-        names = key(compiled.job)
-        table.add(**dict(zip(table.key, names, strict=True)), shared=compiled.shared, **row)
-        told = f"{' '.join(names)}: {row['status']} {row['note']}"
+        table.add(**names, shared=compiled.shared, **row)
+        told = f"{' '.join(names.values())}: {row['status']} {row['note']}"
         if row["status"] != "ok":
             failed += 1
             context.keep(f"check: {told}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,25 @@ def mend(path: Path) -> None:
             file.truncate(len(whole))
 
 
+def _fields(line: str) -> list[str]:
+    """The cells of a row, none of which holds the end of a line; none where a quote went astray."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text or 0))
+    except ValueError:
+        return False
+
+
 class Records:
     """One CSV file: the rows of this GPU, these versions and this commit, by key; others are kept and not read.
+
+    A case that was `running` when its process was ended, by a signal or because it took too long, is a "crash".
 
     Args:
         path: is made on the first row. A half-written last row is dropped; a file with other columns is renamed to
@@ -53,12 +71,14 @@ class Records:
         self._rows: dict[tuple[str, ...], Row] = {}
         if path.is_file():
             self._load()
+        self._running = path.with_name(f"{path.name}.running")
+        self._settle()
 
     def _load(self) -> None:
         mend(self.path)
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        reader = csv.DictReader(io.StringIO(text))
-        if tuple(reader.fieldnames or ()) != self.columns:
+        header, *lines = text.split("\n")
+        if tuple(_fields(header)) != self.columns:
             if text.strip():
                 names = (f"{self.path.name}.old{number if number > 1 else ''}" for number in count(1))
                 free = (self.path.with_name(name) for name in names)
@@ -66,10 +86,30 @@ class Records:
             else:
                 self.path.unlink()
             return
-        for row in reader:
-            whole = None not in row and None not in row.values()
-            if whole and all(row[name] == value for name, value in self.marks.items()):
+        times = [name for name in self.columns if name.endswith(("_us", "_ms"))]
+        for fields in map(_fields, lines):
+            row = dict(zip(self.columns, fields, strict=False))
+            if len(fields) != len(self.columns) or not all(_finite(row[name]) for name in times):
+                continue
+            if all(row[name] == value for name, value in self.marks.items()):
                 self._rows[tuple(row[name] for name in self.key)] = row
+
+    def _settle(self) -> None:
+        """Put what was running when its process was ended on record, so that nobody runs it again."""
+        known = read_json(self._running)
+        self._running.unlink(missing_ok=True)
+        names = known.get("key")
+        if known.get("marks") == self.marks and isinstance(names, list) and len(names) == len(self.key):
+            self.add(**dict(zip(self.key, names, strict=True)), status="crash", note="its process was ended")
+
+    @contextmanager
+    def running(self, **key: object) -> Iterator[None]:
+        """Leave a note of the case for as long as it runs."""
+        write_json(self._running, {"marks": self.marks, "key": [cell(key[name]) for name in self.key]})
+        try:
+            yield
+        finally:
+            self._running.unlink(missing_ok=True)
 
     def done(self, *key: object) -> bool:
         """Whether the case has been finished."""

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
@@ -40,8 +41,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.budget is None:
         args.budget = QUICK_BUDGET if args.quick else BUDGET
-    if not 0 < args.budget <= LONGEST:
-        parser.error(f"budget must lie in (0, {LONGEST:.0f}], got {args.budget:g}")
+    if not 1 <= args.budget <= LONGEST:
+        parser.error(f"budget must lie in [1, {LONGEST:.0f}], got {args.budget:g}")
     if args.out is None and os.environ.get("OUT"):
         args.out = Path(os.environ["OUT"])
     if args.out is not None:
@@ -84,9 +85,15 @@ def spawner(args: argparse.Namespace) -> Spawn:
         try:
             return process.wait(seconds + GRACE)
         except BaseException as error:  # an interrupt must not leave the step behind, either
-            os.killpg(process.pid, signal.SIGKILL)
+            overran = isinstance(error, subprocess.TimeoutExpired)
+            if not overran:  # nor what runs in it be taken for a crash
+                os.killpg(process.pid, signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
+            if overran:
                 return None
             raise
 

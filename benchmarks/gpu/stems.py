@@ -115,10 +115,7 @@ def tune(context: Context, table: Records, dtype: str, batch: int) -> int:
                 for backend, bind in ways.items():
                     if backend in lost:
                         continue
-                    row = timed_row(context, bind, op.x, None)
-                    table.add(**key, backend=backend, tile="", **row)
-                    if row["status"] == "crash":  # on record, so that the next process does not meet it again
-                        raise Broken(f"stem {dtype} batch {batch}: {row['note']}")
+                    row = timed_row(context, table, {**key, "backend": backend, "tile": ""}, bind, op.x, None)
                     if row["status"] == "ok":
                         told[backend] = row["median_us"]
                 table.add(**key, backend="stem", tile="", status="tuned")

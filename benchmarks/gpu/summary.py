@@ -9,7 +9,7 @@ from .context import Context
 from .networks import L2_GROUPS
 from .records import Row, read_json
 
-KERNELS = ("conv_bn_act", "bn_act", "relu_backward", "expand_shift", "stem")
+KERNELS = ("conv_bn_act", "bn_act", "relu_backward", "expand_shift", "bottleneck_rows", "stem")
 PROVIDERS = (
     "eager",
     "folded",

@@ -22,7 +22,7 @@ from fused_resblock.tuning import MARGIN
 from . import block_shapes, tail_shapes
 from .block_shapes import BlockShape
 from .context import Context
-from .device import Broken, error_line, is_out_of_memory
+from .device import error_line, is_out_of_memory
 from .judging import judge
 from .operations import DTYPES, own, precision
 from .records import Records
@@ -194,8 +194,8 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
     Of tails ("stage"), or of blocks ("block"), which are held against the tails of a table in force.
     """
     left = 0
-    todo = [shape for kind, images, shape in plan(context.quick) if (kind, images) == (dtype, batch)]
-    for shape in (shape for shape in todo if shape.backend == backend):
+    wanted = dtype, batch, backend
+    for shape in (s for kind, images, s in plan(context.quick) if (kind, images, s.backend) == wanted):
         key = {"dtype": dtype, "case": shape.key(), "batch": batch}
         rows = verdicts.rows(kernel=shape.kernel, dtype=dtype, case=shape.key(), status="ok")
         met = {row["tile"] for row in table.rows(**key) if row["backend"] == shape.backend}
@@ -217,13 +217,10 @@ def tune(context: Context, verdicts: Records, table: Records, dtype: str, batch:
                         ways[name, ""] = way
                 for row in new:
                     ways[shape.backend, row["tile"]] = lambda r=row: bound(asked, StageTile.parse(r["tile"]))  # noqa: B023
-                for (backend, tile), bind in ways.items():
-                    row = timed_row(context, bind, x, other)
-                    table.add(**key, backend=backend, tile=tile, **row)
-                    if row["status"] == "crash":  # on record, so that the next process does not meet it again
-                        raise Broken(row["note"])
+                for (name, tile), bind in ways.items():
+                    row = timed_row(context, table, {**key, "backend": name, "tile": tile}, bind, x, other)
                     if row["status"] == "ok":
-                        told[f"{backend} {tile}".strip()] = row["median_us"]
+                        told[f"{name} {tile}".strip()] = row["median_us"]
                 table.add(**key, backend=MARK, tile="", status="tuned")
             except RuntimeError as error:
                 if not is_out_of_memory(error):

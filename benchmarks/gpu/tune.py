@@ -97,7 +97,8 @@ class Case:
         times = {}
         for name in tiles:
             try:
-                spread = timed(self.context, self.ops, triton_with(name), LOOK)
+                with self.table.running(**self.labels, backend="triton", tile=name):
+                    spread = timed(self.context, self.ops, triton_with(name), LOOK)
                 self.table.add(**self.labels, backend="triton", tile=name, status="look", **micros(spread))
                 times[name] = spread.median_ms
             except Exception as error:  # it was right at another batch, but may still fail to run
@@ -115,14 +116,16 @@ class Case:
     def measure(self, backend: str, function: Callable[[Operation], Tensor], tile: str = "") -> float | None:
         """Judge, time and record; the median in microseconds, None if there is none."""
         try:
-            fault = self.judge(function)
-            if fault is not None:
-                self.table.add(**self.labels, backend=backend, tile=tile, status="wrong", note=fault)
-                return None
-            spread = timed(self.context, self.ops, function, ROUNDS)
-            warm = timed(self.context, self.ops[:1], function, ROUNDS)  # the same operands again and again
+            with self.table.running(**self.labels, backend=backend, tile=tile):
+                fault = self.judge(function)
+                if fault is None:
+                    spread = timed(self.context, self.ops, function, ROUNDS)
+                    warm = timed(self.context, self.ops[:1], function, ROUNDS)  # the same operands again and again
         except Exception as error:  # cuDNN refuses some shapes, and is absent on a CPU
             self._lost(error, backend, tile)
+            return None
+        if fault is not None:
+            self.table.add(**self.labels, backend=backend, tile=tile, status="wrong", note=fault)
             return None
         us, op = 1e3 * spread.median_ms, self.ops[0]
         self.table.add(

@@ -68,7 +68,7 @@ def load_config(path: str | os.PathLike[str]) -> int:
 def _files(folder: Path) -> list[Path] | None:
     """The tables of a folder; None if it is no folder."""
     try:
-        return sorted(folder.glob("*.json")) if folder.is_dir() else None
+        return sorted(file for file in folder.glob("*.json") if file.is_file()) if folder.is_dir() else None
     except OSError:  # a name that is too long, say
         return None
 
