@@ -6,6 +6,12 @@ from __future__ import annotations
 ON_CUDA: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/graphs.py": [
         (
+            "captured into a tensor of the inference mode",
+            "with torch.inference_mode(False):  # else",
+            "if True:  # else",
+            "tests/test_graphs_in_inference_mode.py::test_what_is_captured_there_is_called_anywhere",
+        ),
+        (
             "the model's own attributes not asked",
             "[owner, *model.modules()]",
             "list(model.modules())",
@@ -25,8 +31,8 @@ ON_CUDA: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "folded weights let go",
-            "with torch.no_grad(), keeping(kept):",
-            "with torch.no_grad():",
+            "torch.no_grad(), keeping(kept):",
+            "torch.no_grad():",
             "tests/test_graphs.py::test_what_a_graph_reads_stays_in_memory",
         ),
         (
@@ -57,6 +63,12 @@ ON_CUDA: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "fused_resblock/tuned_file.py": [
+        (
+            "a file in the place of a link",
+            "target = self.path.resolve()",
+            "target = self.path",
+            "tests/test_damaged_results.py::test_a_table_that_is_linked_to_stays_where_it_is",
+        ),
         (
             "a stem is its convolution",
             " + tables.STEM * (found.pool is not None)",

@@ -9,6 +9,7 @@ from mutants_functions import FUNCTIONS
 from mutants_halo import HALO
 from mutants_kernels import KERNELS
 from mutants_on_cuda import ON_CUDA
+from mutants_results import RESULTS
 from mutants_ring import RING
 from mutants_stages import STAGES
 from mutants_stems import STEMS
@@ -36,6 +37,7 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
     **RING,
     **USERS,
     **ON_CUDA,
+    **RESULTS,
     "fused_resblock/head.py": [
         (
             "heads in fp32",
@@ -262,22 +264,6 @@ _BY_FILE: dict[str, list[tuple[str, str, str, str]]] = {
             "step.start in (None, 0) and ",
             "",
             "tests/test_recognize.py::test_kept_with_its_reason[strided slice with a start]",
-        ),
-    ],
-    "benchmarks/roofline.py": [
-        (
-            "stages predicted as within a body",
-            "itemsize, chip, [n])[0]",
-            "itemsize, chip)[0]",
-            "tests/test_cost.py::test_stages_are_alone",
-        ),
-    ],
-    "benchmarks/unchanged.py": [
-        (
-            "every kept row believed",
-            "if key[:LETTERS] == name:",
-            "if name:",
-            "tests/test_codegen.py::test_only_what_is_made_from_something_else_is_compiled_again",
         ),
     ],
 }
