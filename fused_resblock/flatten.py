@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -75,8 +76,9 @@ def _flattened(network: nn.Module, found: Traced, tape: Sequence[Ran]) -> Call:
         for node in reversed(run):
             graph.erase_node(node)
     module = fx.GraphModule(network, graph)
-    # torch keeps the source of every graph for tracebacks, for ever
-    fx.graph_module._loader.eval_cache.pop(type(module).forward.__code__.co_filename, None)
+    file = type(module).forward.__code__.co_filename  # whose source is kept for tracebacks, for ever
+    fx.graph_module._loader.eval_cache.pop(file, None)
+    linecache.cache.pop(file, None)
     return module.forward
 
 

@@ -103,7 +103,7 @@ FUNCTIONS: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/flatten.py": [
         (
             "sources of functions kept",
-            "    fx.graph_module._loader.eval_cache.pop(type(module).forward.__code__.co_filename, None)\n",
+            "    linecache.cache.pop(file, None)\n",
             "",
             _ONE + "sources_of_functions_are_let_go",
         ),
