@@ -215,10 +215,10 @@ def test_candidates(width, itemsize, capability):
 
 
 def test_choice_is_the_fastest_by_prediction():
-    """A full batch takes the tile whose filters stay, one image another, which need not load them all first."""
+    """A full batch takes the tile whose filters stay, few pixels another, which need not load them all first."""
     chosen = {}
-    for images in (1, 128):
-        asked = TailShape("l1", 64, 56, outputs=64).build(images, FP16, "meta")
+    for images, size in ((1, 7), (128, 56)):
+        asked = TailShape("l1", 64, size, outputs=64).build(images, FP16, "meta")
         gemms, gpu = asked.gemms(), Gpu()
         tile = choose_stage_tile(gemms, 2, gpu)
         times = [predicted_seconds(gemms, 2, t, chip_of(gpu)) for t in candidates(64, 64, 2, False, gpu)]
