@@ -246,6 +246,7 @@ def bind(
     Raises:
         TypeError, ValueError: if x does not fit the first block.
     """
+    blocks = [(runner, backends.check_name(backend)) for runner, backend in blocks]
     chain = _Chain(blocks, x, stage_kernel, following)
     base = 0
     with progress.first_call(sum(len(runner.steps) for runner, _ in blocks), x.device) as bar:
@@ -254,7 +255,6 @@ def bind(
                 runner.check(chain.values[base], chain.dtype is not None)
             if base == 0:
                 chain.values[0] = backends.dense(chain.values[0])
-            backend = backends.check_name(backend)
             while len(chain.operations) < base + len(runner.steps):
                 step = runner.steps[len(chain.operations) - base]
                 taken = chain.whole(base, backend) or chain.tail(base, backend)

@@ -84,9 +84,9 @@ class Captured:
         """Whether the model is what it was when its graphs were captured."""
         return self._guard is not None and self._guard.holds() and not leaves.hooked(self._model)
 
+    @torch.inference_mode(False)  # else no call outside of that mode could write into the graph's input
     def _record(self, example: Tensor) -> _Graph:
-        with torch.inference_mode(False):  # else no call outside of that mode could write into it
-            x = example.detach().clone(memory_format=torch.preserve_format)
+        x = example.detach().clone(memory_format=torch.preserve_format)
 
         def call() -> Any:
             return self._model(x)
@@ -96,7 +96,7 @@ class Captured:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would be let go with the context that the capture happens in
         try:
-            with torch.inference_mode(False), torch.no_grad(), keeping(kept):
+            with torch.no_grad(), keeping(kept):
                 _warm_up(call, x.device)
                 replay, y = record(call, self._pool_of(x.device), self._stream_of(x.device))
         finally:

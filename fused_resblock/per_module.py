@@ -2,6 +2,8 @@
 
 A `WeakKeyDictionary` would keep a module alive for ever whose value refers to it, be it by way of a hook in it that
 knows the model. What lies on the module goes with it: at once where it does not refer to the module, else as one cycle.
+
+So a forward adds to its modules' dictionaries, and whoever walks over one walks over a copy: threads share modules.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ ON_CUDA: dict[str, list[tuple[str, str, str, str]]] = {
     "fused_resblock/graphs.py": [
         (
             "captured into a tensor of the inference mode",
-            "with torch.inference_mode(False):  # else",
-            "if True:  # else",
+            "    @torch.inference_mode(False)  # else",
+            "    # else",
             "tests/test_graphs_in_inference_mode.py::test_what_is_captured_there_is_called_anywhere",
         ),
         (
